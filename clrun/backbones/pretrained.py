@@ -1,0 +1,168 @@
+"""Any timm model as a backbone: pooled features, weights from the hub's cache, the network or a local file."""
+
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from clrun import libraries
+from clrun.errors import ConfigError, PositiveInt, did_you_mean
+
+Shape = tuple[int, int, int]
+
+
+def timm_backbone(
+    image_shape: Shape,
+    *,
+    name: str,
+    pretrained: bool,
+    weights: str | None,
+    normalize: Literal["timm", "data", "none"],
+    image_size: PositiveInt | None,
+) -> nn.Module:
+    """Return a plain timm model without classifier; its output is the pooled features [B, num_features].
+
+    The model keeps its own class, so that anything written for timm models works on it. Added attributes: `input_size`,
+    `mean` and `std`; and `num_features` is the width of the output also where timm means the width before the head.
+
+    Args:
+        image_shape: (C, H, W) of the stored images; the transform fits them to the model, not the other way round.
+        name: timm's model name with the tag of the weights ("vit_base_patch16_224.augreg_in21k"), or a source
+            ("hf-hub:...", "local-dir:...").
+        pretrained: whether to load the weights of the tag, from the cache or the network.
+        weights: .safetensors or .pth file to load instead; pickled code is refused.
+        normalize: "timm" takes mean and standard deviation of the model's own configuration, "data" the data set's,
+            "none" leaves pixels in [0, 1].
+        image_size: height and width to feed; None takes the model's own.
+
+    Raises:
+        ConfigError: unknown model or tag; weights that are missing, cannot be downloaded, or do not fit; an image size
+            that the model cannot take.
+    """
+    timm = libraries.load("timm")
+    if ":" not in name:
+        _check_name(timm, name, pretrained and weights is None)
+    model = _create(timm, name, pretrained and weights is None, image_size)
+    if weights is not None:
+        _load(model, name, Path(weights).expanduser())
+    config = model.pretrained_cfg
+    channels, height, width = config["input_size"]
+    model.input_size = (channels, image_size or height, image_size or width)
+    if image_size is not None:
+        _check_size(model, name, model.input_size)
+    model.mean, model.std = {
+        "timm": (tuple(config["mean"]), tuple(config["std"])),
+        "data": (None, None),
+        "none": ((0.0,) * channels, (1.0,) * channels),
+    }[normalize]
+    model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
+    found: nn.Module = model
+    return found
+
+
+def _check_name(timm: Any, name: str, pretrained: bool) -> None:
+    """Refuse a model or a tag that timm does not know, and weights that nobody published."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        hint = did_you_mean(architecture, timm.list_models())
+        raise ConfigError(f"backbone.name: timm {timm.__version__} has no model '{architecture}'{hint}")
+    tags = [known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", pretrained=True)]
+    if pretrained and not tags:
+        raise ConfigError(f"backbone.pretrained: timm has no weights for {architecture}; set it to false")
+    if tag and tag not in tags:
+        hint = did_you_mean(tag, tags)
+        raise ConfigError(
+            f"backbone.name: {architecture} has no weights tagged '{tag}'{hint} (tags: {', '.join(tags) or 'none'})"
+        )
+
+
+def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> Any:
+    """Return the model without classifier; transformers are built for `image_size`, other models take any."""
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+    try:
+        if image_size is None:
+            return timm.create_model(name, **options)
+        try:
+            return timm.create_model(name, img_size=image_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, **options)
+    except Exception as error:  # the network libraries below timm raise errors of their own kinds
+        if pretrained and not name.startswith("local-dir:"):
+            raise ConfigError(
+                f"weights of {name} are not on this machine and downloading failed; "
+                f"set backbone.weights=FILE or backbone.pretrained=false ({_first_line(error)})"
+            ) from error
+        if ":" in name:
+            raise ConfigError(f"backbone.name: {name} cannot be opened ({_first_line(error)})") from error
+        raise
+
+
+def _check_size(model: nn.Module, name: str, size: Shape) -> None:
+    """Refuse an image size that the model cannot take: patches and windows must fit, and only a forward pass tells."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"backbone.image_size: {name} cannot take {size[1]} ({_first_line(error)})") from error
+    model.train()
+
+
+def _load(model: nn.Module, name: str, path: Path) -> None:
+    """Load a file of weights; all parameters of the model must be in it, a classifier may be."""
+    state = read_weights(path)
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's name for it
+    try:
+        if convert is not None:
+            state = convert(state, model)
+        result = model.load_state_dict(state, strict=False)
+    except (RuntimeError, KeyError, TypeError) as error:  # shapes, or names that the conversion expects
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"backbone.weights: {path} does not fit {name} ({reason})") from error
+    classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    extra = [key for key in result.unexpected_keys if not key.startswith(tuple(f"{head}." for head in heads))]
+    for what, keys in (("has no values for", result.missing_keys), ("has values unknown to it,", extra)):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ConfigError(f"backbone.weights: {path} does not fit {name}: it {what} {shown}")
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a .safetensors, .pth, .pt or .bin file by name; nothing in the file is executed.
+
+    The state may lie under "state_dict" or "model" in the file, and names may begin with "module.".
+
+    Raises:
+        ConfigError: no such file, another kind of file, or more than tensors in it.
+    """
+    if not path.is_file():
+        raise ConfigError(f"backbone.weights: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = libraries.load("safetensors.torch").load_file(path)
+        elif path.suffix in (".pth", ".pt", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise ConfigError(f"backbone.weights: {path} is neither a .safetensors nor a .pth, .pt or .bin file")
+    except ConfigError:
+        raise
+    except Exception as error:  # safetensors' error has no public base class but Exception
+        kind = "holds more than tensors and is refused" if isinstance(error, pickle.UnpicklingError) else "is broken"
+        raise ConfigError(f"backbone.weights: {path} {kind} ({_first_line(error)})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ConfigError(f"backbone.weights: {path} holds no tensors by name")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _first_line(error: Exception) -> str:
+    """Return the beginning of an error's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

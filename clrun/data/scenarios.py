@@ -1,0 +1,250 @@
+"""Scenarios cut a data set into tasks: which classes or which domain a task is, under an id that no order changes.
+
+A scenario is called as `scenario(dataset, order, transform)`; `order` permutes the task ids, and nothing else about a
+task depends on its position. Randomness is keyed by `class_seed` or (`dataset.seed`, task id).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Annotated, Literal
+
+import torch
+
+from clrun.data.shifts import Rotation, Shift, pixel_permutation, random_angle
+from clrun.data.split import Split, TensorSplit, Transform
+from clrun.data.stream import Dataset, Order, Setting, Stream, Task
+from clrun.errors import ConfigError, PositiveInt, Range, did_you_mean
+from clrun.seeding import derive
+
+NAME_LENGTH = 16
+
+
+def class_split(
+    dataset: Dataset,
+    order: Order,
+    transform: Transform,
+    *,
+    n_tasks: PositiveInt | None,
+    first: PositiveInt | None,
+    sizes: list[int] | None,
+    class_seed: int | None,
+    setting: Literal["til", "cil"],
+) -> Stream:
+    """Return a stream of tasks with classes of their own; task id k is the k-th block of the class order.
+
+    Args:
+        dataset: the data set.
+        order: permutes the task ids.
+        transform: how stored images become network input.
+        n_tasks: T. Sizes that do not come out even differ by one, larger tasks first. None only with `sizes`.
+        first: classes of task 0; the others share the rest evenly. None for no such exception.
+        sizes: classes of each task by id, summing to C; None to compute them.
+        class_seed: draws the order in which classes are dealt to tasks; None deals them by ascending id.
+        setting: "til" or "cil".
+
+    Raises:
+        ConfigError: the sizes cannot be had, or another setting.
+    """
+    _check_setting("class_split", setting, ("til", "cil"))
+    blocks = _sizes(dataset.num_classes, n_tasks, first, sizes)
+    classes = list(range(dataset.num_classes))
+    if class_seed is not None:
+        classes.sort(key=lambda c: derive(class_seed, "class_order", c))
+    stops = list(accumulate(blocks))
+    groups = [classes[stop - size : stop] for size, stop in zip(blocks, stops, strict=True)]
+    return _class_stream(dataset, order, transform, groups, setting)
+
+
+def _sizes(num_classes: int, n_tasks: int | None, first: int | None, sizes: Sequence[int] | None) -> list[int]:
+    """Return the number of classes of each task by id."""
+    if sizes is not None:
+        return _listed_sizes(num_classes, n_tasks, first, sizes)
+    if n_tasks is None:
+        raise ConfigError("scenario.n_tasks: must be given unless scenario.sizes lists the classes of each task")
+    if first is not None and first > num_classes:
+        raise ConfigError(f"scenario.first: must be at most {num_classes} (the classes of the data set), got {first}")
+    head = [] if first is None else [first]
+    left = num_classes - sum(head)
+    fewest, most = len(head) + (left > 0), len(head) + left
+    if not fewest <= n_tasks <= most:
+        what = f"{num_classes} classes" + (f" with {first} of them in task 0 (scenario.first)" if head else "")
+        raise ConfigError(f"scenario.n_tasks: {what} make {fewest} to {most} tasks, got {n_tasks}")
+    others = n_tasks - len(head)
+    return head + [left // others + (k < left % others) for k in range(others)]
+
+
+def _listed_sizes(num_classes: int, n_tasks: int | None, first: int | None, sizes: Sequence[int]) -> list[int]:
+    """Return listed sizes after checking them against everything else that is said."""
+    if first is not None:
+        raise ConfigError("scenario.first: says what scenario.sizes says already; set one of them to null")
+    if n_tasks is not None and n_tasks != len(sizes):
+        raise ConfigError(
+            f"scenario.n_tasks: {n_tasks} does not match the {len(sizes)} tasks of scenario.sizes; "
+            "set scenario.n_tasks=null"
+        )
+    if any(size < 1 for size in sizes) or sum(sizes) != num_classes:
+        raise ConfigError(
+            f"scenario.sizes: must be positive and sum to the {num_classes} classes of the data set, "
+            f"got {list(sizes)} with sum {sum(sizes)}"
+        )
+    return list(sizes)
+
+
+def fixed_groups(
+    dataset: Dataset,
+    order: Order,
+    transform: Transform,
+    *,
+    groups: str | list[list[int]],
+    setting: Literal["til", "cil"],
+) -> Stream:
+    """Return a stream whose task id k is the k-th of the given groups of classes.
+
+    Args:
+        dataset: the data set; its own groups can be named. Classes in no group are left out.
+        order: permutes the task ids.
+        transform: how stored images become network input.
+        groups: lists of class ids, or the name of one of the data set's groups.
+        setting: "til" or "cil".
+
+    Raises:
+        ConfigError: no such name; an empty group; a class id out of range or in two groups; another setting.
+    """
+    _check_setting("fixed_groups", setting, ("til", "cil"))
+    found = _named_groups(dataset, groups) if isinstance(groups, str) else [list(group) for group in groups]
+    _check_groups(found, dataset.num_classes)
+    return _class_stream(dataset, order, transform, found, setting)
+
+
+def _named_groups(dataset: Dataset, name: str) -> list[list[int]]:
+    """Return the groups that the data set calls `name`."""
+    if name not in dataset.groups:
+        known = ", ".join(dataset.groups) or "none; list the class ids instead"
+        hint = did_you_mean(name, dataset.groups)
+        raise ConfigError(f"scenario.groups: {dataset.name} has no groups named '{name}'{hint} (available: {known})")
+    return [list(group) for group in dataset.groups[name]]
+
+
+def _check_groups(groups: list[list[int]], num_classes: int) -> None:
+    """Refuse what is no partition of some of the classes."""
+    if not groups or not all(groups):
+        raise ConfigError("scenario.groups: there must be at least one group and no group may be empty")
+    seen: set[int] = set()
+    for k, group in enumerate(groups):
+        for label in group:
+            if not 0 <= label < num_classes:
+                raise ConfigError(
+                    f"scenario.groups: class {label} in group {k} does not exist (0 to {num_classes - 1})"
+                )
+            if label in seen:
+                raise ConfigError(f"scenario.groups: class {label} appears twice, the second time in group {k}")
+            seen.add(label)
+
+
+def domain_shift(
+    dataset: Dataset,
+    order: Order,
+    transform: Transform,
+    *,
+    n_tasks: PositiveInt,
+    kind: Literal["permuted", "rotated"],
+    identity_first: bool,
+    max_angle: Annotated[float, Range(minimum=0, maximum=360)],
+    setting: Literal["dil"],
+) -> Stream:
+    """Return a stream whose tasks have all classes and all rows, each with shifted images of its own.
+
+    Args:
+        dataset: a data set of images.
+        order: permutes the task ids.
+        transform: how stored (and shifted) images become network input.
+        n_tasks: T.
+        kind: "permuted" moves pixels by a fixed random permutation (the channels of a pixel stay together);
+            "rotated" turns images about their centre by a fixed angle, uniform in [0, max_angle) degrees.
+        identity_first: whether task id 0 has the images as stored.
+        max_angle: upper end of the angles, in degrees.
+        setting: "dil".
+
+    Permutation and angle of a task depend on (dataset.seed, task id) only.
+
+    Raises:
+        ConfigError: the data set has no images, or another setting.
+    """
+    _check_setting("domain_shift", setting, ("dil",))
+    if len(dataset.image_shape) != 3:
+        raise ConfigError(f"scenario=domain_shift: needs images, and {dataset.name} has none")
+    everything = list(range(dataset.num_classes))
+    blocks = []
+    for task in range(n_tasks):
+        shift: Shift | None = None
+        original = identity_first and task == 0
+        angle = 0.0 if original else random_angle(max_angle, dataset.seed, task)
+        if kind == "rotated" and angle:
+            shift = Rotation(angle)
+        elif kind == "permuted" and not original:
+            shift = pixel_permutation(dataset.image_shape, dataset.seed, task)
+        name = f"rot {angle:.0f}" if kind == "rotated" else f"perm {task}"
+        blocks.append(_Block(name, everything, shift))
+    return _stream(dataset, order, transform, blocks, setting, everything)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What a task id stands for."""
+
+    name: str
+    classes: list[int]
+    shift: Shift | None = None
+
+
+def _class_stream(
+    dataset: Dataset, order: Order, transform: Transform, groups: list[list[int]], setting: Setting
+) -> Stream:
+    """Return the stream whose task id k has the classes `groups[k]`."""
+    blocks = [_Block(task_name([dataset.class_names[label] for label in group]), group) for group in groups]
+    return _stream(dataset, order, transform, blocks, setting, [label for group in groups for label in group])
+
+
+def _stream(
+    dataset: Dataset,
+    order: Order,
+    transform: Transform,
+    blocks: list[_Block],
+    setting: Setting,
+    class_order: list[int],
+) -> Stream:
+    """Return the stream whose task id k is `blocks[k]`."""
+    ids = order(len(blocks))
+    if sorted(ids) != list(range(len(blocks))):
+        raise ConfigError(f"task_order: must return each of the {len(blocks)} task ids exactly once, got {ids}")
+    tasks = []
+    for index, k in enumerate(ids):
+        block = blocks[k]
+        train, test = (_part(split, block, index, transform, dataset) for split in (dataset.train, dataset.test))
+        val = None if dataset.val is None else _part(dataset.val, block, index, transform, dataset)
+        tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))
+    return Stream(tuple(tasks), dataset.num_classes, setting, dataset.class_names, tuple(class_order), transform)
+
+
+def _part(split: Split, block: _Block, index: int, transform: Transform, dataset: Dataset) -> Split:
+    """Return the rows of a task, in the order of the data set, as the position `index` reads them."""
+    if len(block.classes) < dataset.num_classes:
+        split = split.select(torch.isin(split.y, torch.tensor(block.classes)).nonzero()[:, 0])
+    if not isinstance(split, TensorSplit):
+        raise TypeError(f"cannot place a {type(split).__name__} in a stream")
+    return replace(split, positions=index, transform=transform, shift=block.shift)
+
+
+def task_name(names: Sequence[str]) -> str:
+    """Return a name of at most 16 characters for a task with these classes: "0/1", or "first..last" above three."""
+    joint, shown = ("/", names) if len(names) <= 3 else ("..", [names[0], names[-1]])
+    room = (NAME_LENGTH - len(joint) * (len(shown) - 1)) // len(shown)
+    full = joint.join(shown)
+    return full if len(full) <= NAME_LENGTH else joint.join(name[:room] for name in shown)
+
+
+def _check_setting(scenario: str, setting: str, allowed: tuple[Setting, ...]) -> None:
+    """Refuse a setting that the scenario has no tasks for."""
+    if setting not in allowed:
+        raise ConfigError(f"scenario.setting: {scenario} cannot be '{setting}' (possible: {', '.join(allowed)})")

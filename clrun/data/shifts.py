@@ -1,0 +1,67 @@
+"""Shifts of stored images that make a domain: picklable, applied batch by batch, one index of pixels at most in memory.
+
+Shapes: `B` batch, `C` channels, `H`, `W` height and width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clrun.data.transforms import PerDevice
+from clrun.seeding import derive
+
+Shift = Callable[[Tensor], Tensor]  # stored images [B, C, H, W] -> stored images of a domain
+
+
+@dataclass(frozen=True)
+class PixelPermutation:
+    """Moves the pixels of stored images; the channels of a pixel stay together.
+
+    Attributes:
+        source: [H * W] long, where each pixel comes from.
+    """
+
+    source: PerDevice
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return permuted images of x [B, C, H, W]."""
+        return x.flatten(2).index_select(2, self.source.on(x.device)).view(x.shape)
+
+
+def pixel_permutation(image_shape: tuple[int, ...], seed: int, task: int) -> PixelPermutation:
+    """Return the permutation of a task id, drawn by (seed, task) with the frozen stream of NumPy's RandomState."""
+    source = np.random.RandomState(derive(seed, "permutation", task) % 2**32).permutation(
+        image_shape[1] * image_shape[2]
+    )
+    return PixelPermutation(PerDevice(torch.from_numpy(source)))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Turns stored images about their centre: bilinear, black outside, rounded to uint8.
+
+    Attributes:
+        degrees: angle, counter-clockwise.
+    """
+
+    degrees: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return rotated images of x [B, C, H, W] uint8."""
+        height, width = x.shape[-2:]
+        cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
+        # The inverse map in units of half the image's sides, hence the ratios.
+        theta = torch.tensor([[[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]], device=x.device)
+        grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False).expand(len(x), -1, -1, -1)
+        turned = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        return turned.round_().to(torch.uint8)
+
+
+def random_angle(maximum: float, seed: int, task: int) -> float:
+    """Return the angle of a task id, uniform in [0, maximum) and drawn by (seed, task)."""
+    return maximum * derive(seed, "rotation", task) / 2**63

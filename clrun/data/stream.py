@@ -1,0 +1,113 @@
+"""Data sets as loaders return them, tasks, and the stream of tasks with its candidate masks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clrun.data.split import Plain, Split, Transform
+
+Setting = Literal["til", "cil", "dil"]
+Order = Callable[[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a loader returns: splits in data-set order and the facts that scenarios and transforms need.
+
+    Attributes:
+        name: short name, as in `dataset=NAME`.
+        train: training rows, without the validation rows.
+        test: test rows.
+        val: validation rows cut from the training rows; None without.
+        num_classes: C.
+        class_names: C names.
+        image_shape: (channels, height, width) of the stored images, (D,) of feature rows.
+        mean: mean of each channel, in [0, 1] units; () leaves pixels in [0, 1].
+        std: standard deviation of each channel, in [0, 1] units; () likewise.
+        augment: names of the training augmentations, in order (see `clrun.data.transforms`).
+        groups: named partitions of the classes (superclasses, alphabets), for `scenario=fixed_groups`.
+        seed: `dataset.seed`; drives validation split, permutations, rotations and generated images only.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, ...]
+    val: Split | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augment: tuple[Any, ...] = ()
+    groups: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    Attributes:
+        index: position in the stream, from 0.
+        id: identity, the same in every order.
+        name: short text for tables and pictures.
+        classes: [k] class ids present in the task (domain-incremental: all).
+        train: training rows.
+        test: test rows.
+        val: validation rows; None without.
+    """
+
+    index: int
+    id: int
+    name: str
+    classes: Tensor
+    train: Split
+    test: Split
+    val: Split | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in the order in which they are learned.
+
+    Attributes:
+        tasks: T tasks by position.
+        num_classes: C, of the whole data set.
+        setting: "til", "cil" or "dil": which classes compete in the training loss.
+        class_names: C names.
+        class_order: class ids in the order in which the scenario dealt them to tasks.
+        transform: how stored images become network input, shared by all splits.
+    """
+
+    tasks: tuple[Task, ...]
+    num_classes: int
+    setting: Setting
+    class_names: tuple[str, ...] = ()
+    class_order: tuple[int, ...] = ()
+    transform: Transform = field(default_factory=Plain)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Task ids by position."""
+        return tuple(task.id for task in self.tasks)
+
+    def candidates(self, learned: int, setting: Setting | None = None) -> Tensor:
+        """Return [T, C] bool: the classes competing for a sample of each task after `learned` tasks.
+
+        Class- and domain-incremental: every class seen so far, in every row. Task-incremental: row t keeps those of
+        them that belong to task t.
+        """
+        seen = self.members[:learned].any(dim=0)
+        return self.members & seen if (setting or self.setting) == "til" else seen.repeat(len(self.tasks), 1)
+
+    @cached_property
+    def members(self) -> Tensor:
+        """[T, C] bool: the classes of each task."""
+        members = torch.zeros(len(self.tasks), self.num_classes, dtype=torch.bool)
+        for task in self.tasks:
+            members[task.index, task.classes.cpu()] = True
+        return members

@@ -1,0 +1,185 @@
+"""From stored images to network input: augmentation, channels, size and normalisation, batched on the device.
+
+Shapes: `B` batch, `C` channels, `H`, `W` height and width. Pixels stay in 0..255 until the last step, which converts
+and normalises at once.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.data.augment import GREY, Augmentation, parse_augmentations, to_grey
+from clrun.data.split import Plain, Transform
+from clrun.data.stream import Dataset
+from clrun.errors import ConfigError
+
+Shape = tuple[int, int, int]
+
+
+class PerDevice:
+    """A constant tensor, with a copy on each device that asked for one; copies are not pickled."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the tensor on `device`."""
+        if device not in self._copies:
+            self._copies[device] = self.value.to(device)
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the copies."""
+        return {"value": self.value, "_copies": {}}
+
+
+class ImageTransform:
+    """Turns stored images into what a network wants.
+
+    Alpha is laid over white, RGB becomes grey by ITU-R BT.601 and grey is repeated, as the wanted channels ask; the
+    size is fitted by antialiased bilinear resizing of the whole image. Augmentation happens at the stored size, before.
+
+    Args:
+        stored: (C, H, W) of the stored images, values 0..255.
+        wanted: (C, H, W) of the network.
+        mean: mean of each wanted channel, in [0, 1] units.
+        std: standard deviation of each wanted channel, in [0, 1] units.
+        augmentations: applied in order in the train view.
+    """
+
+    def __init__(
+        self,
+        stored: Shape,
+        wanted: Shape,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augmentations: tuple[Augmentation, ...],
+    ) -> None:
+        self.size = wanted[1:]
+        self.alpha = stored[0] != wanted[0] and stored[0] in (2, 4)
+        self.grey = wanted[0] == 1 and stored[0] in (3, 4)
+        self.augmentations = augmentations
+        spread = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
+        self._scale = PerDevice((1 / (255 * spread)).float())
+        self._offset = PerDevice((-torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1) / spread).float())
+
+    @property
+    def augments(self) -> bool:
+        """Whether the train view differs from the eval view."""
+        return bool(self.augmentations)
+
+    def eval(self, x: Tensor) -> Tensor:
+        """Return stored images as prepared floats, deterministically and per sample."""
+        return self._fit(over_white(x) if self.alpha else x)
+
+    def train(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return stored images as prepared, augmented floats; parameters are drawn from `generator`, on the CPU."""
+        if self.alpha:
+            x = over_white(x)
+        for augmentation in self.augmentations:
+            x = augmentation(x, self.size, generator)
+        return self._fit(x)
+
+    def _fit(self, x: Tensor) -> Tensor:
+        """Return images of the wanted size and channels, normalised; x keeps its values."""
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x.float(), self.size, mode="bilinear", antialias=True)
+        if self.grey:
+            x = to_grey(x)
+        scale, offset = self._scale.on(x.device), self._offset.on(x.device)
+        if len(scale) != x.shape[1]:
+            return (x * scale).add_(offset)  # grey is repeated by broadcasting
+        return x.to(torch.float32, copy=True).mul_(scale).add_(offset)
+
+
+def over_white(x: Tensor) -> Tensor:
+    """Return float images without their last channel, the alpha (0..255), laid over white."""
+    alpha = x[:, -1:].float() / 255
+    return x[:, :-1] * alpha + 255 * (1 - alpha)
+
+
+def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str]:
+    """Return the transform that fits a data set's images to a backbone, and one line that says what it does.
+
+    The backbone's `mean` and `std` decide the normalisation when it has them, else the data set's; without either,
+    pixels are left in [0, 1]. Rows that are features already are passed through.
+
+    Args:
+        dataset: says the stored shape, the normalisation constants and the augmentations.
+        backbone: may have `input_size` (C, H, W), `mean` and `std`; None takes the data set's.
+
+    Raises:
+        ConfigError: unknown augmentation, or channels that cannot be converted.
+    """
+    augmentations = parse_augmentations(dataset.augment)
+    if len(dataset.image_shape) != 3:
+        if augmentations:
+            raise ConfigError("dataset.augment: this data set has no images; set dataset.augment=[]")
+        return Plain(), f"{'x'.join(map(str, dataset.image_shape))} features, as stored"
+    channels, height, width = dataset.image_shape
+    stored = (channels, height, width)
+    wanted: Shape = tuple(getattr(backbone, "input_size", None) or stored)
+    mean, std, source = _normalisation(dataset, backbone, wanted[0])
+    transform = ImageTransform(stored, wanted, mean=mean, std=std, augmentations=tuple(augmentations.values()))
+    steps = [*_steps(stored, wanted), source]
+    line = _shape(stored) if stored == wanted else f"{_shape(stored)} -> {_shape(wanted)}"
+    training = f"; training: {', '.join(augmentations)}" if augmentations else ""
+    return transform, f"{line}: {', '.join(steps)}{training}"
+
+
+def _steps(stored: Shape, wanted: Shape) -> list[str]:
+    """Return what is done to size and channels.
+
+    Raises:
+        ConfigError: channels that cannot be converted.
+    """
+    steps = ["resized"] if stored[1:] != wanted[1:] else []
+    if stored[0] == wanted[0]:
+        return steps
+    if stored[0] not in (1, 2, 3, 4) or wanted[0] not in (1, 3):
+        raise ConfigError(
+            f"backbone: wants {wanted[0]} channels but the images of the data set have {stored[0]}; "
+            "only grey, RGB and their forms with alpha are converted into grey or RGB"
+        )
+    if stored[0] in (2, 4):
+        steps.append("alpha over white")
+    if wanted[0] == 1 and stored[0] > 2:
+        steps.append("RGB to grey")
+    elif wanted[0] == 3 and stored[0] < 3:
+        steps.append("grey repeated")
+    return steps
+
+
+def _normalisation(
+    dataset: Dataset, backbone: nn.Module, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Return mean and standard deviation of each wanted channel, and the words for them."""
+    mean, std = getattr(backbone, "mean", None), getattr(backbone, "std", None)
+    if mean is not None and std is not None:
+        return _match(tuple(mean), channels), _match(tuple(std), channels), "normalised by the backbone"
+    if dataset.mean and dataset.std:
+        return _match(dataset.mean, channels), _match(dataset.std, channels), "normalised by the data set"
+    return (0.0,) * channels, (1.0,) * channels, "scaled to [0, 1]"
+
+
+def _match(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return one value a wanted channel: repeated from grey, or weighted from RGB by ITU-R BT.601.
+
+    The weighted standard deviation takes the colours as fully correlated, which natural images nearly are.
+    """
+    if len(values) == channels:
+        return values
+    if len(values) == 1:
+        return values * channels
+    if len(values) == 3 and channels == 1:
+        return (sum(w * v for w, v in zip(GREY, values, strict=True)),)
+    raise ConfigError(f"dataset: {len(values)} normalisation constants do not fit {channels} channels")
+
+
+def _shape(shape: Shape) -> str:
+    """Return "HxWxC"."""
+    return f"{shape[1]}x{shape[2]}x{shape[0]}"
