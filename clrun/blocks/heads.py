@@ -1,0 +1,96 @@
+"""Classifier heads. Logits are [B, C] over all classes of the data set; columns of unseen classes are 0."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GrowingHead(nn.Module):
+    """A linear classifier whose rows come to life with their classes.
+
+    The rows of all C classes are allocated at once and start at 0, so that growing changes no shape and a checkpoint
+    needs no load code: an unseen class has the constant logit 0, gets no gradient through a masked loss and is
+    untouched by weight decay and momentum.
+
+    Args:
+        num_features: D, width of the features.
+        num_classes: C.
+        bias: whether each class has a bias.
+    """
+
+    seen: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_classes, num_features))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(num_classes)) if bias else None)
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+
+    def grow(self, classes: Tensor, generator: torch.Generator | None = None) -> None:
+        """Initialise the rows of those `classes` ([k] long) that are new, as `nn.Linear` does (uniform, 1/sqrt(D)).
+
+        Args:
+            classes: class ids.
+            generator: source of the numbers (on the CPU); None takes the global one, which the engine re-seeds with
+                the task's identity.
+        """
+        classes = classes.to(self.seen.device)
+        new = classes[~self.seen[classes]]
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        draw = torch.rand(len(new), self.weight.shape[1] + 1, generator=generator) * 2 * bound - bound
+        with torch.no_grad():
+            self.weight[new] = draw[:, :-1].to(self.weight)
+            if self.bias is not None:
+                self.bias[new] = draw[:, -1].to(self.bias)
+            self.seen[new] = True
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] of features [B, D]."""
+        return F.linear(features, self.weight, self.bias)
+
+
+class CosineHead(GrowingHead):
+    """A growing classifier whose logits are scaled cosines between features and class rows, without bias.
+
+    Cosines keep new classes from outgrowing old ones (LUCIR, Hou et al., CVPR 2019, equation 4).
+
+    Args:
+        num_features: D.
+        num_classes: C.
+        scale: initial value of the learned factor of the cosines.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, *, scale: float) -> None:
+        super().__init__(num_features, num_classes, bias=False)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] of features [B, D]."""
+        return self.scale * F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+
+class PrototypeHead(nn.Module):
+    """Scores of features against one prototype a class; nothing is trained. A class without prototype scores 0.
+
+    Args:
+        num_features: D.
+        num_classes: C.
+        metric: "cosine"; or "euclidean": minus the squared distance, plus the |f|^2 that all classes share.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, num_features: int, num_classes: int, *, metric: Literal["cosine", "euclidean"]) -> None:
+        super().__init__()
+        self.metric = metric
+        self.register_buffer("prototypes", torch.zeros(num_classes, num_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return scores [B, C] of features [B, D]."""
+        if self.metric == "cosine":
+            return F.linear(F.normalize(features, dim=1), F.normalize(self.prototypes, dim=1))
+        return 2 * F.linear(features, self.prototypes) - self.prototypes.square().sum(dim=1)

@@ -1,0 +1,45 @@
+"""Experience replay with a reservoir (Chaudhry et al., "On tiny episodic memories", 2019, arXiv 1902.10486).
+
+Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input. Task id: not needed.
+"""
+
+from torch import nn
+
+from clrun.blocks.buffers import ReservoirBuffer, share
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.errors import Count
+from clrun.method import Method
+from clrun.training import Context
+
+
+class Er(Method):
+    """Add rows of a reservoir to each batch; the loss is the mean cross-entropy over both parts.
+
+    Rows are stored raw and augmented anew when replayed. Each row of a task is offered once, in the first epoch, after
+    the memory has been read for its step. With several processes each keeps its share of the memory.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        capacity: M, rows in memory over all processes; 0 is finetuning.
+        replay_size: rows replayed a step, over all processes; null for as many as the batch size.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, capacity: Count, replay_size: Count | None) -> None:
+        super().__init__(backbone, num_classes)
+        self.capacity, self.replay_size = capacity, replay_size
+        self.memory = ReservoirBuffer(capacity)
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
+
+    def mix(self, batch: Batch, ctx: Context) -> Batch:
+        rank, world = ctx.hardware.rank, ctx.hardware.world
+        size = ctx.budget.batch_size if self.replay_size is None else self.replay_size
+        old = self.memory.sample(share(size, rank=rank, world=world), ctx.generator("replay", rank))
+        # The memory is read first, hence no row meets itself in the step that brings it.
+        if ctx.progress.epoch == 0:
+            self.memory.add(batch, generator=ctx.generator("reservoir", rank))
+        return Batch.cat(batch, old) if len(old) else batch
