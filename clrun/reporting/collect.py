@@ -1,0 +1,131 @@
+"""Run folders, read and reduced to what tables and statistics need."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clrun.config import flatten
+from clrun.errors import ConfigError
+from clrun.files import holder
+from clrun.metrics import AccuracyMatrix, summary
+from clrun.records import RunRecord
+from clrun.reporting.tables import cost_totals
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, without its matrices.
+
+    Attributes:
+        folder: its folder.
+        label: its folder as shown: relative to the folder that was asked about.
+        name: `name` of its configuration.
+        status: as stored, but "interrupted" for a running one whose process is dead.
+        error: what ended it; "" for nothing.
+        method: short name: the choice in the config group, else the last part of the target.
+        backbone: likewise.
+        dataset: likewise.
+        seed: seed of the run.
+        order: task ids by position; () when it ended before its stream was built.
+        config: flattened configuration.
+        metrics: by setting, by name.
+        finals: by setting, the final accuracy of each task id; only where every cell is there.
+        parameters: after the last task; None when unknown.
+        state_bytes: after the last task; None when unknown.
+        train_seconds: of all tasks; None when unknown.
+    """
+
+    folder: Path
+    label: str
+    name: str
+    status: str
+    error: str
+    method: str
+    backbone: str
+    dataset: str
+    seed: int
+    order: tuple[int, ...]
+    config: Mapping[str, object]
+    metrics: Mapping[str, Mapping[str, float | None]]
+    finals: Mapping[str, Mapping[int, float]]
+    parameters: int | None
+    state_bytes: int | None
+    train_seconds: float | None
+
+
+def run_folders(root: Path) -> Iterator[Path]:
+    """Yield every folder at or below `root` that holds a run.json, in sorted order.
+
+    Hidden folders and links are not followed: a link could lead out of `root` or into a circle.
+    """
+    for path, folders, files in os.walk(root):
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        if "run.json" in files and not (Path(path) / "run.json").is_symlink():
+            yield Path(path)
+
+
+def collect(roots: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """Read the runs below `roots`, each once.
+
+    Returns:
+        The runs, and (folder, reason) of those that cannot be read.
+    """
+    runs, skipped, seen = [], [], set()
+    for root in roots:
+        for folder in run_folders(root):
+            if (real := folder.resolve()) in seen:
+                continue
+            seen.add(real)
+            label = folder.relative_to(root).as_posix() if len(roots) == 1 else folder.as_posix()
+            try:
+                runs.append(_reduced(RunRecord.load(folder), label))
+            except ConfigError as error:
+                skipped.append((label, str(error)))
+    return runs, skipped
+
+
+def _reduced(record: RunRecord, label: str) -> Run:
+    config = record.config
+    dead = record.status == "running" and holder(record.folder / "lock") is None
+    matrices = dict(_evaluated(record))
+    parameters, state_bytes, train_seconds = cost_totals(record.cost)
+    return Run(
+        folder=record.folder,
+        label=label,
+        name=record.name,
+        status="interrupted" if dead else record.status,
+        error=record.error,
+        method=_choice(record, "method"),
+        backbone=_choice(record, "backbone"),
+        dataset=_choice(record, "dataset"),
+        seed=record.seed,
+        order=record.order,
+        config=flatten(config),
+        metrics={setting: summary(matrix) for setting, matrix in matrices.items()},
+        finals={setting: finals for setting, m in matrices.items() if not _lacking(finals := m.final())},
+        parameters=parameters,
+        state_bytes=state_bytes,
+        train_seconds=train_seconds,
+    )
+
+
+def _evaluated(record: RunRecord) -> Iterable[tuple[str, AccuracyMatrix]]:
+    """Yield (setting, matrix) of the split that the run evaluates on."""
+    job = record.config.get("job")
+    split = job.get("eval_split", "test") if isinstance(job, dict) else "test"
+    return ((setting, matrix) for (name, setting), matrix in record.matrices.items() if name == split)
+
+
+def _lacking(finals: Mapping[int, float]) -> bool:
+    return any(value != value for value in finals.values())
+
+
+def _choice(record: RunRecord, group: str) -> str:
+    """Return the short name of what was chosen in a config group."""
+    if group in record.choices:
+        return record.choices[group]
+    node: Any = record.config.get(group)
+    target = node.get("_target_") if isinstance(node, dict) else None
+    return str(target or "").rpartition(".")[2]
