@@ -1,0 +1,138 @@
+"""The command `clrun`: Hydra overrides, or one of list, report and --version; what runs start and how they end.
+
+Exit codes: 0 done; 1 a bug, or failed jobs of a sweep; 2 a mistake of the user, one line each; 130 Ctrl-C.
+"""
+
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.utils import env_override
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from clrun import __version__
+from clrun.compose import Composer, conf_dir
+from clrun.errors import ConfigError, did_you_mean
+from clrun.jobs import run, task
+from clrun.signature import one_line
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit.
+
+    Args:
+        argv: arguments without the program's name; default `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: always, with the exit code; the exception itself when HYDRA_FULL_ERROR=1 is set.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that a stray torch.py shadows nothing
+    try:
+        code = _command(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader of a pipe left, as in `clrun --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        if isinstance(error, ConfigError):
+            for line in str(error).splitlines():
+                print(f"clrun: {line}", file=sys.stderr)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
+    sys.exit(code)
+
+
+def _command(argv: list[str]) -> int:
+    """Do what the command line asks for; return the exit code."""
+    if argv[:1] == ["list"]:
+        return _list(argv[1:])
+    if argv[:1] == ["report"]:
+        return _report(argv[1:])
+    if "--version" in argv:
+        print(f"clrun {__version__}")
+        return 0
+    parser = _refusing(get_args_parser())
+    args = parser.parse_intermixed_args(argv)
+    if args.experimental_rerun:
+        raise ConfigError("--experimental-rerun is not supported; continue a run with hydra.run.dir=FOLDER")
+    if args.shell_completion:
+        return _hydra(args, parser)
+    with _composer(args) as composer:
+        showing = args.help or args.hydra_help or args.cfg or args.info or args.resolve
+        if not showing:
+            return run(
+                composer, [*args.overrides, "hydra.mode=RUN"] if args.run else args.overrides, sweep=args.multirun
+            )
+        composer.compose(args.overrides, sweep=args.multirun)  # for its clear errors
+    return _hydra(args, parser)
+
+
+def _refusing(parser: ArgumentParser) -> ArgumentParser:
+    """Make a parser raise where it would print its usage and exit."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see clrun --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
+def _composer(args: Namespace) -> AbstractContextManager[Composer]:
+    return Composer.of(config_path=args.config_path, config_name=args.config_name, config_dir=args.config_dir)
+
+
+def _hydra(args: Namespace, parser: ArgumentParser) -> int:
+    """Let Hydra do what it can do alone: help, completion, showing configurations."""
+    try:
+        with env_override({"HYDRA_FULL_ERROR": "1"}):  # else it prints and exits by itself
+            _run_hydra(args, parser, task, str(conf_dir()), "config")
+    except SystemExit as end:
+        return 2 if end.code else 0
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    """Print the members of a group, each with the first comment of its file."""
+    parser = _refusing(ArgumentParser("clrun list", add_help=False))
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("group", nargs="?", default="")
+    args = parser.parse_intermixed_args(words)
+    folders = [folder for folder in (args.config_dir, conf_dir()) if folder is not None]
+    groups = {f.name for d in folders if d.is_dir() for f in d.iterdir() if f.is_dir() and f.name != "hydra"}
+    group = next((g for g in groups if args.group in (g, f"{g}s")), None)
+    if group is None:
+        close = did_you_mean(args.group, groups)
+        raise ConfigError(f"list: no group '{args.group}'{close} (available: {', '.join(sorted(groups))})")
+    files = {f.relative_to(d / group): f for d in folders for f in (d / group).rglob("*.yaml")}
+    for member, file in sorted(files.items()):
+        comments = (x.removeprefix("#").strip() for x in file.read_text().splitlines() if x.startswith("#"))
+        print(f"{member.with_suffix('').as_posix():24} {next((c for c in comments if c and c[0] != '@'), '')}".rstrip())
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    """Rebuild the tables of folders of runs."""
+    from clrun.reporting import report
+
+    parser = _refusing(ArgumentParser("clrun report", add_help=False))
+    parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_intermixed_args(words)
+    print(report(args.dirs, out=args.out).text)
+    return 0

@@ -1,0 +1,314 @@
+"""How much slower than a bare PyTorch loop is clrun? Ratios, measured in pairs within one run of this script.
+
+    python scripts/bench_overhead.py [--pairs 5] [--threads N] [--only training,evaluation,fisher,memory]
+
+The bare loop trains the same network on the same uint8 images in memory, with the same batched augmentation (written
+out again here), batch size and number of steps, and evaluates with one argmax; it is given the faster of the plain and
+the channels-last memory order. clrun is its engine with method finetune. A ratio above 1 means clrun is faster; for
+the Fisher and the memory, where less is better, it is clrun / bare. Medians over the pairs.
+"""
+
+import argparse
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.backbones import small
+from clrun.blocks.curvature import diagonal_fisher
+from clrun.blocks.heads import GrowingHead
+from clrun.data.split import TensorSplit
+from clrun.data.stream import Dataset, Stream, Task
+from clrun.data.transforms import fit_transform
+from clrun.engine import Engine
+from clrun.evaluation import Evaluation
+from clrun.hardware import Hardware
+from clrun.methods.finetune import Finetune
+from clrun.training import Budget, Context
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data, and what is demanded of clrun's training throughput relative to the bare loop."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, int, int]
+    augment: bool
+    batch: int
+    rows: int
+    epochs: int
+    demanded: float
+
+
+CASES = [
+    Case(
+        "resnet32, 32x32, batch 64", lambda: small.resnet32((3, 32, 32), width=16), (3, 32, 32), True, 64, 640, 2, 0.95
+    ),
+    Case("lenet, 32x32, batch 64", lambda: small.lenet((3, 32, 32)), (3, 32, 32), True, 64, 1280, 2, 0.90),
+    Case("mlp, 8x8, batch 32", lambda: small.mlp((1, 8, 8), hidden=[256, 64]), (1, 8, 8), False, 32, 1440, 20, 0.80),
+]
+MEAN, STD = 0.45, 0.25
+
+
+class Journal:
+    """Hears the engine and keeps nothing."""
+
+    def begin_task(self, task):
+        pass
+
+    step = log = rows = begin_task
+
+    def end_task(self, task, method, life):
+        pass
+
+
+def data(case):
+    """Return uint8 images [rows, C, H, W] and labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (case.rows, *case.shape), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, CLASSES, (case.rows,), generator=generator)
+
+
+def hardware(threads):
+    device = Hardware("cpu", 1, "fp32", threads, 0, True, True, False)
+    device.setup()
+    return device
+
+
+def stream(case, images, labels, network):
+    """Return a stream of one task with all rows, for training and for the test."""
+    split = TensorSplit(images, labels)
+    augment = ("crop", "flip") if case.augment else ()
+    channels = case.shape[0]
+    dataset = Dataset(
+        "bench", split, split, CLASSES, tuple("0123456789"), case.shape,
+        mean=(MEAN,) * channels, std=(STD,) * channels, augment=augment,
+    )  # fmt: skip
+    transform, _ = fit_transform(dataset, network)
+    rows = TensorSplit(images, labels, transform=transform)
+    return Stream((Task(0, 0, "all", torch.arange(CLASSES), rows, rows),), CLASSES, "cil", transform=transform)
+
+
+def bare_augment(x: Tensor, generator) -> Tensor:
+    """Random crop with 4 pixels of zero padding, then random horizontal flip, per sample, batched."""
+    count, _, height, width = x.shape
+    padded = F.pad(x, (4, 4, 4, 4))
+    top = torch.randint(0, 9, (count, 1), generator=generator) + torch.arange(height)
+    left = torch.randint(0, 9, (count, 1), generator=generator)
+    columns = torch.arange(width).expand(count, width)
+    flip = torch.rand(count, 1, generator=generator) < 0.5
+    columns = torch.where(flip, width - 1 - columns, columns) + left
+    batch = torch.arange(count)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, top[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def bare_prepare(x: Tensor, layout) -> Tensor:
+    return x.float().div_(255).sub_(MEAN).div_(STD).contiguous(memory_format=layout)
+
+
+def bare_training(case, images, labels, layout):
+    """Return the network and the seconds of a plain training loop."""
+    torch.manual_seed(0)
+    network = case.build()
+    head = GrowingHead(network.num_features, CLASSES)
+    head.grow(torch.arange(CLASSES))
+    model = nn.Sequential(network, head).to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    start = time.perf_counter()
+    for _ in range(case.epochs):
+        order = torch.randperm(len(labels), generator=generator)
+        for at in range(0, len(labels), case.batch):
+            rows = order[at : at + case.batch]
+            x, y = images[rows], labels[rows]
+            if case.augment:
+                x = bare_augment(x, generator)
+            loss = F.cross_entropy(model(bare_prepare(x, layout)), y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return model, time.perf_counter() - start
+
+
+def bare_evaluation(case, model, images, labels, layout, repeats):
+    model.eval()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(repeats):
+            correct = 0
+            for at in range(0, len(labels), 256):
+                x = bare_prepare(images[at : at + 256], layout)
+                correct += (model(x).argmax(1) == labels[at : at + 256]).sum()
+            correct = int(correct)
+    return time.perf_counter() - start
+
+
+def clrun_training(case, images, labels, device):
+    """Return the method, its stream and the seconds the engine reports for training."""
+    torch.manual_seed(0)
+    network = case.build()
+    tasks = stream(case, images, labels, network)
+    budget = Budget(partial(torch.optim.SGD, lr=0.01, momentum=0.9), epochs=case.epochs, batch_size=case.batch)
+    evaluation = Evaluation(device, "test", 256, 8)
+    engine = Engine(tasks, budget, device, 0, evaluation, Journal())
+    method = Finetune(network, CLASSES, heads="all")
+    engine.run(method)
+    return method, tasks, engine.life.costs[0]["train_seconds"]
+
+
+def speed(case, pairs, device):
+    """Print the ratios of training and of evaluation."""
+    images, labels = data(case)
+    layouts = {"plain": torch.contiguous_format, "channels-last": torch.channels_last}
+    warm = {
+        name: min(bare_training(case, images, labels, layout)[1] for _ in range(2)) for name, layout in layouts.items()
+    }
+    best = min(warm, key=warm.get)
+    layout = layouts[best]
+    clrun_training(case, images, labels, device)
+    training, evaluating, rates = [], [], []
+    repeats = max(1, 2000 // case.rows) if case.augment else 20
+    for _ in range(pairs):
+        model, bare = bare_training(case, images, labels, layout)
+        method, tasks, ours = clrun_training(case, images, labels, device)
+        training.append(bare / ours)
+        rates.append(case.rows * case.epochs / ours)
+        bare = bare_evaluation(case, model, images, labels, layout, repeats)
+        evaluation = Evaluation(device, "test", 256, None)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            evaluation(method, tasks, 1)
+        evaluating.append(bare / (time.perf_counter() - start))
+    show(f"training   {case.name} ({best}, {statistics.median(rates):,.0f} images/s)", training, case.demanded)
+    show(f"evaluation {case.name}", evaluating, 0.90)
+
+
+def show(name, ratios, demanded, less=False):
+    middle = statistics.median(ratios)
+    fine = middle <= demanded if less else middle >= demanded
+    bound = f"{'at most' if less else 'at least'} {demanded:.2f}"
+    print(f"{name:<62} {middle:5.2f}  [{min(ratios):.2f}, {max(ratios):.2f}]  {bound}  {'ok' if fine else 'MISSED'}")
+    sys.stdout.flush()
+
+
+def fisher(pairs, device):
+    """Print the time of ewc's diagonal Fisher over that of a bare batched estimate: vmap of per-sample gradients."""
+    case = CASES[1]
+    images, labels = data(case)
+    torch.manual_seed(0)
+    network = case.build()
+    method = Finetune(network, CLASSES, heads="all")
+    tasks = stream(case, images, labels, network)
+    budget = Budget(partial(torch.optim.SGD, lr=0.01), epochs=1, batch_size=case.batch)
+    method.head.grow(torch.arange(CLASSES))
+    device.place(method)
+    method.eval()
+    params = {name: p.detach() for name, p in method.backbone.named_parameters()}
+    rest = {f"backbone.{n}": b for n, b in method.backbone.named_buffers()} | {
+        f"head.{n}": p.detach() for n, p in method.head.named_parameters()
+    }
+
+    def nll(values, x, y):
+        state = {f"backbone.{n}": v for n, v in values.items()} | rest
+        return F.cross_entropy(torch.func.functional_call(method, state, (x[None],)), y[None])
+
+    gradients = torch.func.vmap(torch.func.grad(nll), in_dims=(None, 0, 0))
+
+    def bare(count, size):
+        total = {name: torch.zeros_like(p) for name, p in params.items()}
+        for at in range(0, count, size):
+            x = tasks.transform.eval(images[at : at + size])
+            with torch.no_grad():
+                y = torch.multinomial(method(x).softmax(1), 1)[:, 0]
+            for name, gradient in gradients(params, x, y).items():
+                total[name] += gradient.detach().square().sum(0)
+        return total
+
+    ratios, count = [], 256
+    sizes = (4, 8, 16, 32)
+    best = min(sizes, key=lambda size: timed(lambda: bare(64, size)))
+    for _ in range(pairs):
+        ctx = Context(tasks, tasks.tasks[0], budget, device, 0)
+        theirs = timed(lambda: bare(count, best))
+        rows = tasks.tasks[0].train.select(torch.arange(count))
+        ours = timed(
+            lambda: diagonal_fisher(method, rows, ctx, of=method.backbone, labels="sampled", samples=None)  # noqa: B023
+        )
+        ratios.append(ours / theirs)
+    show(f"diagonal Fisher, lenet, {count} rows (bare: chunks of {best})", ratios, 2.0, less=True)
+
+
+def timed(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def memory_child(which):
+    """Print the bytes of resident memory that training adds in this fresh process."""
+    case = CASES[2]
+    device = hardware(1)
+    images, labels = data(case)
+    status = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
+    before = status()
+    if which == "bare":
+        bare_training(case, images, labels, torch.contiguous_format)
+    else:
+        clrun_training(case, images, labels, device)
+    print(status() - before)
+
+
+def memory(pairs):
+    """Print peak resident memory added by training, clrun's over the bare loop's."""
+    added = {"bare": [], "clrun": []}
+    for _ in range(max(9, pairs)):
+        for which in added:
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", which], capture_output=True, text=True, check=True
+            )
+            added[which].append(int(done.stdout.strip().splitlines()[-1]))
+    bare, ours = (statistics.median(added[which]) / 2**20 for which in ("bare", "clrun"))
+    allowed = 1.1 * bare + 20
+    print(
+        f"{'memory added by training, mlp, one thread':<62} {ours:5.1f} MiB, bare {bare:.1f} MiB  "
+        f"at most 1.1x + 20 MB = {allowed:.1f}  {'ok' if ours <= allowed else 'MISSED'}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--only", default="training,fisher,memory")
+    parser.add_argument("--child", choices=("bare", "clrun"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        memory_child(args.child)
+        return
+    device = hardware(args.threads)
+    print(f"torch {torch.__version__}, {device.threads} threads, {platform.machine()}, {args.pairs} pairs")
+    print(f"{'clrun / bare loop':<62} median [min, max]")
+    if "training" in args.only:
+        for case in CASES:
+            speed(case, args.pairs, device)
+    if "fisher" in args.only:
+        fisher(args.pairs, device)
+    if "memory" in args.only:
+        memory(args.pairs)
+
+
+if __name__ == "__main__":
+    main()
