@@ -1,0 +1,202 @@
+"""What every learner promises, for every file in conf/method: no method needs a test of its own to be held to this."""
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONF, METHODS, born, cpu, factory, image_stream, live, sgd
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from clrun.checkpoint import Life
+from clrun.data.stream import Stream, Task
+from clrun.evaluation import Evaluation
+from clrun.method import Method
+
+SETTINGS = ("cil", "til", "dil")
+# Options under which a learner must be finetuning, bit for bit.
+NEUTRAL: list[tuple[str, dict[str, Any]]] = [
+    ("er", {"capacity": 0}),
+    ("er", {"replay_size": 0}),
+    ("der", {"alpha": 0.0, "beta": 0.0}),
+    ("der", {"capacity": 0, "beta": 1.0}),
+    ("a_gem", {"capacity": 0}),
+    ("ewc", {"strength": 0.0}),
+    ("ewc", {"strength": 0.0, "solver": "proximal", "labels": "exact", "mode": "separate"}),
+    ("ewc", {"strength": 0.0, "labels": "batched"}),
+]
+# Other options under which a learner claims that the order of the tasks does not matter.
+INVARIANT: list[tuple[str, dict[str, Any]]] = [
+    ("joint", {"mode": "once"}),
+    ("simplecil", {"metric": "euclidean", "normalise_before_mean": True}),
+]
+
+
+def allowed() -> list[tuple[str, str]]:
+    """Return every method with every setting it works in."""
+    return [(name, s) for name in METHODS for s in SETTINGS if s in target(name).settings]
+
+
+def target(name: str) -> type[Method]:
+    """Return the class behind conf/method/`name`.yaml."""
+    return factory(name).func  # type: ignore[attr-defined]
+
+
+def eval_rows(stream: Stream) -> Tensor:
+    """Return prepared test rows of all tasks, in order of the data set."""
+    tasks = sorted(stream.tasks, key=lambda task: task.id)
+    return torch.cat([batch.x for task in tasks for batch in task.test.batches(100)])
+
+
+def logits(method: Method, x: Tensor) -> Tensor:
+    """Return the logits in eval mode, with the position of the last task for methods that need one."""
+    method.eval()
+    with torch.inference_mode():
+        return method(x, 2) if method.needs_task_id else method(x)
+
+
+def state(method: nn.Module) -> dict[str, Any]:
+    """Return copies of weights, buffers and the tensors in plain attributes (replay memories, importances)."""
+    found = dict(method.state_dict())
+    for path, module in method.named_modules():
+        found |= {f"{path}:{name}": value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Fail unless two states are equal bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_files(name: str) -> None:
+    text = (CONF / "method" / f"{name}.yaml").read_text()
+    assert text.startswith("# "), "the first line says what it is and its source"
+    cls = target(name)
+    assert cls.__name__ == "".join(part.capitalize() for part in name.split("_"))
+    keys = {key for key in OmegaConf.create(text) if not str(key).startswith("_")}
+    parameters = inspect.signature(cls).parameters
+    assert keys == parameters.keys() - {"backbone", "num_classes"}
+    assert all(p.default is p.empty for p in parameters.values()), "defaults belong into the YAML"
+    assert issubclass(cls, Method)
+
+
+@pytest.mark.parametrize(("name", "setting"), allowed())
+def test_lives_through_a_stream(name: str, setting: Any) -> None:
+    method, stream = born(factory(name), image_stream(setting, (2, 0, 1), class_seed=1))
+    unseen: list[Tensor] = []
+
+    def look(task: Task, method: Method, life: Life) -> None:
+        seen = stream.candidates(life.learned, "cil")[0]
+        unseen.append(logits(method, eval_rows(stream))[:, ~seen])
+
+    journal = live(method, stream, after=look)
+    settings = {"dil"} if setting == "dil" else ({"til"} if method.needs_task_id else {"cil", "til"})
+    expected = {(p, t, s) for p in (1, 2, 3) for t in range(p) for s in settings}
+    assert {(r["position"], r["task_position"], r["setting"]) for r in journal.recorded} == expected
+    assert all(0 <= r["correct"] <= r["total"] and r["nll"] < 27 for r in journal.recorded)
+    assert all(not columns.any() for columns in unseen), "columns of unseen classes are 0"
+    assert all(p.grad is None for p in method.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_predicts_seen_classes_only(name: str) -> None:
+    method, stream = born(factory(name), image_stream())
+    setting = "til" if method.needs_task_id else "cil"
+    live(method, stream, until=2)
+    first_two = Stream(stream.tasks[:2], 6, "cil", transform=stream.transform)
+    rows = list(Evaluation(cpu(), "test", 64, None).predictions(method, first_two))
+    assert {row[setting] for row in rows} <= {0, 1, 2, 3}
+    assert {row["task"] for row in rows} == {0, 1}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_life_twice(name: str) -> None:
+    ends = []
+    for _ in range(2):
+        torch.rand(7)  # what ran before in this process must not matter
+        method, stream = born(factory(name), image_stream())
+        journal = live(method, stream)
+        ends.append((state(method), journal.recorded))
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_goes_on_from_copies(name: str) -> None:
+    method, stream = born(factory(name), image_stream())
+    copies: list[Method] = []
+
+    def copy_twice(task: Task, method: Method, life: Life) -> None:
+        if life.learned < 3:
+            buffer = io.BytesIO()
+            torch.save(method, buffer)
+            buffer.seek(0)
+            copies.append(pickle.loads(pickle.dumps(method)))
+            copies.append(torch.load(buffer, weights_only=False))
+            copies.append(copy.deepcopy(method))
+
+    live(method, stream, after=copy_twice)
+    for index, twin in enumerate(copies):
+        live(twin, stream, learned=1 + index // 3)
+        assert_same(state(method), state(twin))
+        x = eval_rows(stream)
+        assert torch.equal(logits(method, x), logits(twin, x))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_prediction_depends_on_the_sample_alone(name: str) -> None:
+    method, stream = born(factory(name), image_stream())
+    live(method, stream)
+    x = eval_rows(stream)
+    mates = torch.cat([x[:8], x[8:16].flip(0) * 3 + 1])
+    together, apart = logits(method, x[:16])[:8], logits(method, mates)[:8]
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
+    alone = torch.cat([logits(method, row[None]) for row in x[:8]])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in METHODS), *INVARIANT], ids=str)
+def test_order_invariance_where_claimed(name: str, options: dict[str, Any]) -> None:
+    claims = born(factory(name, **options), image_stream())[0].order_invariant
+    assert claims or not options, "the list INVARIANT is about claims"
+    if not claims:
+        return
+    for setting in ("cil", "til", "dil"):
+        ends = []
+        for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+            method, stream = born(factory(name, **options), image_stream(setting, order))
+            journal = live(method, stream)
+            final = {r["task"]: (r["correct"], r["nll"]) for r in journal.recorded if r["position"] == 3}
+            x = eval_rows(image_stream(setting)) if not method.uses_frozen_features else eval_rows(stream)
+            ends.append((logits(method, x), final))
+        for other, counts in ends[1:]:
+            assert torch.equal(ends[0][0], other), setting
+            assert counts == ends[0][1]
+
+
+@pytest.mark.parametrize(("name", "options"), NEUTRAL, ids=str)
+def test_neutral_option_is_finetuning(name: str, options: dict[str, Any]) -> None:
+    budget = sgd(momentum=0.9, weight_decay=1e-3, clip_norm=1.0)
+    plain, stream = born(factory("finetune"), image_stream())
+    live(plain, stream, budget=budget)
+    method, stream = born(factory(name, **options), image_stream())
+    live(method, stream, budget=budget)
+    weights = state(method)
+    assert_same(state(plain), {key: weights[key] for key in state(plain)})
+
+
+@pytest.mark.parametrize("name", ["er", "der", "a_gem", "ewc", "joint"])
+def test_a_real_option_is_not_finetuning(name: str) -> None:
+    ends = []
+    for chosen in ("finetune", name):
+        method, stream = born(factory(chosen), image_stream())
+        live(method, stream)
+        ends.append(method.head.weight)
+    assert not torch.equal(*ends)

@@ -1,0 +1,186 @@
+"""Small streams, networks and lives of learners, for tests of methods and blocks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from clrun.checkpoint import Life
+from clrun.data.features import frozen_features
+from clrun.data.split import TensorSplit
+from clrun.data.stream import Setting, Stream, Task
+from clrun.data.transforms import fit_transform
+from clrun.engine import Engine
+from clrun.evaluation import Evaluation, Row
+from clrun.hardware import Hardware
+from clrun.method import Method
+from clrun.seeding import seed_all
+from clrun.training import Budget, Context, Progress
+
+CONF = Path(__file__).parent.parent / "conf"
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+FEATURES = 12
+HARDWARE: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "hardware" / "cpu.yaml"))  # type: ignore[assignment]
+
+
+class Net(nn.Module):
+    """A network with everything that remembers or draws: batch normalisation and dropout."""
+
+    num_features = FEATURES
+    input_size = (1, 8, 8)
+    mean = std = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, stride=2)
+        self.norm = nn.BatchNorm2d(6)
+        self.linear = nn.Linear(54, FEATURES)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).relu().flatten(1)
+        return self.dropout(self.linear(x).relu())
+
+
+class Identity(nn.Module):
+    """A backbone without parameters, for features [B, D]."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def configured(group: str, name: str, **options: Any) -> Any:
+    """Return what conf/`group`/`name`.yaml names, with some options changed."""
+    config = OmegaConf.load(CONF / group / f"{name}.yaml")
+    unknown = options.keys() - config.keys()
+    assert not unknown, f"{group}={name} has no option {unknown}"
+    return instantiate(OmegaConf.merge(config, options), _convert_="all")
+
+
+def cpu(**options: Any) -> Hardware:
+    """Return the configuration `hardware=cpu`, on one thread."""
+    values = {key: value for key, value in HARDWARE.items() if key != "_target_"}
+    return Hardware(**(values | {"threads": 1} | options))
+
+
+def sgd(*, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any) -> Budget:
+    """Return a budget of two epochs of SGD, or as `options` say."""
+    optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return Budget(optimizer, **({"epochs": 2, "batch_size": 10} | options))
+
+
+def image_stream(
+    setting: Setting = "cil",
+    order: Sequence[int] = (0, 1, 2),
+    *,
+    augment: Sequence[str] = ("crop",),
+    class_seed: int | None = None,
+) -> Stream:
+    """Return three tasks of two classes (domain-incremental: of six, under permutations) of 8x8 images."""
+    rows = {"train_rows": 5, "test_rows": 4} if setting == "dil" else {"train_rows": 16, "test_rows": 8}
+    dataset = configured("dataset", "synthetic", num_classes=6, image_shape=[1, 8, 8], augment=list(augment), **rows)
+    transform, _ = fit_transform(dataset, Net())
+    if setting == "dil":
+        scenario = configured("scenario", "domain_shift", n_tasks=3)
+    else:
+        scenario = configured("scenario", "class_split", n_tasks=3, setting=setting, class_seed=class_seed)
+    stream: Stream = scenario(dataset, lambda n: list(order), transform)
+    return stream
+
+
+def row_stream(tasks: Sequence[tuple[Tensor, Tensor]], num_classes: int, setting: Setting = "cil") -> Stream:
+    """Return a stream of feature rows, one (x [N, D], y [N]) a task."""
+
+    def task(index: int, x: Tensor, y: Tensor) -> Task:
+        split = TensorSplit(x, y, positions=index)
+        return Task(index, index, f"task {index}", y.unique(), split, split)
+
+    return Stream(tuple(task(i, x, y) for i, (x, y) in enumerate(tasks)), num_classes, setting)
+
+
+def context(stream: Stream, index: int = 0, *, budget: Budget | None = None, seed: int = 0, **options: Any) -> Context:
+    """Return the context of the task at position `index`."""
+    return Context(stream, stream.tasks[index], budget or sgd(), cpu(), seed, **options)
+
+
+def factory(name: str, **options: Any) -> Callable[..., Method]:
+    """Return `method=name` of the configuration with some options changed."""
+    return configured("method", name, **options)
+
+
+def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple[Method, Stream]:
+    """Return a new method on a new network, and the stream it reads (features, where it wants them)."""
+    seed_all(seed, "init")
+    backbone: nn.Module = Net()
+    target: Any = make.func if isinstance(make, partial) else make
+    if target.uses_frozen_features:
+        stream, backbone = frozen_features(stream, backbone, cpu())
+    return make(backbone, stream.num_classes), stream
+
+
+class Recorder:
+    """A journal that keeps what happens, calls `after` when a task ends and stops the life after `until` tasks."""
+
+    def __init__(self, after: Callable[[Task, Method, Life], None] | None, until: int | None) -> None:
+        self.after, self.until = after, until
+        self.recorded: list[Row] = []
+        self.logged: list[Mapping[str, Any]] = []
+        self.steps = 0
+
+    def begin_task(self, task: Task) -> None:
+        pass
+
+    def step(self, progress: Progress) -> None:
+        self.steps += 1
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.logged.append(record)
+
+    def rows(self, rows: list[Row]) -> None:
+        self.recorded += rows
+
+    def end_task(self, task: Task, method: Method, life: Life) -> None:
+        if self.after is not None:
+            self.after(task, method, life)
+        if life.learned == self.until:
+            raise _Stop
+
+
+def live(
+    method: Method,
+    stream: Stream,
+    *,
+    budget: Budget | None = None,
+    learned: int = 0,
+    until: int | None = None,
+    seed: int = 0,
+    after: Callable[[Task, Method, Life], None] | None = None,
+) -> Recorder:
+    """Let `method` learn the tasks at positions `learned` to `until` with the engine."""
+    hardware, journal = cpu(), Recorder(after, until)
+    evaluation = Evaluation(hardware, "test", 64, None)
+    engine = Engine(stream, budget or sgd(), hardware, seed, evaluation, journal, life=Life(learned=learned))
+    with suppress(_Stop):
+        engine.run(method)
+    return journal
+
+
+def trace(read: Callable[[Method], Any], method: Method, stream: Stream, **options: Any) -> list[Any]:
+    """Return what `read` finds in the method after each task of its life."""
+    found: list[Any] = []
+    live(method, stream, after=lambda task, method, life: found.append(read(method)), **options)
+    return found
+
+
+class _Stop(Exception):
+    """Ends a life early."""

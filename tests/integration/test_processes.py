@@ -1,0 +1,157 @@
+"""Several processes share each batch and end where one process ends."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from running import cells, quiet, run
+from safetensors.torch import load_file
+
+from clrun.errors import ConfigError
+from clrun.hardware import Hardware, launch
+from clrun.run import make
+
+OPTIONS = ("hardware=cpu", "job.max_tasks=2", "budget.epochs=1", "budget.batch_size=50", "job.save_model=true")
+
+
+@pytest.mark.parametrize("method", ["finetune", pytest.param("ewc", marks=pytest.mark.slow)])
+def test_two_processes_reproduce_one(tmp_path: Path, method: str) -> None:
+    one = run(tmp_path / "one", f"method={method}", *OPTIONS)
+    two = run(tmp_path / "two", f"method={method}", *OPTIONS, "hardware.processes=2")
+    assert two == one
+    assert cells(tmp_path / "two") == cells(tmp_path / "one")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(b[name].float(), a[name].float(), rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_closed_form_is_exact_and_replay_keeps_its_share(tmp_path: Path) -> None:
+    for name, extra in (("one", ()), ("two", ("hardware.processes=2",))):
+        run(tmp_path / name, "method=simplecil", *OPTIONS, *extra)
+    assert (tmp_path / "one" / "accuracy.csv").read_bytes() == (tmp_path / "two" / "accuracy.csv").read_bytes()
+    run(
+        tmp_path / "er", "method=er", "method.capacity=21", *OPTIONS, "hardware.processes=2", "job.keep_checkpoint=true"
+    )
+    content = torch.load(tmp_path / "er" / "checkpoint.pt", weights_only=True)
+    assert len(content["methods"]) == 2
+    assert content["methods"][0] != content["methods"][1]
+
+
+@pytest.mark.slow
+def test_resume_with_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("method=er", *OPTIONS, "hardware.processes=2")
+    run(tmp_path / "whole", *options)
+    whole = (tmp_path / "whole" / "accuracy.csv").read_bytes()
+    # A file in the way of the second task's checkpoint stops the run there.
+    script = f"""
+import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
+from running import run
+from clrun import checkpoint
+if __name__ == "__main__":
+    run(__import__("pathlib").Path({str(tmp_path / "out")!r}), *{options!r})
+"""
+    (tmp_path / "start.py").write_text(script)
+    process = subprocess.Popen([sys.executable, str(tmp_path / "start.py")], stderr=subprocess.DEVNULL)
+    stored = tmp_path / "out" / "checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not stored.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    if not stored.exists():
+        pytest.skip("the run ended before it could be killed")
+    # Orphans end by themselves; the lock of the dead process is taken over.
+    run(tmp_path / "out", *options)
+    assert (tmp_path / "out" / "accuracy.csv").read_bytes() == whole
+
+
+def _mistake(rank: int, world: int) -> float:
+    if rank == 1:
+        raise ConfigError("method: rank 1 does not like this")
+    time.sleep(60)
+    return 0.0
+
+
+def _bug(rank: int, world: int) -> float:
+    if rank == 1:
+        raise ZeroDivisionError("a bug in rank 1")
+    time.sleep(60)
+    return 0.0
+
+
+def _answer(value: float, rank: int, world: int) -> float:
+    return value + world
+
+
+def test_one_failing_process_ends_all_with_its_message() -> None:
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="rank 1 does not like this"):
+        launch(_mistake, (), processes=2, device="cpu")
+    with pytest.raises(RuntimeError, match="a bug in rank 1"):
+        launch(_bug, (), processes=2, device="cpu")
+    assert time.monotonic() - start < 40
+    assert launch(_answer, (0.5,), processes=2, device="cpu") == 2.5
+
+
+def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
+    options = ("method=finetune", *OPTIONS, "hardware.threads=1", "job.picture=false")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=29517",
+        "-m",
+        "clrun",
+    ]
+    done = subprocess.run(
+        [*torchrun, *options, f"hydra.run.dir={tmp_path / 'two'}"],
+        env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results:") == 1
+    run(tmp_path / "one", "method=finetune", *OPTIONS)
+    assert cells(tmp_path / "two") == cells(tmp_path / "one")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_torchrun_without_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29518", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "clrun"], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "hydra.run.dir" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_hardware_that_is_not_here() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config, _ = quiet("hardware=gpu")
+    hardware: Hardware = make(config["hardware"])
+    with pytest.raises(ConfigError, match=r"hardware\.device=cuda: torch sees no GPU"):
+        hardware.setup()
+    config, _ = quiet("hardware.precision=tf32")
+    with pytest.raises(ConfigError, match=r"hardware\.precision=tf32 needs a GPU"):
+        make(config["hardware"]).setup()
+
+
+def test_switches_do_not_leak_into_the_next_job(tmp_path: Path) -> None:
+    options = ("method=finetune", "job.max_tasks=1", "budget.epochs=1")
+    run(tmp_path / "a", *options)
+    first = (tmp_path / "a" / "accuracy.csv").read_bytes()
+    run(tmp_path / "bf16", *options, "hardware.precision=bf16", "hardware.deterministic=false", "seed=3")
+    torch.rand(7)
+    run(tmp_path / "b", *options)
+    assert (tmp_path / "b" / "accuracy.csv").read_bytes() == first
+    assert torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,120 @@
+"""A run that was stopped at any moment and started again ends as if it had never been stopped."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clrun import files
+from clrun.compose import conf_dir
+from running import run
+
+METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
+SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
+LONG = ("job.max_tasks=3", "budget.epochs=3")
+
+
+class Write:
+    """Counts the moments at which a file of a run changes, and raises at one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.at = 0, None
+        replace, append = os.replace, files.append
+
+        def replacing(source: Path, target: Path) -> None:
+            self.moment()  # the temporary file is written, its rename not yet done
+            replace(source, target)
+            self.moment()
+
+        def appending(path: Path, text: str) -> None:
+            append(path, text)
+            self.moment()
+
+        monkeypatch.setattr("clrun.files.os.replace", replacing)
+        monkeypatch.setattr("clrun.records.append", appending)
+
+    def moment(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_at_every_write(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (f"method={method}", *SHORT)
+    write = Write(monkeypatch)
+    value = run(tmp_path / "whole", *options)
+    whole = (tmp_path / "whole" / "accuracy.csv").read_bytes()
+    assert len(whole.splitlines()) > 5
+    moments = write.count
+    assert moments > 12
+    for at in range(1, moments + 1):
+        out = tmp_path / f"at{at}"
+        write.count, write.at = 0, at
+        with pytest.raises(KeyboardInterrupt):
+            run(out, *options)
+        write.at = None
+        assert run(out, *options) == value
+        assert (out / "accuracy.csv").read_bytes() == whole
+        assert not (out / "checkpoint.pt").exists()
+        shutil.rmtree(out)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[multiprocessing.context.ForkServerContext]:
+    """Processes that begin with everything imported, so that a kill falls into the run and not into the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["running", "clrun.reporting.figures", "sklearn.datasets"])
+    yield context
+
+
+def killed(
+    context: multiprocessing.context.ForkServerContext, out: Path, options: tuple[str, ...], after: float
+) -> int:
+    """Run `options` in a new process and kill it after some seconds; return its exit code."""
+    process = context.Process(target=run, args=(out, *options))
+    process.start()
+    process.join(after)
+    process.kill()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def one_kill(context, tmp_path: Path, method: str, seed: int) -> None:
+    options = (f"method={method}", *LONG)
+    value = run(tmp_path / "whole", *options)
+    whole = (tmp_path / "whole" / "accuracy.csv").read_bytes()
+    start = time.perf_counter()
+    assert killed(context, tmp_path / "timed", options, 60) == 0
+    duration = time.perf_counter() - start
+    draw = random.Random(f"{method} {seed}")
+    out = tmp_path / "killed"
+    for _ in range(5):  # a kill that came after the end is no kill
+        if killed(context, out, options, draw.uniform(0.02, duration)) == -signal.SIGKILL:
+            break
+        shutil.rmtree(out)
+    else:
+        pytest.fail("the run was never caught alive")
+    assert run(out, *options) == value
+    assert (out / "accuracy.csv").read_bytes() == whole
+
+
+KILLS = [(method, seed) for seed in range(3) for method in METHODS]
+
+
+@pytest.mark.parametrize(("method", "seed"), [("er", 0), ("ewc", 0), ("a_gem", 1), ("der", 1)])
+def test_killed_at_a_random_moment(processes, tmp_path: Path, method: str, seed: int) -> None:
+    one_kill(processes, tmp_path, method, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "seed"), KILLS)
+def test_killed_at_more_random_moments(processes, tmp_path: Path, method: str, seed: int) -> None:
+    one_kill(processes, tmp_path, method, seed + 100)

@@ -1,0 +1,43 @@
+"""Helpers of the tests that run configurations in this process."""
+
+import csv
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from clrun.compose import Composer, plain_config
+from clrun.config import JobInfo, check
+from clrun.run import run_config
+
+
+def configuration(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the resolved configuration and the choice of each group, as the command line composes them."""
+    with Composer.of(config_path=None, config_name=None, config_dir=None) as composer:
+        cfg = composer.compose(["hydra.run.dir=unused", *overrides])
+        plain = plain_config(cfg)
+        choices = {
+            str(k): str(v) for k, v in HydraConfig.get().runtime.choices.items() if not str(k).startswith("hydra")
+        }
+    check(plain, choices)
+    return plain, choices
+
+
+@cache
+def quiet(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the configuration of a run that prints and draws nothing unless told otherwise, on one thread."""
+    return configuration("job.progress=false", "job.picture=false", "hardware.threads=1", *overrides)
+
+
+def run(out: Path, *overrides: str) -> float:
+    """Run a configuration in `out`, quietly unless told otherwise, on one thread."""
+    config, choices = quiet(*overrides)
+    return run_config(config, out, job=JobInfo(None, 1, choices, False, list(overrides), {}))
+
+
+def cells(out: Path, setting: str = "cil") -> dict[tuple[int, int], tuple[int, int]]:
+    """Return {(position, task id): (correct, total)} of the rows at the ends of tasks."""
+    with (out / "accuracy.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["setting"] == setting and row["phase"] == "end"]
+    return {(int(r["position"]), int(r["task"])): (int(r["correct"]), int(r["total"])) for r in rows}

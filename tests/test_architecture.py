@@ -1,0 +1,228 @@
+"""The rules of the design that a reader cannot check by eye: layers, forbidden calls, YAML against code, sizes."""
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clrun.signature import locate, parameters
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "clrun"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
+
+# What a module may import of clrun besides errors and seeding; a package stands for its modules.
+LAYERS: dict[str, tuple[str, ...]] = {
+    "__init__": (),
+    "__main__": ("cli",),
+    "errors": (),
+    "seeding": (),
+    "libraries": (),
+    "files": (),
+    "signature": (),
+    "config": ("signature",),
+    "hardware": (),
+    "data.split": (),
+    "data.augment": (),
+    "data.orders": (),
+    "data.stream": ("data.split",),
+    "data.transforms": ("data.augment", "data.split", "data.stream"),
+    "data.shifts": ("data.transforms",),
+    "data.sources": ("data.augment", "data.split", "data.stream", "libraries"),
+    "data.scenarios": ("data.split", "data.stream", "data.shifts", "data.sources", "data.transforms"),
+    "data.features": ("data.split", "data.stream", "hardware"),
+    "backbones": ("libraries",),
+    "blocks": ("data.split",),
+    "training": ("data", "hardware"),
+    "method": ("training", "blocks", "data"),
+    "methods": ("method", "training", "blocks", "data"),
+    "metrics": (),
+    "robustness": ("metrics",),
+    "records": ("files", "metrics"),
+    "reporting": ("config", "files", "metrics", "records", "robustness"),
+    "accounting": ("hardware",),
+    "evaluation": ("data", "hardware", "method"),
+    "checkpoint": ("evaluation", "files", "hardware", "method"),
+    "loggers": ("data.stream", "files", "training", "reporting.tables"),
+    "engine": ("accounting", "checkpoint", "data", "evaluation", "hardware", "method", "training"),
+    "compose": ("config", "signature"),
+    "jobs": ("compose", "config", "files", "signature", "reporting", "run"),
+    "cli": ("compose", "jobs", "signature", "reporting"),
+}
+UNRESTRICTED = ("run", "dry_run")  # they put everything together
+SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
+LIGHT = ("records", "metrics", "robustness", "reporting", "errors", "cli", "jobs", "compose", "config", "signature")
+LIGHT += ("files", "data.orders")
+
+# The modules that a reader must hold in mind to follow a run (design, section 1).
+CORE = ("errors", "seeding", "hardware", "training", "method", "metrics", "robustness", "records", "loggers", "engine")
+CORE += ("config", "signature", "compose", "jobs", "run", "cli")
+CORE_LINES, FILE_LINES, FUNCTION_LINES = 2000, 350, 60
+
+
+def module_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def within(module: str, names: tuple[str, ...]) -> str | None:
+    """The longest of `names` that is `module` or a package around it."""
+    found = [name for name in names if module == name or module.startswith(f"{name}.")]
+    return max(found, key=len) if found else None
+
+
+def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
+    """Dotted names imported, at run time only; with `nested` also inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not nested:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from ((f"clrun.{a.name}" for a in node.names) if node.module == "clrun" else [node.module or ""])
+        else:
+            yield from imports(node, nested=nested)
+
+
+def of_clrun(names: Iterator[str]) -> set[str]:
+    return {name.removeprefix("clrun.") for name in names if name.startswith("clrun.") and name != "clrun.__version__"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_modules_import_only_the_layers_below(file):
+    module = module_of(file)
+    if module in UNRESTRICTED or not TREES[file].body:
+        return
+    layer = within(module, tuple(LAYERS))
+    assert layer, f"{module} has no row in LAYERS"
+    allowed = (*LAYERS[layer], layer, "errors", "seeding")
+    if layer == "methods":
+        allowed = (*LAYERS[layer], "errors", "seeding")
+    strangers = {name for name in of_clrun(imports(TREES[file], nested=True)) if not within(name, allowed)}
+    if layer == "methods":
+        others = {name for name in strangers if name.startswith("methods.")}
+        assert len(others) <= 1, f"{module} is built on several methods: {others}"
+        strangers -= others  # one direct base
+    assert not strangers
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_slow_libraries_are_imported_inside_functions(file):
+    heavy = SLOW + (("torch",) if within(module_of(file), LIGHT) else ())
+    assert not {name for name in imports(TREES[file], nested=False) if within(name, heavy)}
+
+
+def test_command_line_and_reports_leave_torch_alone():
+    code = (
+        "import sys, clrun.cli, clrun.reporting; print([m for m in sys.modules if m in ('torch', 'timm', 'sklearn')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+FORBIDDEN_NAMES = {"print", "random", "np.random", "numpy.random"}
+FORBIDDEN_ENDS = ("F.cross_entropy", "functional.cross_entropy", "manual_seed", "optimizer.step", ".cuda")
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "methods").glob("*.py")), ids=module_of)
+def test_methods_leave_seeding_printing_and_stepping_to_others(file):
+    assert not {n for n in imports(TREES[file], nested=True) if n in ("random", "numpy.random")}
+    calls = {ast.unparse(node.func) for node in ast.walk(TREES[file]) if isinstance(node, ast.Call)}
+    found = {c for c in calls if within(c, tuple(FORBIDDEN_NAMES)) or c.endswith(FORBIDDEN_ENDS)}
+    assert not found
+
+
+def nodes(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every mapping with a `_target_`, at any depth."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield where, value
+        for key, item in value.items():
+            yield from nodes(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            yield from nodes(item, where)
+
+
+YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
+OPTIONS = [
+    pytest.param(node, id=f"{file.parent.name}/{file.stem}{where}")
+    for file in YAMLS
+    for where, node in nodes(yaml.safe_load(file.read_text()))
+]
+
+
+@pytest.mark.parametrize("node", OPTIONS)
+def test_yaml_lists_exactly_the_options_of_its_target(node):
+    takes = parameters(locate(node["_target_"]))
+    given = {key for key in node if key not in ("_target_", "_partial_", "_convert_")}
+    if not node["_target_"].startswith("clrun."):
+        assert given <= set(takes)  # the options of other people's code are theirs
+        return
+    partial = node.get("_partial_", False)
+    assert given == {name for name, p in takes.items() if not partial or p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("node", OPTIONS)
+def test_defaults_of_options_live_in_yaml_alone(node):
+    takes = parameters(locate(node["_target_"]))
+    if node["_target_"].startswith("clrun.") and node["_target_"] != "clrun.training.Budget":
+        assert not {name for name, p in takes.items() if name in node and p.default is not p.empty}
+
+
+@pytest.mark.parametrize("file", YAMLS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_choice_says_what_it_is(file):
+    if file.parent != ROOT / "conf":
+        comments = [x for x in file.read_text().splitlines() if x.startswith("#") and "@package" not in x]
+        assert comments and len(comments[0]) > 5
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "conf/method").glob("*.yaml")), ids=lambda file: file.stem)
+def test_method_class_is_named_as_its_file(file):
+    target = yaml.safe_load(file.read_text())["_target_"]
+    assert target.rpartition(".")[2].lower() == file.stem.replace("_", "")
+
+
+def code_lines(file: Path) -> int:
+    """Lines that hold code: no blank lines, comments and docstrings."""
+    text = file.read_text()
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in silent:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_core_fits_in_the_head():
+    sizes = {name: code_lines(PACKAGE / f"{name}.py") for name in CORE if (PACKAGE / f"{name}.py").exists()}
+    assert sum(sizes.values()) < CORE_LINES, sizes
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_files_and_functions_are_short(file):
+    assert code_lines(file) <= FILE_LINES
+    functions = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= FUNCTION_LINES}
+    assert not long
+
+
+def test_text_names_no_folder_of_this_machine():
+    pattern = ("/work/", "/root/", "/home/")
+    files = [*FILES, *YAMLS, ROOT / "pyproject.toml", *(ROOT / "tests").rglob("*.py")]
+    texts = {file: file.read_text() for file in files if file != Path(__file__)}
+    assert not [file for file, text in texts.items() if any(p in text for p in pattern)]
