@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from running import run
 
 from clrun import files
 from clrun.compose import conf_dir
-from running import run
 
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")

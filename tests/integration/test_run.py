@@ -1,0 +1,282 @@
+"""One run end to end on the embedded data: its files, its determinism, and the options of a job."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from running import cells, run
+from safetensors.torch import load_file
+
+from clrun import files
+from clrun.cli import main
+from clrun.errors import ConfigError
+from clrun.files import locked
+from clrun.metrics import AccuracyMatrix, average_accuracy
+from clrun.records import RunRecord
+
+ROOT = Path(__file__).parents[2]
+SHORT = ("job.max_tasks=3", "budget.epochs=1")
+
+
+def test_the_default_run_learns(tmp_path: Path) -> None:
+    value = run(tmp_path / "er")
+    assert value >= 0.85
+    finetune = run(tmp_path / "finetune", "method=finetune")
+    joint = run(tmp_path / "joint", "method=joint")
+    assert finetune < value <= joint + 0.02
+
+
+def test_files_of_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    value = run(out, "method=ewc", "task_order=reverse", "job.picture=true", "job.save_predictions=true", *SHORT)
+    names = {"config.yaml", "run.json", "accuracy.csv", "metrics.jsonl", "clrun.log", "accuracy_matrix.png"}
+    assert {p.name for p in out.iterdir()} == names | {"predictions.csv"}
+    stored = json.loads((out / "run.json").read_text())
+    assert (stored["schema"], stored["status"], stored["seed"], stored["task_order"]) == (1, "completed", 0, [4, 3, 2])
+    assert stored["class_order"] == list(range(10))
+    assert stored["config"] == yaml.safe_load((out / "config.yaml").read_text())
+    assert stored["config"]["method"]["_target_"] == "clrun.methods.ewc.Ewc"
+    keys = "average_accuracy average_incremental_accuracy forgetting backward_transfer forward_transfer"
+    assert set(stored["metrics"]["cil"]) == {*keys.split(), "learning_accuracy", "worst_task"}
+    assert stored["metrics"]["cil"]["average_accuracy"] == value
+    assert stored["metrics"]["cil"]["forward_transfer"] is None
+    matrix = stored["accuracy_matrix"]["cil"]
+    assert [[cell is None for cell in row] for row in matrix] == [[j > i for j in range(3)] for i in range(3)]
+    assert sum(matrix[-1]) / 3 == pytest.approx(value, abs=1e-12)
+    cost = stored["cost"]
+    assert [task["task"] for task in cost["tasks"]] == [4, 3, 2]
+    for name in ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes"):
+        assert all(task[name] > 0 for task in cost["tasks"]), name
+    parameters = cost["parameters"]["total"]
+    assert cost["state_bytes"]["penalty"] == 2 * (cost["state_bytes"]["backbone"]), "importance and anchor"
+    assert cost["state_bytes"]["backbone"] + 4 * (256 * 10 + 10) == 4 * parameters
+    assert cost["flops_per_image"] > 100_000
+    assert {"python", "torch", "timm", "git_commit", "threads", "device"} <= set(stored["versions"])
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"task", "phase", "step", "loss", "lr"} <= set(records[0])
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    final = cells(out)
+    for task in (4, 3, 2):
+        right = sum(r["label"] == r["cil"] for r in rows if int(r["task"]) == task)
+        assert (right, sum(int(r["task"]) == task for r in rows)) == final[3, task]
+    record = RunRecord.load(out)
+    assert average_accuracy(record.matrices["test", "cil"]) == value
+    assert isinstance(record.matrices["test", "til"], AccuracyMatrix)
+
+
+def test_the_same_command_twice_is_the_same_run(tmp_path: Path) -> None:
+    options = ("method=der", "method.beta=0.5", "dataset.augment=[crop]", "job.save_model=true", *SHORT)
+    for name in ("a", "b"):
+        run(tmp_path / name, *options)
+    assert (tmp_path / "a" / "accuracy.csv").read_bytes() == (tmp_path / "b" / "accuracy.csv").read_bytes()
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    run(tmp_path / "c", *options, "seed=1")
+    c = load_file(tmp_path / "c" / "model.safetensors")
+    assert not torch.equal(a["head.weight"], c["head.weight"])
+
+
+def test_the_four_seeds_are_independent(tmp_path: Path) -> None:
+    base = ("method=finetune", "task_order=random", "scenario.class_seed=0", "dataset.val_fraction=0.1", *SHORT)
+
+    def facts(*options: str) -> dict[str, object]:
+        out = tmp_path / "-".join(options or ("base",))
+        run(out, *base, *options, "job.save_model=true", "job.max_tasks=5")
+        stored = json.loads((out / "run.json").read_text())
+        names = ("task_order", "class_order")
+        return {name: stored[name] for name in names} | {
+            "weights": load_file(out / "model.safetensors")["head.bias"].tolist()
+        }
+
+    reference = facts()
+    for option, changed in (
+        ("seed=5", set()),
+        ("task_order.seed=5", {"task_order"}),
+        ("scenario.class_seed=5", {"class_order"}),
+    ):
+        other = facts(option)
+        assert {k for k in ("task_order", "class_order") if other[k] != reference[k]} == changed, option
+        assert other["weights"] != reference["weights"]
+    assert facts("dataset.seed=5")["task_order"] == reference["task_order"]
+
+
+def test_forward_transfer_and_evaluation_within_tasks(tmp_path: Path) -> None:
+    dil = ("scenario=domain_shift", "scenario.n_tasks=3", "budget.epochs=1", "method=finetune")
+    run(tmp_path / "run", *dil, "job.eval_initial=true", "job.eval_every=20")
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert set(stored["metrics"]) == {"dil"}
+    with (tmp_path / "run" / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    accuracy = {
+        (int(r["position"]), int(r["task"])): int(r["correct"]) / int(r["total"]) for r in rows if r["phase"] == "end"
+    }
+    expected = sum(accuracy[t, t] - accuracy[0, t] for t in (1, 2)) / 2
+    assert stored["metrics"]["dil"]["forward_transfer"] == pytest.approx(expected, abs=1e-12)
+    during = [r for r in rows if r["phase"] == "during"]
+    assert during and all(int(r["step"]) % 20 == 0 for r in during)
+    plain = run(tmp_path / "plain", *dil)
+    assert cells(tmp_path / "plain", "dil")[3, 0] == cells(tmp_path / "run", "dil")[3, 0], "looking changes nothing"
+    assert plain == stored["metrics"]["dil"]["average_accuracy"]
+
+
+def test_a_complete_run_is_shown_and_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("method=finetune", *SHORT, "job.progress=true")
+    value = run(tmp_path / "run", *options)
+    table = capfd.readouterr().out
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    assert run(tmp_path / "run", *options) == value
+    again = capfd.readouterr().out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    line = next(line for line in table.splitlines() if line.startswith("average accuracy"))
+    assert line in again.splitlines()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out / "lock"), pytest.raises(ConfigError, match="in use by process"):
+        run(out, "method=finetune", *SHORT)
+    assert not (out / "accuracy.csv").exists()
+
+
+@pytest.mark.parametrize("failing", ["fsync", "write"])
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    out, options = tmp_path / "run", ("method=finetune", *SHORT)
+    run(tmp_path / "whole", *options)
+    calls = 0
+    fsync, append = os.fsync, files.append
+
+    def full(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > (6 if failing == "fsync" else 2):
+            raise OSError(28, "No space left on device")
+        (fsync if failing == "fsync" else append)(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left on device") as error:
+        if failing == "fsync":
+            patch.setattr("clrun.files.os.fsync", full)
+        else:
+            patch.setattr("clrun.records.append", lambda path, text: _written(path, text, full))
+        run(out, *options)
+    assert len(str(error.value).splitlines()) == 1
+    assert json.loads((out / "run.json").read_text())["status"] in ("running", "failed")
+    run(out, *options)
+    assert (out / "accuracy.csv").read_bytes() == (tmp_path / "whole" / "accuracy.csv").read_bytes()
+
+
+def _written(path: Path, text: str, write) -> None:
+    """Append as `clrun.files.append` does, with its way of reporting."""
+    with files.writing(path):
+        write(path, text)
+
+
+def test_dry_run_trains_and_writes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path / "run", "job=dry_run", "job.progress=true")
+    out = capfd.readouterr().out
+    assert "5 tasks, 10 classes, setting cil" in out
+    assert "parameters: 21,578" in out
+    for word in ("FLOPs", "estimated time", "2. task 1 2/3"):
+        assert word in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_terminal_one_line_a_task_and_silence_on_request(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "a", "method=finetune", *SHORT, "job.progress=true")
+    out, err = capfd.readouterr()
+    assert [line.split()[0] for line in out.splitlines() if line[:2] in ("1/", "2/", "3/")] == ["1/3", "2/3", "3/3"]
+    assert err == ""
+    assert out.splitlines()[-1] == f"results: {tmp_path / 'a'}"
+    assert (tmp_path / "a" / "clrun.log").read_text() == out
+    run(tmp_path / "b", "method=finetune", *SHORT, "job.progress=false")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_smoke_never_passes_for_the_whole_run(tmp_path: Path) -> None:
+    run(tmp_path / "run", "method=finetune", "job=smoke")
+    with pytest.raises(ConfigError, match=r"job\.max_eval_rows, job\.max_steps, job\.max_tasks differ"):
+        run(tmp_path / "run", "method=finetune")
+
+
+USER_METHOD = '''
+"""Finetuning that forgets even faster."""
+
+from clrun.method import Method
+
+
+class Mine(Method):
+    def __init__(self, backbone, num_classes, *, factor: float):
+        super().__init__(backbone, num_classes)
+        self.factor = factor
+
+    def loss(self, batch, ctx):
+        return self.factor * super().loss(batch, ctx)
+'''
+
+
+def test_a_method_in_a_package_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "mine.py").write_text(USER_METHOD)
+    (tmp_path / "my_conf" / "method").mkdir(parents=True)
+    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(
+        "# Mine\n_target_: my_package.mine.Mine\n_partial_: true\nfactor: 2.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as end:
+        main(["--config-dir", "my_conf", "method=mine", "method.factor=3", "job=smoke", "hydra.run.dir=out"])
+    assert end.value.code == 0
+    stored = json.loads(Path("out/run.json").read_text())
+    assert stored["config"]["method"] == {"_target_": "my_package.mine.Mine", "_partial_": True, "factor": 3}
+    with pytest.raises(SystemExit) as end:
+        main(["--config-dir", "my_conf", "method=mine", "method.factro=3"])
+    assert end.value.code == 2
+
+
+def test_the_wheel_holds_the_configuration_and_runs_anywhere(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("clrun-*.whl"))
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "clrun" / "conf" / "method" / "er.yaml").is_file()
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "PYTHONPATH": str(tmp_path / "site")
+    }
+    show = [sys.executable, "-P", "-m", "clrun", "--cfg", "job", "method=ewc"]
+    done = subprocess.run(show, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert yaml.safe_load(done.stdout)["method"]["_target_"] == "clrun.methods.ewc.Ewc"
+
+
+def test_no_timm_without_a_timm_backbone(tmp_path: Path) -> None:
+    script = (
+        "import sys; from clrun.cli import main\n"
+        f"try: main(['job=smoke', 'backbone=cnn', 'hydra.run.dir={tmp_path / 'out'}'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(sorted({'timm', 'torchvision'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
