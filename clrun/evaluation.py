@@ -1,8 +1,9 @@
 """Evaluation of a learner: integer counts for every setting from one forward pass."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from clrun.hardware import Hardware
 from clrun.method import Method
 
 Row = dict[str, Any]  # one line of accuracy.csv
+PREPARED = 2**23  # bytes of prepared rows kept from one evaluation to the next
 KEEP = 2**20  # logits held back before they are counted: counting once is cheaper than counting every batch
 FLOOR = math.log(1e-12)  # of one sample's log-likelihood
 
@@ -33,6 +35,7 @@ class Evaluation:
     split: str
     batch_size: int
     max_rows: int | None
+    _prepared: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     def rows(self, task: Task) -> Split:
         """Return the evaluated rows of `task`."""
@@ -40,7 +43,7 @@ class Evaluation:
         assert split is not None, "the runner checks that validation rows exist"
         if self.max_rows is None or len(split) <= self.max_rows:
             return split
-        return split.select(torch.linspace(0, len(split) - 1, self.max_rows).long())
+        return split.select(torch.linspace(0, len(split) - 1, self.max_rows, device=split.y.device).long())
 
     def settings(self, method: Method, stream: Stream) -> tuple[Setting, ...]:
         """Return the settings that `method` can be read in on this stream."""
@@ -52,19 +55,31 @@ class Evaluation:
         """Yield (logits [n, C] float, labels [n]) of this process's share of the task's rows."""
         position = task.index if method.needs_task_id else None
         kept: list[tuple[Tensor, Tensor]] = []
-        shard = (self.hardware.rank, self.hardware.world)
-        for batch in self.rows(task).batches(self.batch_size, shard=shard):
-            if not len(batch):
-                continue
-            x = self.hardware.layout(batch.x)
+        for x, y in self._batches(task):
             with self.hardware.autocast():
                 logits = method(x) if position is None else method(x, position)
-            kept.append((logits.float(), batch.y))
+            kept.append((logits.float(), y))
             if len(kept) * logits.numel() > KEEP:
                 yield _joined(kept)
                 kept = []
         if kept:
             yield _joined(kept)
+
+    def _batches(self, task: Task) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return (x, labels) of this process's share of the task's rows; small tasks are prepared only once."""
+        if task.id in self._prepared:
+            return self._prepared[task.id]
+        shard = (self.hardware.rank, self.hardware.world)
+        read = self.rows(task).batches(self.batch_size, shard=shard)
+        batches = ((self.hardware.layout(batch.x), batch.y) for batch in read if len(batch))
+        first = next(batches, None)
+        if first is None:
+            return ()
+        room = PREPARED - sum(x.nbytes for kept in self._prepared.values() for x, _ in kept)
+        if first[0][0].nbytes * len(self.rows(task)) > room:
+            return chain([first], batches)
+        self._prepared[task.id] = [first, *batches]
+        return self._prepared[task.id]
 
     def __call__(
         self, method: Method, stream: Stream, learned: int, *, candidates: int | None = None, tasks: int | None = None
@@ -83,7 +98,8 @@ class Evaluation:
         """
         candidates = learned if candidates is None else candidates
         training = method.training
-        method.eval()
+        if training:
+            method.eval()
         rows = []
         after = stream.tasks[learned - 1].id if learned else -1
         settings = self.settings(method, stream)
@@ -97,7 +113,8 @@ class Evaluation:
                     row: Row = {"position": learned, "after": after, "task": task.id, "task_position": task.index}
                     row |= {"split": self.split, "setting": setting, "correct": int(correct), "total": total}
                     rows.append(row | {"task_correct": int(task_correct), "nll": nll / max(1, total)})
-        method.train(training)
+        if training:
+            method.train()
         return rows
 
     def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor) -> Tensor:

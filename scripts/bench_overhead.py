@@ -10,7 +10,6 @@ the Fisher and the memory, where less is better, it is clrun / bare. Medians ove
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,10 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clrun.accounting import PeakMemory
 from clrun.backbones import small
 from clrun.blocks.curvature import diagonal_fisher
 from clrun.blocks.heads import GrowingHead
@@ -169,31 +170,31 @@ def clrun_training(case, images, labels, device):
     return method, tasks, engine.life.costs[0]["train_seconds"]
 
 
+LAYOUTS = {"plain": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
 def speed(case, pairs, device):
-    """Print the ratios of training and of evaluation."""
+    """Print the ratios of training and of evaluation; the bare loop's memory order is the faster one of each."""
     images, labels = data(case)
-    layouts = {"plain": torch.contiguous_format, "channels-last": torch.channels_last}
-    warm = {
-        name: min(bare_training(case, images, labels, layout)[1] for _ in range(2)) for name, layout in layouts.items()
-    }
-    best = min(warm, key=warm.get)
-    layout = layouts[best]
-    clrun_training(case, images, labels, device)
-    training, evaluating, rates = [], [], []
     repeats = max(1, 2000 // case.rows) if case.augment else 20
-    for _ in range(pairs):
-        model, bare = bare_training(case, images, labels, layout)
-        method, tasks, ours = clrun_training(case, images, labels, device)
-        training.append(bare / ours)
-        rates.append(case.rows * case.epochs / ours)
-        bare = bare_evaluation(case, model, images, labels, layout, repeats)
+    times = {name: [] for name in ("training", "evaluation")}
+    bare = {(name, layout): [] for name in times for layout in LAYOUTS}
+    for _ in range(pairs + 1):  # the first one warms up
+        for layout, order in LAYOUTS.items():
+            model, seconds = bare_training(case, images, labels, order)
+            bare["training", layout].append(seconds)
+            bare["evaluation", layout].append(bare_evaluation(case, model, images, labels, order, repeats))
+        method, tasks, seconds = clrun_training(case, images, labels, device)
+        times["training"].append(seconds)
         evaluation = Evaluation(device, "test", 256, None)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            evaluation(method, tasks, 1)
-        evaluating.append(bare / (time.perf_counter() - start))
-    show(f"training   {case.name} ({best}, {statistics.median(rates):,.0f} images/s)", training, case.demanded)
-    show(f"evaluation {case.name}", evaluating, 0.90)
+        method.eval()
+        times["evaluation"].append(timed(lambda: [evaluation(method, tasks, 1) for _ in range(repeats)]))  # noqa: B023
+    rate = case.rows * case.epochs / statistics.median(times["training"][1:])
+    for name, demanded in (("training", case.demanded), ("evaluation", 0.90)):
+        best = min(LAYOUTS, key=lambda layout: statistics.median(bare[name, layout][1:]))  # noqa: B023
+        ratios = [b / ours for b, ours in zip(bare[name, best], times[name], strict=True)][1:]
+        more = f", {rate:,.0f} images/s" if name == "training" else ""
+        show(f"{name:<10} {case.name} ({best}{more})", ratios, demanded)
 
 
 def show(name, ratios, demanded, less=False):
@@ -205,7 +206,11 @@ def show(name, ratios, demanded, less=False):
 
 
 def fisher(pairs, device):
-    """Print the time of ewc's diagonal Fisher over that of a bare batched estimate: vmap of per-sample gradients."""
+    """Print the time of ewc's diagonal Fisher over that of a bare estimate of the same kind.
+
+    "sampled" against per-sample gradients by vmap over chunks of the best size, "batched" against one plain backward a
+    batch, its gradient squared and multiplied by the batch size.
+    """
     case = CASES[1]
     images, labels = data(case)
     torch.manual_seed(0)
@@ -216,39 +221,59 @@ def fisher(pairs, device):
     method.head.grow(torch.arange(CLASSES))
     device.place(method)
     method.eval()
+    count = 512
+    rows = tasks.tasks[0].train.select(torch.arange(count))
+    bare = {"sampled": _per_sample(method, tasks.transform, images[:count]), "batched": _trick(method, tasks, images)}
+    chunk = min((4, 8, 16, 32), key=lambda size: timed(lambda: bare["sampled"](size)))
+    for kind, size in (("sampled", chunk), ("batched", case.batch)):
+        ratios = []
+        for _ in range(pairs):
+            theirs = timed(lambda: bare[kind](size))  # noqa: B023
+            ctx = Context(tasks, tasks.tasks[0], budget, device, 0)
+            ours = timed(lambda: diagonal_fisher(method, rows, ctx, of=network, labels=kind, samples=None))  # noqa: B023
+            ratios.append(ours / theirs)
+        show(f"diagonal Fisher, {kind} labels, lenet, {count} rows, chunks of {size}", ratios, 2.0, less=True)
+
+
+def _per_sample(method, transform, images):
+    """Return a function of the chunk size that estimates the Fisher of the backbone by vmap of per-sample gradients."""
     params = {name: p.detach() for name, p in method.backbone.named_parameters()}
-    rest = {f"backbone.{n}": b for n, b in method.backbone.named_buffers()} | {
-        f"head.{n}": p.detach() for n, p in method.head.named_parameters()
-    }
+    rest = {f"backbone.{name}": b for name, b in method.backbone.named_buffers()}
+    rest |= {f"head.{name}": p.detach() for name, p in method.head.named_parameters()}
 
     def nll(values, x, y):
-        state = {f"backbone.{n}": v for n, v in values.items()} | rest
+        state = {f"backbone.{name}": value for name, value in values.items()} | rest
         return F.cross_entropy(torch.func.functional_call(method, state, (x[None],)), y[None])
 
     gradients = torch.func.vmap(torch.func.grad(nll), in_dims=(None, 0, 0))
 
-    def bare(count, size):
+    def estimate(size):
         total = {name: torch.zeros_like(p) for name, p in params.items()}
-        for at in range(0, count, size):
-            x = tasks.transform.eval(images[at : at + size])
+        for at in range(0, len(images), size):
+            x = transform.eval(images[at : at + size])
             with torch.no_grad():
                 y = torch.multinomial(method(x).softmax(1), 1)[:, 0]
             for name, gradient in gradients(params, x, y).items():
                 total[name] += gradient.detach().square().sum(0)
         return total
 
-    ratios, count = [], 256
-    sizes = (4, 8, 16, 32)
-    best = min(sizes, key=lambda size: timed(lambda: bare(64, size)))
-    for _ in range(pairs):
-        ctx = Context(tasks, tasks.tasks[0], budget, device, 0)
-        theirs = timed(lambda: bare(count, best))
-        rows = tasks.tasks[0].train.select(torch.arange(count))
-        ours = timed(
-            lambda: diagonal_fisher(method, rows, ctx, of=method.backbone, labels="sampled", samples=None)  # noqa: B023
-        )
-        ratios.append(ours / theirs)
-    show(f"diagonal Fisher, lenet, {count} rows (bare: chunks of {best})", ratios, 2.0, less=True)
+    return estimate
+
+
+def _trick(method, tasks, images, count=512):
+    """Return a function of the batch size that estimates the Fisher from the gradients of whole batches."""
+    params = list(method.backbone.parameters())
+
+    def estimate(size):
+        total = [torch.zeros_like(p) for p in params]
+        for at in range(0, count, size):
+            logits = method(tasks.transform.eval(images[at : at + size]))
+            y = torch.multinomial(logits.detach().softmax(1), 1)[:, 0]
+            for sum_, gradient in zip(total, torch.autograd.grad(F.cross_entropy(logits, y), params), strict=True):
+                sum_.add_(gradient.square(), alpha=len(y) ** 2)
+        return total
+
+    return estimate
 
 
 def timed(work):
@@ -262,13 +287,14 @@ def memory_child(which):
     case = CASES[2]
     device = hardware(1)
     images, labels = data(case)
-    status = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731
-    before = status()
+    peak = PeakMemory(device)
+    peak.reset()  # on Linux; the importing of torch has a higher peak than what follows
+    before = peak.read()
     if which == "bare":
         bare_training(case, images, labels, torch.contiguous_format)
     else:
         clrun_training(case, images, labels, device)
-    print(status() - before)
+    print(peak.read() - before)
 
 
 def memory(pairs):
