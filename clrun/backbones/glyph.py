@@ -1,0 +1,83 @@
+"""The two small pre-trained models that ship with the package; `glyph_models/` holds their weights and model cards.
+
+Both come from `scripts/pretrain_glyphs.py`. `glyph_vit` has seen Latin letters only: no digit, no other script.
+`glyph_clip` has seen Latin letters and digits, and their names as text.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clrun import libraries
+from clrun.errors import ConfigError
+
+FOLDER = Path(__file__).parent / "glyph_models"
+SIZE = 28  # side of the images that the models take
+MEAN = (0.2,)  # of their training images, in [0, 1] units
+STD = (0.33,)
+
+Shape = tuple[int, int, int]
+
+
+def glyph_vit(image_shape: Shape, *, pretrained: bool) -> nn.Module:
+    """Return a tiny timm `VisionTransformer` (0.38 million parameters, 49 patches of 4x4, 4 blocks of width 96).
+
+    Its output is the class token after the last normalisation, [B, 96]. It is a plain timm model, so that anything
+    written for timm's transformers (prompts, adapters, low-rank updates) works on it.
+
+    Args:
+        image_shape: (C, H, W) of the stored images; the transform fits them to 28x28 grey, whatever they are.
+        pretrained: whether to load the weights that ship with the package; otherwise they are random.
+    """
+    model = vision_transformer(patch_drop_rate=0.0)
+    if pretrained:
+        model.load_state_dict(libraries.load("safetensors.torch").load_file(FOLDER / "glyph_vit.safetensors"))
+    model.input_size, model.mean, model.std = (1, SIZE, SIZE), MEAN, STD
+    found: nn.Module = model
+    return found
+
+
+def vision_transformer(*, patch_drop_rate: float) -> Any:
+    """Return the untrained transformer of both models' shape.
+
+    Args:
+        patch_drop_rate: share of the patches to drop in training mode, for pre-training.
+    """
+    return libraries.load("timm.models.vision_transformer").VisionTransformer(
+        img_size=SIZE,
+        patch_size=4,
+        in_chans=1,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=96,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=3.0,
+        patch_drop_rate=patch_drop_rate,
+        weight_init="jax",  # timm's default is too small for this width
+    )
+
+
+def glyph_clip(*, pretrained: bool) -> tuple[Any, Any]:
+    """Return the dual encoder as an `open_clip.CLIP` in eval mode, and its tokenizer.
+
+    `encode_image` takes [B, 3, 28, 28] (grey repeated, normalised with `MEAN` and `STD`), `encode_text` takes what the
+    tokenizer returns for a list of short captions; both give [B, 64]. The folder can also be opened without clrun:
+    `open_clip.create_model_and_transforms("local-dir:FOLDER")` and, because its vocabulary is its own,
+    `open_clip.get_tokenizer("local-dir:FOLDER", bpe_path="FOLDER/merges.txt.gz")`.
+
+    Args:
+        pretrained: whether to load the weights that ship with the package; otherwise they are random.
+
+    Raises:
+        ConfigError: open_clip is not installed (`pip install clrun[clip]`).
+    """
+    if find_spec("open_clip") is None:  # its package has another name
+        raise ConfigError("glyph_clip needs open_clip, which is not installed; run pip install clrun[clip]")
+    open_clip = libraries.load("open_clip")
+    folder = FOLDER / "glyph_clip"
+    name = f"local-dir:{folder}"
+    model = open_clip.create_model(name, load_weights=pretrained)
+    return model.eval(), open_clip.get_tokenizer(name, bpe_path=str(folder / "merges.txt.gz"))
