@@ -16,6 +16,7 @@ from torch import Tensor
 from clrun.errors import ConfigError, did_you_mean
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
+LARGE = 2000  # values of an image from which on the CPU handles images one by one
 
 
 class Augmentation(Protocol):
@@ -27,29 +28,40 @@ class Augmentation(Protocol):
 
 @dataclass(frozen=True)
 class Crop:
-    """Random crop of the stored size after padding with black.
+    """Random crop after padding with black.
 
     Attributes:
         pad: padding on each side in pixels; None takes an eighth of the shorter side (4 for 32 pixels).
+        size: height and width of the crop; None takes those of the stored image.
     """
 
     pad: int | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the option."""
+        """Check the options."""
         _require(self.pad is None or self.pad >= 0, "crop", "pad must be at least 0")
+        _require(self.size is None or self.size >= 1, "crop", "size must be at least 1")
+
+    def check(self, height: int, width: int) -> None:
+        """Refuse stored images that the crop does not fit in."""
+        room = min(height, width) + 2 * (max(1, min(height, width) // 8) if self.pad is None else self.pad)
+        fits = self.size is None or self.size <= room
+        _require(fits, "crop", f"size {self.size} exceeds the {room} pixels of the padded images")
 
     def __call__(self, x: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Return the cropped images: each row of pixels is copied in one piece."""
-        batch, channels, height, width = x.shape
-        pad = max(1, min(height, width) // 8) if self.pad is None else self.pad
-        tall, wide = height + 2 * pad, width + 2 * pad
+        batch, channels = x.shape[:2]
+        pad = max(1, min(x.shape[-2:]) // 8) if self.pad is None else self.pad
+        tall, wide = x.shape[-2] + 2 * pad, x.shape[-1] + 2 * pad
+        height, width = x.shape[-2:] if self.size is None else (self.size, self.size)
         flat = F.pad(x, (pad, pad, pad, pad)).flatten()
         runs = flat.as_strided((flat.numel() - width + 1, width), (1, 1))  # row s is the `width` pixels from s on
-        top, left = torch.randint(2 * pad + 1, (2, batch, 1, 1), generator=generator).to(x.device)
+        top = torch.randint(tall - height + 1, (batch, 1, 1), generator=generator).to(x.device)
+        left = torch.randint(wide - width + 1, (batch, 1, 1), generator=generator).to(x.device)
         plane = torch.arange(batch * channels, device=x.device).view(batch, channels, 1) * tall
         start = (plane + top + torch.arange(height, device=x.device)) * wide + left
-        return runs.index_select(0, start.flatten()).view(x.shape)
+        return runs.index_select(0, start.flatten()).view(batch, channels, height, width)
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,13 @@ class Flip:
 
     def __call__(self, x: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         """Return the images, flipped or not."""
-        flip = (torch.rand(len(x), generator=generator) < self.p).to(x.device)
-        return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
+        flip = torch.rand(len(x), generator=generator) < self.p
+        if not one_by_one(x):
+            return torch.where(flip.to(x.device).view(-1, 1, 1, 1), x.flip(-1), x)
+        out = x.clone()
+        for row in flip.nonzero()[:, 0].tolist():
+            out[row] = x[row].flip(-1)
+        return out
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,7 @@ class RandomResizedCrop:
 
     The box is drawn as torchvision draws it: ten attempts at an area and a log-uniform aspect ratio, then the largest
     centred box of an allowed ratio. It is cut from the stored image and resampled by a bilinear antialiasing filter.
+    Large uint8 images on the CPU stay uint8, rounded as torchvision rounds them; others become float.
 
     Attributes:
         scale: smallest and largest share of the area.
@@ -96,8 +114,11 @@ class RandomResizedCrop:
         _require(self.scale[1] <= 1, "random_resized_crop", "scale must not exceed 1")
 
     def __call__(self, x: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Return float images of `size`."""
-        top, left, height, width = self.boxes(len(x), x.shape[-2], x.shape[-1], generator).to(x.device)
+        """Return images of `size`."""
+        boxes = self.boxes(len(x), x.shape[-2], x.shape[-1], generator)
+        if one_by_one(x):
+            return cut_one_by_one(x, boxes, size)
+        top, left, height, width = boxes.to(x.device)
         rows = resampling(top, height, x.shape[-2], size[0])[:, None]
         columns = resampling(left, width, x.shape[-1], size[1])[:, None]
         with torch.autocast(x.device.type, enabled=False):
@@ -120,6 +141,21 @@ class RandomResizedCrop:
         top = torch.where(fits, (place[0] * (height - h + 1)).long(), (height - h) // 2)
         left = torch.where(fits, (place[1] * (width - w + 1)).long(), (width - w) // 2)
         return torch.stack([top, left, h, w])
+
+
+def one_by_one(x: Tensor) -> bool:
+    """Whether images are large enough, and on the CPU, that a loop over them beats an operation on the whole batch."""
+    return x.device.type == "cpu" and x.shape[1:].numel() >= LARGE
+
+
+def cut_one_by_one(x: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a box ([4, B] long: top, left, height, width) of each image of x resized to `size`, antialiased."""
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    out = torch.empty(*x.shape[:2], *size, dtype=x.dtype, memory_format=layout)
+    for row, (top, left, height, width) in enumerate(boxes.T.tolist()):
+        piece = x[row : row + 1, :, top : top + height, left : left + width]
+        out[row] = F.interpolate(piece, size, mode="bilinear", antialias=True)[0]
+    return out
 
 
 def resampling(start: Tensor, length: Tensor, stored: int, wanted: int) -> Tensor:

@@ -1,16 +1,29 @@
-"""Frozen features as a data service: every row through the frozen backbone once, as a new stream of [B, D] rows."""
+"""Frozen features as a data service: every row through the frozen backbone once, as a new stream of [B, D] rows.
 
-from collections.abc import Callable
+Shapes: `M` stored rows, `B` batch, `D` feature width.
+"""
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from clrun.data.feature_cache import FeatureCache, Features, Floats
 from clrun.data.split import Plain, Split, TensorSplit
 from clrun.data.stream import Stream, Task
+from clrun.errors import ConfigError
 from clrun.hardware import Hardware
 
 FEATURE_BATCH = 256  # fixed: the last bits of a feature may depend on the batch it was computed in
+LOOKED_AT = 8  # rows that are computed again when features of an earlier process are opened
+TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of those rows, relative to their largest entry
 
 
 class FeatureBackbone(nn.Module):
@@ -29,54 +42,221 @@ class FeatureBackbone(nn.Module):
         return x
 
 
+@dataclass(frozen=True)
+class FeatureSplit(Split):
+    """A split whose rows are features in the cache; batches arrive on the device of the labels.
+
+    Attributes:
+        images: the stored features.
+    """
+
+    images: Features
+
+    def to(self, device: torch.device | str, *, workers: int = 0) -> Self:
+        """Return the split with labels and batches on `device`; the features stay where they are."""
+        rows = None if self.rows is None else self.rows.to(device)
+        positions = self.positions if isinstance(self.positions, int) else self.positions.to(device)
+        return replace(self, labels=self.labels.to(device), rows=rows, positions=positions)
+
+    def fingerprint(self) -> str:
+        """Return the key of the features."""
+        return self.images.key
+
+    def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        device = self.labels.device
+        return (torch.from_numpy(self.images.take(rows.cpu().numpy())).to(device) for rows in parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """Return one split in memory with the rows of several."""
+        batches = [next(part.batches(max(1, len(part)), view="raw")) for part in parts if len(part)]
+        x, y, t = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "y", "t"))
+        return TensorSplit(x, y, positions=t, transform=parts[0].transform)
+
+
 @dataclass
 class _Extractor:
-    """Computes the features of stored rows in data-set order, once for each storage and domain."""
+    """Finds or computes the features of stored rows in data-set order, once for each way to store and show them."""
 
     backbone: nn.Module
     hardware: Hardware
-    done: list[tuple[Tensor, Callable[[Tensor], Tensor] | None, Tensor]] = field(default_factory=list)
+    cache: FeatureCache | None
+    digest: str | None
+    show: bool
+    done: list[tuple[Split, Features | Tensor]] = field(default_factory=list)
 
-    def __call__(self, split: Split) -> TensorSplit:
+    def __call__(self, split: Split, about: Mapping[str, Any]) -> Split:
         """Return `split` with its stored images replaced by features [M, D]."""
-        if not isinstance(split, TensorSplit):
-            raise TypeError(f"frozen features of a {type(split).__name__}")
-        for images, shift, features in self.done:
-            if images is split.images and shift is split.shift:
-                break
-        else:
-            features = self._compute(split)
-            self.done.append((split.images, split.shift, features))
-        return replace(split, images=features, transform=Plain(), shift=None)
+        seen = (features for other, features in self.done if _same_rows(other, split))
+        features = next(seen, None)
+        if features is None:
+            features = self._features(split.whole(), about)
+            self.done.append((split, features))
+        kind = FeatureSplit if isinstance(features, Features) else TensorSplit
+        return kind(features, split.labels, split.rows, split.positions)  # type: ignore[arg-type]
 
-    def _compute(self, split: TensorSplit) -> Tensor:
-        """Return the features [M, D] of every stored row, whether or not this split selects it."""
-        whole = replace(split, rows=None, positions=0)
-        layout = self.hardware.layout
-        with torch.inference_mode(), self.hardware.autocast():
-            parts = [self.backbone(layout(batch.x)).float() for batch in whole.batches(FEATURE_BATCH)]
-        # A clone made outside inference mode: an inference tensor cannot enter a later training step.
-        return torch.cat(parts).clone()
+    def _features(self, whole: Split, about: Mapping[str, Any]) -> Features | Tensor:
+        """Return the features of every stored row, whether or not a task selects it."""
+        if self.cache is None:
+            blocks = list(self._all(whole, about))
+            return torch.from_numpy(np.concatenate(blocks)).to(self.hardware.device)
+        return self.cache.get(
+            self._key(whole),
+            shape=(len(whole), int(self.backbone.num_features)),  # type: ignore[arg-type]
+            compute=lambda: self._all(whole, about),
+            agrees=lambda stored: self._agrees(whole, stored),
+            about=about,
+        )
+
+    def _all(self, whole: Split, about: Mapping[str, Any]) -> Iterator[Floats]:
+        """Yield the features of all rows, in blocks, under a bar."""
+        with tqdm(total=len(whole), desc=f"features, {about['part']}", leave=False, disable=not self.show) as bar:
+            for block in self._blocks(whole):
+                yield block
+                bar.update(len(block))
+
+    def _blocks(self, split: Split) -> Iterator[Floats]:
+        """Yield features of the eval view [B, D], in order."""
+        width = int(self.backbone.num_features)  # type: ignore[arg-type]
+        for batch in split.batches(FEATURE_BATCH):
+            with torch.inference_mode(), self.hardware.autocast():
+                features = self.backbone(self.hardware.layout(batch.x)).float()
+            if features.shape[1:] != (width,):
+                raise ConfigError(f"backbone: says {width} features and gives {tuple(features.shape[1:])}")
+            if not torch.isfinite(features).all():
+                raise ConfigError("backbone: gives features that are not finite; try hardware.precision=fp32")
+            yield features.cpu().numpy()
+
+    def _agrees(self, whole: Split, stored: Features) -> bool:
+        """Whether a few stored rows are what the backbone gives now, as far as its precision goes."""
+        rows = torch.linspace(0, len(whole) - 1, min(LOOKED_AT, len(whole))).long()
+        now = np.concatenate(list(self._blocks(whole.select(rows.to(whole.labels.device)))))
+        error = np.abs(now - stored.take(rows.numpy())).max(initial=0)
+        return bool(error <= TOLERANCE[self.hardware.precision] * np.abs(now).max(initial=0))
+
+    def _key(self, whole: Split) -> dict[str, Any]:
+        """Return what the features depend on: content of the data, weights, what is done to images, arithmetic."""
+        self.digest = self.digest or module_digest(self.backbone)
+        return {
+            "data": _fingerprint(whole),
+            "shift": described(whole.shift),
+            "transform": described(whole.transform),
+            "backbone": self.digest,
+            "precision": self.hardware.precision,
+            "channels_last": self.hardware.channels_last,
+            "batch": FEATURE_BATCH,
+        }
 
 
-def frozen_features(stream: Stream, backbone: nn.Module, hardware: Hardware) -> tuple[Stream, FeatureBackbone]:
+def frozen_features(
+    stream: Stream,
+    backbone: nn.Module,
+    hardware: Hardware,
+    cache: FeatureCache | None = None,
+    *,
+    digest: str | None = None,
+    show: bool = False,
+) -> tuple[Stream, FeatureBackbone]:
     """Return the stream of the frozen backbone's features and the identity backbone that reads it.
 
     Features are those of the eval view, computed in data-set order whatever the task order, so that a learner which
     sums them is bitwise independent of the order.
 
     Args:
-        stream: images; every split is held in memory.
+        stream: images.
         backbone: maps prepared images to features [B, D], on the device; put into eval mode and not changed.
         hardware: device and precision of the pass.
+        cache: where features are kept on the disk; None computes them and keeps them in memory.
+        digest: `module_digest(backbone)` where it is known.
+        show: a bar on the terminal while features are computed.
+
+    Raises:
+        ConfigError: the cache cannot be written, or the backbone's features are not finite.
     """
     backbone.eval()
-    extract = _Extractor(backbone, hardware)
+    extract = _Extractor(backbone, hardware, cache, digest, show=show and hardware.main and sys.stderr.isatty())
 
     def featured(task: Task) -> Task:
-        val = None if task.val is None else extract(task.val)
-        return replace(task, train=extract(task.train), test=extract(task.test), val=val)
+        val = None if task.val is None else extract(task.val, {"part": "train"})
+        train, test = extract(task.train, {"part": "train"}), extract(task.test, {"part": "test"})
+        return replace(task, train=train, test=test, val=val)
 
     tasks = tuple(featured(task) for task in stream.tasks)
     width = int(backbone.num_features)  # type: ignore[arg-type]
     return replace(stream, tasks=tasks, transform=Plain()), FeatureBackbone(width)
+
+
+def _same_rows(a: Split, b: Split) -> bool:
+    """Whether two splits store the same rows and show them alike."""
+    return a.images is b.images and a.shift is b.shift and a.transform is b.transform
+
+
+# --- what features depend on
+
+
+_fingerprints: dict[int, tuple[Callable[[], Any], str]] = {}
+
+
+def _fingerprint(split: Split) -> str:
+    """Return the fingerprint of the stored images, computed once a process."""
+    known = _fingerprints.get(id(split.images))
+    if known is None or known[0]() is not split.images:
+        known = _fingerprints[id(split.images)] = (weakref.ref(split.images), split.fingerprint())
+    return known[1]
+
+
+def module_digest(module: nn.Module) -> str:
+    """Return a digest of the tensors and of the plain options of a module and everything within.
+
+    Options are attributes that are numbers, texts, functions or classes, or tuples of these: sizes, epsilons, kinds of
+    pooling. Two backbones of one digest compute the same function, unless forward hooks change one of them.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        options = {key: value for key, value in sorted(vars(part).items()) if key != "training" and _plain(value)}
+        digest.update(repr((name, _name(type(part)), described(options))).encode())
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {_tensor_digest(tensor)}".encode())
+    return digest.hexdigest()
+
+
+def described(value: Any) -> Any:
+    """Return what `value` is made of, as JSON knows it: tensors by digest, objects by class and attributes.
+
+    Attributes that an object's `train_only` names are left out.
+    """
+    if isinstance(value, Tensor):
+        return _tensor_digest(value)
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if callable(value) and hasattr(value, "__qualname__"):
+        return _name(value)
+    state = value.__getstate__()
+    without = getattr(value, "train_only", ())
+    kept = {key: item for key, item in (state or {}).items() if key not in without}
+    return {"class": _name(type(value)), **described(kept)}
+
+
+def _plain(value: Any) -> bool:
+    """Whether a module's attribute is an option that `described` tells in full."""
+    if isinstance(value, list | tuple):
+        return all(_plain(item) for item in value)
+    named = callable(value) and hasattr(value, "__qualname__")
+    return value is None or isinstance(value, bool | int | float | str) or named
+
+
+def _name(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """Return a digest of type, shape and bytes."""
+    data = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.hexdigest()

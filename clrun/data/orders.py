@@ -4,9 +4,13 @@ Every order is a permutation of 0..T-1, known before the run and saved with it; 
 """
 
 import math
+import random as python_random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from clrun.errors import ConfigError, Count
+import numpy as np
+
+from clrun.errors import ConfigError, Count, did_you_mean
 from clrun.seeding import derive
 
 MAX_EXHAUSTIVE = 8  # 8! = 40320 orders; beyond that nobody runs them all
@@ -28,6 +32,32 @@ def listed(n_tasks: int, *, tasks: list[int]) -> list[int]:
     Raises:
         ConfigError: `tasks` is no permutation of the task ids; the message says which are missing or repeated.
     """
+    return _permutation("task_order.tasks", tasks, n_tasks)
+
+
+def preset(n_tasks: int, *, order: str, orders: Mapping[str, list[int]]) -> list[int]:
+    """Return the published order of this name.
+
+    Args:
+        n_tasks: T.
+        order: name of one of the orders.
+        orders: orders by name; `conf/task_order` says of each file which tasks they permute.
+
+    Raises:
+        ConfigError: no such name, or the stream has other tasks.
+    """
+    if order not in orders:
+        hint = did_you_mean(order, orders)
+        raise ConfigError(f"task_order.order: no order '{order}'{hint} (available: {', '.join(orders)})")
+    if len(orders[order]) != n_tasks:
+        raise ConfigError(
+            f"task_order.order: order '{order}' is one of {len(orders[order])} tasks, the stream has {n_tasks}"
+        )
+    return _permutation(f"task_order.orders.{order}", orders[order], n_tasks)
+
+
+def _permutation(key: str, tasks: Sequence[int], n_tasks: int) -> list[int]:
+    """Return `tasks` after checking that they are the task ids, each once."""
     counts = Counter(tasks)
     problems = {
         "missing": [t for t in range(n_tasks) if t not in counts],
@@ -36,9 +66,7 @@ def listed(n_tasks: int, *, tasks: list[int]) -> list[int]:
     }
     found = [f"{what}: {', '.join(map(str, ids))}" for what, ids in problems.items() if ids]
     if found:
-        raise ConfigError(
-            f"task_order.tasks: must name each of the tasks 0 to {n_tasks - 1} exactly once ({'; '.join(found)})"
-        )
+        raise ConfigError(f"{key}: must name each of the tasks 0 to {n_tasks - 1} exactly once ({'; '.join(found)})")
     return list(tasks)
 
 
@@ -104,3 +132,18 @@ def _below(key: str, value: int, limit: int, why: str) -> None:
     """Refuse a `value` outside 0..limit-1."""
     if not 0 <= value < limit:
         raise ConfigError(f"{key}: must be between 0 and {limit - 1}, got {value} ({why})")
+
+
+def numpy_permutation(count: int, seed: int) -> list[int]:
+    """Return what np.random.seed(seed); np.random.permutation(count) gives: the class orders of iCaRL, PyCIL and PILOT.
+
+    NumPy keeps this stream for all versions (NEP 19).
+    """
+    return [int(k) for k in np.random.RandomState(seed).permutation(count)]
+
+
+def python_permutation(count: int, seed: int) -> list[int]:
+    """Return what random.seed(seed); random.shuffle(list(range(count))) gives: the orders of CODA-Prompt and HALRP."""
+    order = list(range(count))
+    python_random.Random(seed).shuffle(order)
+    return order

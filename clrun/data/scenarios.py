@@ -1,23 +1,28 @@
-"""Scenarios cut a data set into tasks: which classes or which domain a task is, under an id that no order changes.
+"""Scenarios cut a data set into tasks: which classes, domain or part a task is, under an id that no order changes.
 
 A scenario is called as `scenario(dataset, order, transform)`; `order` permutes the task ids, and nothing else about a
 task depends on its position. Randomness is keyed by `class_seed` or (`dataset.seed`, task id).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated, Literal
 
 import torch
 
-from clrun.data.shifts import Rotation, Shift, pixel_permutation, random_angle
-from clrun.data.split import Split, TensorSplit, Transform
+from clrun.data.orders import numpy_permutation, python_permutation
+from clrun.data.shifts import Rotation, Shift, Standardised, pixel_permutation, random_angle
+from clrun.data.split import Split, Transform
 from clrun.data.stream import Dataset, Order, Setting, Stream, Task
 from clrun.errors import ConfigError, PositiveInt, Range, did_you_mean
 from clrun.seeding import derive
 
 NAME_LENGTH = 16
+CLASS_ORDERS: dict[str, Callable[[int, int], list[int]]] = {
+    "numpy_seed": numpy_permutation,
+    "python_seed": python_permutation,
+}
 
 
 def class_split(
@@ -29,6 +34,7 @@ def class_split(
     first: PositiveInt | None,
     sizes: list[int] | None,
     class_seed: int | None,
+    class_order: list[int] | Mapping[str, int] | None,
     setting: Literal["til", "cil"],
 ) -> Stream:
     """Return a stream of tasks with classes of their own; task id k is the k-th block of the class order.
@@ -41,16 +47,17 @@ def class_split(
         first: classes of task 0; the others share the rest evenly. None for no such exception.
         sizes: classes of each task by id, summing to C; None to compute them.
         class_seed: draws the order in which classes are dealt to tasks; None deals them by ascending id.
+        class_order: that order itself, all class ids; or {"numpy_seed": s}, the permutation that PyCIL, PILOT and their
+            relatives draw from NumPy's old generator; or {"python_seed": s}, Python's, as in CODA-Prompt. Class ids
+            are those of the data set, which do not change; only who is dealt first does.
         setting: "til" or "cil".
 
     Raises:
-        ConfigError: the sizes cannot be had, or another setting.
+        ConfigError: the sizes cannot be had, the class order is none, or another setting.
     """
     _check_setting("class_split", setting, ("til", "cil"))
     blocks = _sizes(dataset.num_classes, n_tasks, first, sizes)
-    classes = list(range(dataset.num_classes))
-    if class_seed is not None:
-        classes.sort(key=lambda c: derive(class_seed, "class_order", c))
+    classes = _class_order(dataset.num_classes, class_seed, class_order)
     stops = list(accumulate(blocks))
     groups = [classes[stop - size : stop] for size, stop in zip(blocks, stops, strict=True)]
     return _class_stream(dataset, order, transform, groups, setting)
@@ -72,6 +79,27 @@ def _sizes(num_classes: int, n_tasks: int | None, first: int | None, sizes: Sequ
         raise ConfigError(f"scenario.n_tasks: {what} make {fewest} to {most} tasks, got {n_tasks}")
     others = n_tasks - len(head)
     return head + [left // others + (k < left % others) for k in range(others)]
+
+
+def _class_order(num_classes: int, seed: int | None, order: Sequence[int] | Mapping[str, int] | None) -> list[int]:
+    """Return the class ids in the order in which they are dealt to tasks."""
+    if order is None:
+        classes = list(range(num_classes))
+        return classes if seed is None else sorted(classes, key=lambda c: derive(seed, "class_order", c))
+    if seed is not None:
+        raise ConfigError("scenario.class_seed: says what scenario.class_order says already; set one of them to null")
+    if isinstance(order, Mapping):
+        if len(order) != 1 or not order.keys() <= CLASS_ORDERS.keys():
+            raise ConfigError(
+                f"scenario.class_order: a list of class ids or one of {', '.join(CLASS_ORDERS)}, got {dict(order)}"
+            )
+        [(kind, value)] = order.items()
+        if not 0 <= value < 2**32:
+            raise ConfigError(f"scenario.class_order.{kind}: must be between 0 and {2**32 - 1}, got {value}")
+        return CLASS_ORDERS[kind](num_classes, value)
+    if sorted(order) != list(range(num_classes)):
+        raise ConfigError(f"scenario.class_order: must name each of the classes 0 to {num_classes - 1} exactly once")
+    return list(order)
 
 
 def _listed_sizes(num_classes: int, n_tasks: int | None, first: int | None, sizes: Sequence[int]) -> list[int]:
@@ -151,7 +179,7 @@ def domain_shift(
     kind: Literal["permuted", "rotated"],
     identity_first: bool,
     max_angle: Annotated[float, Range(minimum=0, maximum=360)],
-    setting: Literal["dil"],
+    setting: Literal["dil", "til"],
 ) -> Stream:
     """Return a stream whose tasks have all classes and all rows, each with shifted images of its own.
 
@@ -164,17 +192,17 @@ def domain_shift(
             "rotated" turns images about their centre by a fixed angle, uniform in [0, max_angle) degrees.
         identity_first: whether task id 0 has the images as stored.
         max_angle: upper end of the angles, in degrees.
-        setting: "dil".
+        setting: "dil"; or "til", where the classes of each task are its own (class c of task id k is k * C + c), as
+            they are for learners with a head for each task.
 
     Permutation and angle of a task depend on (dataset.seed, task id) only.
 
     Raises:
         ConfigError: the data set has no images, or another setting.
     """
-    _check_setting("domain_shift", setting, ("dil",))
+    _check_setting("domain_shift", setting, ("dil", "til"))
     if len(dataset.image_shape) != 3:
         raise ConfigError(f"scenario=domain_shift: needs images, and {dataset.name} has none")
-    everything = list(range(dataset.num_classes))
     blocks = []
     for task in range(n_tasks):
         shift: Shift | None = None
@@ -185,17 +213,85 @@ def domain_shift(
         elif kind == "permuted" and not original:
             shift = pixel_permutation(dataset.image_shape, dataset.seed, task)
         name = f"rot {angle:.0f}" if kind == "rotated" else f"perm {task}"
-        blocks.append(_Block(name, everything, shift))
-    return _stream(dataset, order, transform, blocks, setting, everything)
+        blocks.append(_Block(name, list(range(dataset.num_classes)), shift))
+    return _domain_stream(dataset, order, transform, blocks, setting)
+
+
+def dataset_sequence(
+    dataset: Dataset, order: Order, transform: Transform, *, setting: Literal["til", "cil", "dil"]
+) -> Stream:
+    """Return a stream whose task id k is the k-th part of a data set that consists of several.
+
+    Where the parts have normalisation constants of their own and the backbone brings none, the images of each part are
+    standardised by those of the part. They then travel as float32: a replay buffer stores four bytes a value.
+
+    Args:
+        dataset: consists of domains of the same classes, or of data sets with classes of their own.
+        order: permutes the task ids.
+        transform: how stored images become network input.
+        setting: "dil" for domains; "cil" for parts with classes of their own; "til" for both: domains then get classes
+            of their own as in `domain_shift`.
+
+    Raises:
+        ConfigError: the data set is no sequence, or one of the other kind.
+    """
+    if not dataset.parts:
+        raise ConfigError(
+            f"scenario=dataset_sequence: {dataset.name} does not consist of several data sets or domains; "
+            "use another scenario, or dataset=folder_domains for domains of your own"
+        )
+    classes = [sorted(set(part.train.y.tolist())) for part in dataset.parts]
+    disjoint = sum(map(len, classes)) == len({label for own in classes for label in own})
+    if len(classes) > 1 and setting != "til" and disjoint != (setting == "cil"):
+        kind = "data sets with classes of their own" if disjoint else "domains of the same classes"
+        raise ConfigError(
+            f"scenario.setting: {dataset.name} consists of {kind}, which cannot be '{setting}' "
+            f"(possible: {'til, cil' if disjoint else 'til, dil'})"
+        )
+    own = len({(part.mean, part.std) for part in dataset.parts}) > 1 and getattr(transform, "by_dataset", False)
+    blocks = []
+    for part, labels in zip(dataset.parts, classes, strict=True):
+        shift = Standardised.of(part.mean, part.std, dataset.mean, dataset.std) if own else None
+        blocks.append(_Block(part.name[:NAME_LENGTH], labels, shift, part))
+    if setting == "til" and not disjoint or setting == "dil":
+        return _domain_stream(dataset, order, transform, blocks, setting)
+    return _stream(dataset, order, transform, blocks, setting, [label for own in classes for label in own])
 
 
 @dataclass(frozen=True)
 class _Block:
-    """What a task id stands for."""
+    """What a task id stands for.
+
+    Attributes:
+        name: name of the task.
+        classes: ids of its classes.
+        shift: change of the stored images; None for none.
+        part: the data set whose rows it has; None for the rows of its classes in the whole data set.
+        offset: what its labels are moved by.
+    """
 
     name: str
     classes: list[int]
     shift: Shift | None = None
+    part: Dataset | None = None
+    offset: int = 0
+
+
+def _domain_stream(
+    dataset: Dataset, order: Order, transform: Transform, blocks: list[_Block], setting: Setting
+) -> Stream:
+    """Return the stream of domains: all with the classes of the data set, or, task-incremental, each with its own."""
+    size, names = dataset.num_classes, dataset.class_names
+    everything = list(range(size))
+    if setting != "til":
+        blocks = [replace(block, classes=everything) for block in blocks]
+        return _stream(dataset, order, transform, blocks, setting, everything)
+    blocks = [
+        replace(block, classes=[label + k * size for label in block.classes], offset=k * size)
+        for k, block in enumerate(blocks)
+    ]
+    whole = replace(dataset, num_classes=size * len(blocks), class_names=names * len(blocks))
+    return _stream(whole, order, transform, blocks, setting, [label for block in blocks for label in block.classes])
 
 
 def _class_stream(
@@ -221,18 +317,20 @@ def _stream(
     tasks = []
     for index, k in enumerate(ids):
         block = blocks[k]
-        train, test = (_part(split, block, index, transform, dataset) for split in (dataset.train, dataset.test))
-        val = None if dataset.val is None else _part(dataset.val, block, index, transform, dataset)
+        rows = block.part or dataset
+        train, test = (_placed(split, block, index, transform) for split in (rows.train, rows.test))
+        val = None if rows.val is None else _placed(rows.val, block, index, transform)
         tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))
     return Stream(tuple(tasks), dataset.num_classes, setting, dataset.class_names, tuple(class_order), transform)
 
 
-def _part(split: Split, block: _Block, index: int, transform: Transform, dataset: Dataset) -> Split:
+def _placed(split: Split, block: _Block, index: int, transform: Transform) -> Split:
     """Return the rows of a task, in the order of the data set, as the position `index` reads them."""
-    if len(block.classes) < dataset.num_classes:
-        split = split.select(torch.isin(split.y, torch.tensor(block.classes)).nonzero()[:, 0])
-    if not isinstance(split, TensorSplit):
-        raise TypeError(f"cannot place a {type(split).__name__} in a stream")
+    if block.offset:
+        split = replace(split, labels=split.labels + block.offset)
+    rows = torch.isin(split.y, torch.tensor(block.classes)).nonzero()[:, 0]
+    if len(rows) < len(split):
+        split = split.select(rows)
     return replace(split, positions=index, transform=transform, shift=block.shift)
 
 

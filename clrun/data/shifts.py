@@ -65,3 +65,33 @@ class Rotation:
 def random_angle(maximum: float, seed: int, task: int) -> float:
     """Return the angle of a task id, uniform in [0, maximum) and drawn by (seed, task)."""
     return maximum * derive(seed, "rotation", task) / 2**63
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """Gives stored images of one data set the mean and the deviation of another, without rounding.
+
+    What a transform then subtracts and divides by undoes that, so that each data set of a sequence is normalised by
+    constants of its own although all share a transform.
+
+    Attributes:
+        scale: factor of each channel.
+        offset: what is added to each channel, in units of 0..255.
+    """
+
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    @classmethod
+    def of(
+        cls, mean: tuple[float, ...], std: tuple[float, ...], to_mean: tuple[float, ...], to_std: tuple[float, ...]
+    ) -> "Standardised":
+        """Return the change from `mean` and `std` to `to_mean` and `to_std`, [C] each, in [0, 1] units."""
+        scale = tuple(new / old for old, new in zip(std, to_std, strict=True))
+        offset = tuple(255 * (new - k * old) for old, new, k in zip(mean, to_mean, scale, strict=True))
+        return cls(scale, offset)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return float images of x [B, C, H, W]; values may leave 0..255."""
+        scale, offset = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (self.scale, self.offset))
+        return x * scale + offset

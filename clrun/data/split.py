@@ -1,11 +1,13 @@
-"""Rows of labelled images: the batch, the split protocol, and the split that keeps its rows in memory.
+"""Rows of labelled images: the batch, the split, and the split that keeps its rows in memory.
 
-Shapes: `B` batch, `N` rows of a split. Labels are data-set class ids everywhere.
+Shapes: `B` batch, `N` rows of a split, `M` stored rows. Labels are data-set class ids everywhere.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -75,42 +77,25 @@ class Plain:
         return x
 
 
-class Split(Protocol):
-    """Labelled rows that can be read in batches; implemented in memory here."""
-
-    @property
-    def y(self) -> Tensor:
-        """[N] long, data-set class ids."""
-
-    @property
-    def transform(self) -> Transform:
-        """How stored rows become network input."""
-
-    def __len__(self) -> int: ...
-
-    def select(self, rows: Tensor) -> "Split":
-        """Return the split of these rows ([k] long), in this order, sharing storage."""
-
-    def batches(
-        self, size: int, *, view: View = "eval", shuffle: torch.Generator | None = None, shard: tuple[int, int] = (0, 1)
-    ) -> Iterator[Batch]:
-        """Yield batches of `size` rows; see `TensorSplit.batches`."""
-
-
 @dataclass(frozen=True)
-class TensorSplit:
-    """A split whose images lie in one tensor, shared by every selection made from it.
+class Split(ABC):
+    """Labelled rows that can be read in batches; any number of splits share what stores the rows.
+
+    `TensorSplit` stores them in memory, `clrun.data.images.ImageSplit` in files. What reads every stored row once
+    (frozen features, a picture of the data) asks no more: two splits store the same rows when their `images` are the
+    same object and show them alike when their `shift` is the same too; `whole()` has all M of them; `fingerprint()`
+    names their content on disk.
 
     Attributes:
-        images: [M, ...] stored images (uint8 [M, C, H, W]) or feature rows (float [M, D]).
-        labels: [M] long.
+        images: what stores M rows.
+        labels: [M] long; lies on the device that batches are delivered on.
         rows: [N] long, which of the M stored rows belong to this split, in order; None for all.
         positions: position of the rows' task in the stream, one for all or [N] long.
-        transform: how stored images become network input.
+        transform: how stored rows become network input.
         shift: change of the stored images that makes a domain (permutation, rotation); None for none.
     """
 
-    images: Tensor
+    images: Any
     labels: Tensor
     rows: Tensor | None = None
     positions: int | Tensor = 0
@@ -131,12 +116,9 @@ class TensorSplit:
         positions = self.positions if isinstance(self.positions, int) else self.positions[rows]
         return replace(self, rows=rows if self.rows is None else self.rows[rows], positions=positions)
 
-    def to(self, device: torch.device | str) -> Self:
-        """Return the split with its tensors on `device`."""
-        rows = None if self.rows is None else self.rows.to(device)
-        positions = self.positions if isinstance(self.positions, int) else self.positions.to(device)
-        images, labels = self.images.to(device), self.labels.to(device)
-        return replace(self, images=images, labels=labels, rows=rows, positions=positions)
+    def whole(self) -> Self:
+        """Return the split of all M stored rows, in stored order, shown as this one shows them."""
+        return replace(self, rows=None, positions=0)
 
     def batches(
         self, size: int, *, view: View = "eval", shuffle: torch.Generator | None = None, shard: tuple[int, int] = (0, 1)
@@ -152,56 +134,96 @@ class TensorSplit:
         """
         assert view != "train" or shuffle is not None, "the train view draws its augmentation from `shuffle`"
         whole = self._rows(None if shuffle is None else torch.randperm(len(self), generator=shuffle))
-        for start in range(0, len(self), size):
-            raw = self._read(whole, slice(start + shard[0], min(start + size, len(self)), shard[1]))
-            if view == "raw":
-                yield raw
-            elif view == "eval":
-                yield Batch(self.transform.eval(raw.x), raw.y, raw.t, raw.i)
-            elif shuffle is not None:
-                yield Batch(self.transform.train(raw.x, shuffle), raw.y, raw.t, raw.i)
+        starts = range(0, len(self), size)
+        parts = [slice(start + shard[0], min(start + size, len(self)), shard[1]) for start in starts]
+        for part, x in zip(parts, self._read(whole.x[part] for part in parts), strict=True):
+            if self.shift is not None:
+                x = self.shift(x)
+            if view == "eval":
+                x = self.transform.eval(x)
+            elif view == "train" and shuffle is not None:
+                x = self.transform.train(x, shuffle)
+            yield Batch(x, whole.y[part], whole.t[part], whole.i[part])
 
     def _rows(self, order: Tensor | None) -> Batch:
         """Return labels, positions and rows of the whole split in `order`; x says where the images are stored."""
         device = self.labels.device
         local = torch.arange(len(self), device=device) if order is None else order.to(device)
         stored = local if self.rows is None else self.rows[local]
-        if isinstance(self.positions, int):
-            positions = torch.full_like(local, self.positions)
-        else:
-            positions = self.positions[local]
+        at = self.positions
+        positions = torch.full_like(local, at) if isinstance(at, int) else at[local]
         return Batch(stored, self.labels[stored], positions, local)
 
-    def _read(self, whole: Batch, part: slice) -> Batch:
-        """Return a part of the rows `whole` as stored, as a domain shows them."""
-        x = self.images[whole.x[part]]
-        return Batch(x if self.shift is None else self.shift(x), whole.y[part], whole.t[part], whole.i[part])
+    @abstractmethod
+    def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the images as stored of each of the `parts` ([B] long, stored rows), on the device of the labels."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str, *, workers: int = 0) -> Self:
+        """Return the split with its tensors on `device`, read by `workers` where it lies in files."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a hexadecimal digest of the M stored images; two processes that see the same data agree on it."""
+
+    @classmethod
+    @abstractmethod
+    def joined(cls, parts: Sequence["Split"]) -> "Split":
+        """Return one split with the rows of several, in order; at least one of them is of this class."""
+
+
+@dataclass(frozen=True)
+class TensorSplit(Split):
+    """A split whose images lie in one tensor, shared by every selection made from it.
+
+    Attributes:
+        images: [M, ...] stored images (uint8 [M, C, H, W]) or feature rows (float [M, D]).
+    """
+
+    images: Tensor
+
+    def to(self, device: torch.device | str, *, workers: int = 0) -> Self:
+        """Return the split with its tensors on `device`."""
+        rows = None if self.rows is None else self.rows.to(device)
+        positions = self.positions if isinstance(self.positions, int) else self.positions.to(device)
+        images, labels = self.images.to(device), self.labels.to(device)
+        return replace(self, images=images, labels=labels, rows=rows, positions=positions)
+
+    def fingerprint(self) -> str:
+        """Return a digest of shape, type and bytes of the stored images."""
+        digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
+        digest.update(self.images.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (self.images[rows] for rows in parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """Return one split in memory with the rows of several, as their domains show them."""
+        reads = [(part, part._rows(None)) for part in parts]
+        images = [part._shown(rows.x) for part, rows in reads if isinstance(part, TensorSplit)]
+        return replace(
+            parts[0],
+            images=torch.cat(images),
+            labels=torch.cat([rows.y for _, rows in reads]),
+            rows=None,
+            positions=torch.cat([rows.t for _, rows in reads]),
+            shift=None,
+        )
+
+    def _shown(self, rows: Tensor) -> Tensor:
+        """Return these stored rows ([k] long) as the domain shows them."""
+        return self.images[rows] if self.shift is None else self.shift(self.images[rows])
 
 
 def concatenate(splits: Sequence[Split]) -> Split:
-    """Return one split with the rows of several, in order; splits of one storage share it.
-
-    Raises:
-        TypeError: a split is not held in memory.
-    """
-    parts = []
-    for split in splits:
-        if not isinstance(split, TensorSplit):
-            raise TypeError(f"cannot concatenate a {type(split).__name__}")
-        parts.append(split)
-    if len(parts) == 1:
-        return parts[0]
-    positions = torch.cat([torch.as_tensor(p.positions).expand(len(p)).to(p.labels.device) for p in parts])
-    first = parts[0]
-    if all(p.images is first.images and p.shift is None for p in parts):
-        rows = torch.cat([torch.arange(len(p.labels)) if p.rows is None else p.rows for p in parts])
-        return replace(first, rows=rows, positions=positions)
-    reads = [p._read(p._rows(None), slice(None)) for p in parts]
-    return replace(
-        first,
-        images=torch.cat([r.x for r in reads]),
-        labels=torch.cat([r.y for r in reads]),
-        rows=None,
-        positions=positions,
-        shift=None,
-    )
+    """Return one split with the rows of several, in order; splits of one storage share it."""
+    first = splits[0]
+    if len(splits) == 1:
+        return first
+    if all(p.images is first.images and torch.equal(p.labels, first.labels) and p.shift is None for p in splits):
+        every = [p._rows(None) for p in splits]
+        return replace(first, rows=torch.cat([p.x for p in every]), positions=torch.cat([p.t for p in every]))
+    kind = next((type(p) for p in splits if not isinstance(p, TensorSplit)), TensorSplit)
+    return kind.joined(splits)

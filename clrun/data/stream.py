@@ -31,6 +31,9 @@ class Dataset:
         augment: names of the training augmentations, in order (see `clrun.data.transforms`).
         groups: named partitions of the classes (superclasses, alphabets), for `scenario=fixed_groups`.
         seed: `dataset.seed`; drives validation split, permutations, rotations and generated images only.
+        parts: the data sets that this one consists of, for `scenario=dataset_sequence`: domains of the same classes, or
+            data sets with classes of their own. Their labels, `num_classes` and `class_names` are those of the whole,
+            as a rule they share its stored images, and each keeps its own `name`; () when it is not made of parts.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Dataset:
     augment: tuple[Any, ...] = ()
     groups: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     seed: int = 0
+    parts: tuple["Dataset", ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,20 @@ Shapes: `B` batch, `C` channels, `H`, `W` height and width. Pixels stay in 0..25
 and normalises at once.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.data.augment import GREY, Augmentation, parse_augmentations, to_grey
+from clrun.data.augment import GREY, Augmentation, Crop, RandomResizedCrop, parse_augmentations, to_grey
 from clrun.data.split import Plain, Transform
 from clrun.data.stream import Dataset
 from clrun.errors import ConfigError
 
 Shape = tuple[int, int, int]
+Interpolation = Literal["bilinear", "bicubic"]
+BY_DATASET = "normalised by the data set"
 
 
 class PerDevice:
@@ -40,15 +42,21 @@ class ImageTransform:
     """Turns stored images into what a network wants.
 
     Alpha is laid over white, RGB becomes grey by ITU-R BT.601 and grey is repeated, as the wanted channels ask; the
-    size is fitted by antialiased bilinear resizing of the whole image. Augmentation happens at the stored size, before.
+    size is fitted by antialiased resizing, of the whole image or so that the network sees its middle. Augmentation
+    happens at the stored size, before.
 
     Args:
         stored: (C, H, W) of the stored images, values 0..255.
         wanted: (C, H, W) of the network.
         mean: mean of each wanted channel, in [0, 1] units.
         std: standard deviation of each wanted channel, in [0, 1] units.
-        augmentations: applied in order in the train view.
+        augmentations: applied in order in the train view; after one that cuts out a part, nothing more is cut off.
+        crop: share of each side that the network sees: 0.875 for 224 pixels is Resize(256), CenterCrop(224).
+        interpolation: how images are resized.
+        by_dataset: whether `mean` and `std` are the data set's.
     """
+
+    train_only = ("augmentations", "cuts")  # attributes that the eval view does not depend on
 
     def __init__(
         self,
@@ -58,8 +66,15 @@ class ImageTransform:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         augmentations: tuple[Augmentation, ...],
+        crop: float = 1.0,
+        interpolation: Interpolation = "bilinear",
+        by_dataset: bool = False,
     ) -> None:
         self.size = wanted[1:]
+        self.around = (round(self.size[0] / crop), round(self.size[1] / crop))  # what the size is cut from
+        self.interpolation = interpolation
+        self.by_dataset = by_dataset
+        self.cuts = any(isinstance(a, RandomResizedCrop) or isinstance(a, Crop) and a.size for a in augmentations)
         self.alpha = stored[0] != wanted[0] and stored[0] in (2, 4)
         self.grey = wanted[0] == 1 and stored[0] in (3, 4)
         self.augmentations = augmentations
@@ -74,7 +89,7 @@ class ImageTransform:
 
     def eval(self, x: Tensor) -> Tensor:
         """Return stored images as prepared floats, deterministically and per sample."""
-        return self._fit(over_white(x) if self.alpha else x)
+        return self._fit(over_white(x) if self.alpha else x, self.around)
 
     def train(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return stored images as prepared, augmented floats; parameters are drawn from `generator`, on the CPU."""
@@ -82,12 +97,21 @@ class ImageTransform:
             x = over_white(x)
         for augmentation in self.augmentations:
             x = augmentation(x, self.size, generator)
-        return self._fit(x)
+        return self._fit(x, self.size if self.cuts else self.around)
 
-    def _fit(self, x: Tensor) -> Tensor:
-        """Return images of the wanted size and channels, normalised; x keeps its values."""
-        if x.shape[-2:] != self.size:
-            x = F.interpolate(x.float(), self.size, mode="bilinear", antialias=True)
+    def undo(self, x: Tensor) -> Tensor:
+        """Return prepared images before their normalisation, in units of 0..255, one channel or as many as wanted."""
+        return (x - self._offset.on(x.device)) / self._scale.on(x.device)
+
+    def _fit(self, x: Tensor, around: tuple[int, int]) -> Tensor:
+        """Return the middle of images resized to `around`, of the wanted channels, normalised; x keeps its values."""
+        if x.shape[-2:] != around:
+            x = F.interpolate(x.float(), around, mode=self.interpolation, antialias=True)
+            if self.interpolation == "bicubic":
+                x = x.clamp_(0, 255)  # it overshoots at edges
+        if around != self.size:
+            top, left = (round((a - b) / 2) for a, b in zip(around, self.size, strict=True))  # as torchvision
+            x = x[..., top : top + self.size[0], left : left + self.size[1]]
         if self.grey:
             x = to_grey(x)
         scale, offset = self._scale.on(x.device), self._offset.on(x.device)
@@ -110,7 +134,8 @@ def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str
 
     Args:
         dataset: says the stored shape, the normalisation constants and the augmentations.
-        backbone: may have `input_size` (C, H, W), `mean` and `std`; None takes the data set's.
+        backbone: may have `input_size` (C, H, W), `mean` and `std`, where None takes the data set's; and `crop` and
+            `interpolation`, see `ImageTransform`.
 
     Raises:
         ConfigError: unknown augmentation, or channels that cannot be converted.
@@ -121,32 +146,49 @@ def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str
             raise ConfigError("dataset.augment: this data set has no images; set dataset.augment=[]")
         return Plain(), f"{'x'.join(map(str, dataset.image_shape))} features, as stored"
     channels, height, width = dataset.image_shape
+    for augmentation in augmentations.values():
+        if isinstance(augmentation, Crop):
+            augmentation.check(height, width)
     stored = (channels, height, width)
     wanted: Shape = tuple(getattr(backbone, "input_size", None) or stored)
     mean, std, source = _normalisation(dataset, backbone, wanted[0])
-    transform = ImageTransform(stored, wanted, mean=mean, std=std, augmentations=tuple(augmentations.values()))
-    steps = [*_steps(stored, wanted), source]
+    crop: float = getattr(backbone, "crop", 1.0)
+    interpolation: Interpolation = getattr(backbone, "interpolation", "bilinear")
+    transform = ImageTransform(
+        stored,
+        wanted,
+        mean=mean,
+        std=std,
+        augmentations=tuple(augmentations.values()),
+        crop=crop,
+        interpolation=interpolation,
+        by_dataset=source == BY_DATASET,
+    )
+    resized = ["resized" if interpolation == "bilinear" else f"resized ({interpolation})"]
+    steps = resized if transform.around != stored[1:] else []
+    steps += [f"central {crop:g} of the sides"] if crop < 1 else []
+    if source == BY_DATASET and len({(part.mean, part.std) for part in dataset.parts}) > 1:
+        source = "each part normalised by its own constants"
+    steps += [*_channel_steps(stored, wanted), source]
     line = _shape(stored) if stored == wanted else f"{_shape(stored)} -> {_shape(wanted)}"
     training = f"; training: {', '.join(augmentations)}" if augmentations else ""
     return transform, f"{line}: {', '.join(steps)}{training}"
 
 
-def _steps(stored: Shape, wanted: Shape) -> list[str]:
-    """Return what is done to size and channels.
+def _channel_steps(stored: Shape, wanted: Shape) -> list[str]:
+    """Return what is done to the channels.
 
     Raises:
         ConfigError: channels that cannot be converted.
     """
-    steps = ["resized"] if stored[1:] != wanted[1:] else []
     if stored[0] == wanted[0]:
-        return steps
+        return []
     if stored[0] not in (1, 2, 3, 4) or wanted[0] not in (1, 3):
         raise ConfigError(
             f"backbone: wants {wanted[0]} channels but the images of the data set have {stored[0]}; "
             "only grey, RGB and their forms with alpha are converted into grey or RGB"
         )
-    if stored[0] in (2, 4):
-        steps.append("alpha over white")
+    steps = ["alpha over white"] if stored[0] in (2, 4) else []
     if wanted[0] == 1 and stored[0] > 2:
         steps.append("RGB to grey")
     elif wanted[0] == 3 and stored[0] < 3:
@@ -162,7 +204,8 @@ def _normalisation(
     if mean is not None and std is not None:
         return _match(tuple(mean), channels), _match(tuple(std), channels), "normalised by the backbone"
     if dataset.mean and dataset.std:
-        return _match(dataset.mean, channels), _match(dataset.std, channels), "normalised by the data set"
+        colours = dataset.image_shape[0] - (dataset.image_shape[0] in (2, 4) and channels != dataset.image_shape[0])
+        return _match(dataset.mean[:colours], channels), _match(dataset.std[:colours], channels), BY_DATASET
     return (0.0,) * channels, (1.0,) * channels, "scaled to [0, 1]"
 
 

@@ -1,6 +1,7 @@
 import os
 import pickle
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from clrun import libraries
 from clrun.data.sources import torchvision as tv
 from clrun.data.sources.assemble import cut_validation
 from clrun.data.sources.embedded import DIGIT_GROUPS, digits
+from clrun.data.sources.pickles import read_arrays
 from clrun.data.sources.synthetic import prototypes, synthetic
 from clrun.data.split import Batch
-from clrun.errors import ConfigError
+from clrun.errors import ConfigError, noting
 
 COMMON = dict(val_fraction=0.0, seed=0, augment=[])
 SYNTHETIC = dict(
@@ -211,12 +213,18 @@ def write_cifar(root: Path, fine: bool) -> np.ndarray:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let torchvision read small CIFAR files in spite of their checksums."""
-    cifar = pytest.importorskip("torchvision.datasets.cifar")
-    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+    """Let small files be read in spite of their checksums."""
+    for name in ("utils", "svhn", "stl10"):
+        module = pytest.importorskip(f"torchvision.datasets.{name}")
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
-@pytest.mark.parametrize(("loader", "folder"), [(tv.mnist, "MNIST"), (tv.fashion_mnist, "FashionMNIST")])
+IDX = [(tv.mnist, "MNIST"), (tv.fashion_mnist, "FashionMNIST"), (tv.kmnist, "KMNIST")]
+small = pytest.mark.filterwarnings("ignore::clrun.errors.DataWarning")  # small copies have not the published size
+
+
+@small
+@pytest.mark.parametrize(("loader", "folder"), IDX)
 def test_idx_files_are_read(tmp_path: Path, loader: Any, folder: str) -> None:
     pytest.importorskip("torchvision")
     train, test = write_mnist(tmp_path, folder)
@@ -225,11 +233,110 @@ def test_idx_files_are_read(tmp_path: Path, loader: Any, folder: str) -> None:
     assert np.array_equal(images(data.train)[:, 0].numpy(), train)
     assert np.array_equal(images(data.test)[:, 0].numpy(), test)
     assert data.train.y.tolist() == [k % 10 for k in range(20)] and data.test.y.tolist() == list(range(9, -1, -1))
-    assert data.class_names[:2] == (("0", "1") if folder == "MNIST" else ("T-shirt/top", "Trouser"))
+    first = {"MNIST": ("0", "1"), "FashionMNIST": ("T-shirt/top", "Trouser"), "KMNIST": ("o", "ki")}
+    assert data.class_names[:2] == first[folder]
     again = loader(root=str(tmp_path), download=False, val_fraction=0.5, seed=1, augment=["flip"])
     assert again.train.images is data.train.images and again.augment == ("flip",)
 
 
+def test_the_size_is_compared_with_the_published_one(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    write_mnist(tmp_path, "MNIST")
+    with noting(notes := []):
+        tv.mnist(root=str(tmp_path), download=False, **(COMMON | {"val_fraction": 0.5}))
+    assert notes == [
+        f"dataset=mnist: 20 training images in {tmp_path}, published with 60000",
+        f"dataset=mnist: 10 test images in {tmp_path}, published with 10000",
+    ]
+
+
+@small
+@pytest.mark.parametrize(("split", "first", "names"), [("letters", 1, "abc"), ("balanced", 0, "012")])
+def test_emnist_stands_upright_and_counts_from_zero(tmp_path: Path, split: str, first: int, names: str) -> None:
+    pytest.importorskip("torchvision")
+    images_of = np.random.default_rng(0).integers(0, 256, (5, 28, 28))
+    for part in ("train", "test"):
+        stem = tmp_path / "EMNIST" / "raw" / f"emnist-{split}-{part}"
+        write_idx(stem.with_name(f"{stem.name}-images-idx3-ubyte"), images_of)
+        write_idx(stem.with_name(f"{stem.name}-labels-idx1-ubyte"), np.arange(5) + first)
+    data = tv.emnist(root=str(tmp_path), split=split, download=False, **COMMON)
+    assert np.array_equal(images(data.train)[:, 0].numpy(), images_of.transpose(0, 2, 1))
+    assert data.train.y.tolist() == [0, 1, 2, 3, 4] and data.class_names[:3] == tuple(names)
+    assert data.num_classes == {"letters": 26, "balanced": 47}[split]
+
+
+@small
+def test_svhn_files_are_read(tmp_path: Path, unchecked: None) -> None:
+    matlab = pytest.importorskip("scipy.io")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4)).astype(np.uint8)
+    for part in ("train", "test"):
+        matlab.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [9], [10]])})
+    data = tv.svhn(root=str(tmp_path), download=False, **COMMON)
+    assert np.array_equal(images(data.train).numpy(), pixels.transpose(3, 2, 0, 1))
+    assert data.test.y.tolist() == [0, 1, 9, 0] and data.class_names == tuple("0123456789")
+    file = tmp_path / "test_32x32.mat"
+    file.write_bytes(file.read_bytes()[:1000])
+    tv._load.cache_clear()
+    with pytest.raises(ConfigError, match="^dataset.root: SVHN cannot be read"):
+        tv.svhn(root=str(tmp_path), download=False, **COMMON)
+
+
+@small
+def test_stl10_files_are_read(tmp_path: Path, unchecked: None) -> None:
+    home = tmp_path / "stl10_binary"
+    home.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 96, 96)).astype(np.uint8)  # columns first
+    for part in ("train", "test"):
+        (home / f"{part}_X.bin").write_bytes(pixels.tobytes())
+        (home / f"{part}_y.bin").write_bytes(np.array([1, 10, 3], dtype=np.uint8).tobytes())
+    for name in ("unlabeled_X.bin", "fold_indices.txt"):
+        (home / name).touch()
+    (home / "class_names.txt").write_text("airplane\nbird\n" + "\n".join(f"c{k}" for k in range(8)))
+    data = tv.stl10(root=str(tmp_path), download=False, **COMMON)
+    assert np.array_equal(images(data.train).numpy(), pixels.transpose(0, 1, 3, 2))
+    assert data.train.y.tolist() == [0, 9, 2] and data.class_names[:2] == ("airplane", "bird")
+
+
+class Malice:
+    """An object that writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.file,))
+
+
+def test_cifar_pickles_run_no_code(tmp_path: Path, unchecked: None) -> None:
+    write_cifar(tmp_path, False)
+    for file in ("test_batch", "batches.meta"):
+        (tmp_path / "cifar-10-batches-py" / file).write_bytes(pickle.dumps({"data": Malice(tmp_path / "run")}))
+        with pytest.raises(
+            ConfigError, match=r"^dataset.root: CIFAR10 .*which is no part of an array; nothing was run"
+        ):
+            tv.cifar10(root=str(tmp_path), download=False, **COMMON)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pickled_arrays_are_read_whatever_wrote_them(tmp_path: Path, protocol: int) -> None:
+    content = {"data": np.arange(12, dtype=np.uint8).reshape(3, 4), "labels": [1, 2], "name": "x"}
+    data = pickle.dumps(content, protocol=protocol)
+    for old in (data, data.replace(b"numpy._core", b"numpy.core")):
+        if protocol == 0 or old is data:  # the length of names is part of later protocols
+            (tmp_path / "batch").write_bytes(old)
+            found = read_arrays(tmp_path / "batch")
+            assert np.array_equal(found.pop("data"), content["data"]) and found == {"labels": [1, 2], "name": "x"}
+
+
+def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    write_cifar(tmp_path, True)
+    with pytest.raises(ConfigError, match=r"^dataset.root: CIFAR100 .*\(train is missing or has another checksum\)"):
+        tv.cifar100(root=str(tmp_path), download=False, **COMMON)
+
+
+@small
 @pytest.mark.parametrize("fine", [False, True])
 def test_cifar_files_are_read(tmp_path: Path, unchecked: None, fine: bool) -> None:
     blocks = write_cifar(tmp_path, fine)
@@ -248,6 +355,10 @@ def test_cifar_files_are_read(tmp_path: Path, unchecked: None, fine: bool) -> No
         (tv.fashion_mnist, "FashionMNIST/raw/"),
         (tv.cifar10, "cifar-10-batches-py/"),
         (tv.cifar100, "cifar-100-python/"),
+        (tv.kmnist, "KMNIST/raw/"),
+        (partial(tv.emnist, split="letters"), "EMNIST/raw/ with emnist-letters-train-images-idx3-ubyte"),
+        (tv.svhn, "train_32x32.mat"),
+        (tv.stl10, "stl10_binary/"),
     ],
 )
 def test_missing_files_are_named(tmp_path: Path, loader: Any, layout: str) -> None:

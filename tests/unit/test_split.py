@@ -112,11 +112,6 @@ def test_concatenate_reads_one_after_the_other(shared: bool) -> None:
     assert (joined.images is split.images) == shared
 
 
-def test_concatenate_refuses_other_splits() -> None:
-    with pytest.raises(TypeError, match="cannot concatenate a list"):
-        concatenate([[]])  # type: ignore[list-item]
-
-
 def test_a_split_survives_pickling_and_moving() -> None:
     split = make(shift=Rotation(90.0)).select(torch.tensor([4, 9]))
     for copy in (pickle.loads(pickle.dumps(split)), split.to("cpu")):

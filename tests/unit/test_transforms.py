@@ -109,6 +109,56 @@ def test_images_are_resized_with_antialiasing() -> None:
     assert fitted((1, 8, 8), (1, 32, 32))[1] == "8x8x1 -> 32x32x1: resized, normalised by the data set"
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_backbone_may_see_the_middle_only(interpolation: str) -> None:
+    x = pictures(2, 3, 40, 40)
+    wants = SimpleNamespace(
+        input_size=(3, 28, 28), mean=(0.0,) * 3, std=(1.0,) * 3, crop=0.875, interpolation=interpolation
+    )
+    transform, line = fit_transform(dataset((3, 40, 40)), wants)
+    resized = F.interpolate(x.float(), (32, 32), mode=interpolation, antialias=True).clamp(0, 255)
+    torch.testing.assert_close(transform.eval(x), resized[..., 2:30, 2:30] / 255)
+    torch.testing.assert_close(transform.train(x, seeded()), transform.eval(x))
+    how = "resized" if interpolation == "bilinear" else "resized (bicubic)"
+    assert line == f"40x40x3 -> 28x28x3: {how}, central 0.875 of the sides, normalised by the backbone"
+
+
+def test_the_middle_agrees_with_torchvision() -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    x = pictures(3, 3, 50, 50)
+    wants = SimpleNamespace(
+        input_size=(3, 21, 21), mean=(0.0,) * 3, std=(1.0,) * 3, crop=0.875, interpolation="bicubic"
+    )
+    transform, _ = fit_transform(dataset((3, 50, 50)), wants)
+    theirs = v2.Compose([v2.Resize(24, interpolation=3, antialias=True), v2.CenterCrop(21)])(x.float())
+    assert (transform.eval(x) - theirs.clamp(0, 255) / 255).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("spec", ["random_resized_crop", {"crop": {"pad": 0, "size": 28}}])
+def test_nothing_more_is_cut_off_what_an_augmentation_has_cut_out(spec: Any) -> None:
+    wants = SimpleNamespace(input_size=(1, 28, 28), mean=(0.0,), std=(1.0,), crop=0.5, interpolation="bilinear")
+    transform, _ = fit_transform(dataset((1, 32, 32), augment=(spec,)), wants)
+    [augmentation] = parse_augmentations([spec]).values()
+    x = pictures(4, 1, 32, 32)
+    expected = augmentation(x, (28, 28), seeded(3)).float() / 255
+    torch.testing.assert_close(transform.train(x, seeded(3)), expected)
+
+
+def test_a_crop_larger_than_the_images_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="^dataset.augment: crop: size 41 exceeds the 40 pixels of the padded images"):
+        fitted((3, 32, 60), augment=({"crop": {"size": 41}},))
+    fitted((3, 32, 60), augment=({"crop": {"size": 40}},))
+
+
+def test_normalisation_can_be_undone() -> None:
+    for stored, wanted in (((3, 6, 6), (3, 6, 6)), ((1, 6, 6), (3, 6, 6))):
+        transform, _ = fitted(stored, wanted, (0.1, 0.2, 0.3), (0.5, 0.25, 1.0))
+        x = pictures(2, *stored)
+        torch.testing.assert_close(
+            transform.undo(transform.eval(x)), x.float().expand(-1, 3, -1, -1), atol=1e-3, rtol=0
+        )
+
+
 def test_a_large_colour_image_fits_a_small_grey_network() -> None:
     transform, line = fitted((3, 64, 64), (1, 16, 16))
     assert transform.eval(pictures(2, 3, 64, 64)).shape == (2, 1, 16, 16)
@@ -303,7 +353,7 @@ def test_jitter_of_no_strength_and_on_grey_images() -> None:
     [
         (["cropp"], "no augmentation named 'cropp'; did you mean 'crop'?"),
         ([3], "no augmentation named '3'"),
-        ([{"crop": {"padding": 2}}], "crop: no option 'padding'; did you mean 'pad'? (has: pad)"),
+        ([{"crop": {"padding": 2}}], "crop: no option 'padding'; did you mean 'pad'? (has: pad, size)"),
         ([{"crop": 2}], "crop: options must be a mapping, got 2"),
         ([{"crop": {"pad": -1}}], "crop: pad must be at least 0"),
         ([{"crop": {"pad": "x"}}], "crop: options must be numbers"),

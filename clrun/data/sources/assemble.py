@@ -1,6 +1,7 @@
-"""What all loaders share: validation rows and the finished `Dataset`."""
+"""What all loaders share: validation rows, the published sizes and the finished `Dataset`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -8,19 +9,70 @@ import torch
 from torch import Tensor
 
 from clrun.data.augment import parse_augmentations
-from clrun.data.split import TensorSplit
+from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError
+from clrun.errors import ConfigError, warn
 from clrun.seeding import derive
 
 Rows = tuple[Tensor, Tensor]  # images [N, C, H, W] uint8, labels [N] long
 Groups = Mapping[str, tuple[tuple[int, ...], ...]]
 
 
+@dataclass(frozen=True)
+class Domains:
+    """Where the rows of a data set come from.
+
+    Attributes:
+        names: D names.
+        train: [N] long, the domain of each training row.
+        test: likewise; None when every domain is tested on all test rows.
+    """
+
+    names: Sequence[str]
+    train: Tensor
+    test: Tensor | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """How many rows and classes a data set is published with; None for what is not fixed.
+
+    Attributes:
+        train: training rows.
+        test: test rows.
+        classes: classes.
+        total: rows of both parts.
+    """
+
+    train: int | None = None
+    test: int | None = None
+    classes: int | None = None
+    total: int | None = None
+
+
+def check_counts(name: str, published: Published, dataset: Dataset, where: str) -> Dataset:
+    """Return the data set; warn when its numbers are not the published ones.
+
+    Args:
+        name: as in `dataset=NAME`.
+        published: what they should be.
+        dataset: what was read.
+        where: folder it was read from.
+    """
+    train = len(dataset.train) + (0 if dataset.val is None else len(dataset.val))
+    found = Published(train, len(dataset.test), dataset.num_classes, train + len(dataset.test))
+    words = {"train": "training images", "test": "test images", "classes": "classes", "total": "images"}
+    for key, what in words.items():
+        expected, got = getattr(published, key), getattr(found, key)
+        if expected is not None and got != expected:
+            warn(f"dataset={name}: {got} {what} in {where}, published with {expected}")
+    return dataset
+
+
 def assemble(
     name: str,
-    train: Rows,
-    test: Rows,
+    train: Rows | Split,
+    test: Rows | Split,
     *,
     class_names: Sequence[str],
     mean: tuple[float, ...],
@@ -29,13 +81,14 @@ def assemble(
     val_fraction: float,
     seed: int,
     augment: Sequence[Any],
+    domains: Domains | None = None,
 ) -> Dataset:
-    """Return the data set of rows in memory.
+    """Return the data set of these rows.
 
     Args:
         name: as in `dataset=NAME`.
-        train: training images and labels; validation rows are cut from them.
-        test: test images and labels.
+        train: training rows, or images and labels in memory; validation rows are cut from them.
+        test: test rows likewise.
         class_names: C names; the position is the class id.
         mean: mean of each channel over the training images, in [0, 1] units.
         std: standard deviation of each channel, likewise.
@@ -43,34 +96,53 @@ def assemble(
         val_fraction: share of each class's training rows to set aside for validation; 0 for none.
         seed: `dataset.seed`.
         augment: the training augmentations, as configured.
+        domains: the domains that it consists of; validation rows are then cut from each class of each domain.
 
     Raises:
         ConfigError: `val_fraction` leaves a class without training rows, or an augmentation is unknown.
     """
     parse_augmentations(augment)  # a mistake is reported before any run begins
-    rows = TensorSplit(*train)
-    kept, held_out = cut_validation(rows.y, val_fraction, seed)
-    return Dataset(
+    rows, tested = (part if isinstance(part, Split) else TensorSplit(*part) for part in (train, test))
+    strata = rows.y if domains is None else domains.train * len(class_names) + rows.y
+    kept, held_out = cut_validation(strata, val_fraction, seed, class_names=class_names)
+    whole = Dataset(
         name=name,
         train=rows if held_out is None else rows.select(kept),
-        test=TensorSplit(*test),
+        test=tested,
         val=None if held_out is None else rows.select(held_out),
         num_classes=len(class_names),
         class_names=tuple(class_names),
-        image_shape=tuple(train[0].shape[1:]),
+        image_shape=tuple(rows.images.shape[1:]),
         mean=mean,
         std=std,
         augment=tuple(augment),
         groups=groups,
         seed=seed,
     )
+    if domains is None:
+        return whole
+    parts = []
+    for k, domain in enumerate(domains.names):
+        own = tested if domains.test is None else tested.select((domains.test == k).nonzero()[:, 0])
+        train_rows = rows.select(kept[domains.train[kept] == k])
+        val_rows = None if held_out is None else rows.select(held_out[domains.train[held_out] == k])
+        parts.append(replace(whole, name=domain, train=train_rows, test=own, val=val_rows))
+    return replace(whole, parts=tuple(parts))
 
 
-def cut_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor | None]:
+def cut_validation(
+    labels: Tensor, fraction: float, seed: int, *, class_names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor | None]:
     """Return the rows to train on and those to validate on (None for fraction 0), both [k] long and ascending.
 
     Of each class the rounded `fraction` is set aside, at least one row, drawn by (seed, class) alone (with NumPy's
     RandomState, whose stream is frozen for all versions).
+
+    Args:
+        labels: [N] long, class ids; or domain * C + class id, where the classes of each domain count for themselves.
+        fraction: of each class.
+        seed: `dataset.seed`.
+        class_names: C names, for the message.
 
     Raises:
         ConfigError: a class keeps no training rows.
@@ -82,8 +154,9 @@ def cut_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, 
         rows = (labels == label).nonzero()[:, 0]
         count = max(1, round(fraction * len(rows)))
         if count >= len(rows):
+            name = class_names[label % len(class_names)] if class_names else label
             raise ConfigError(
-                f"dataset.val_fraction: {fraction:g} leaves class {label} no training rows (it has {len(rows)}); "
+                f"dataset.val_fraction: {fraction:g} leaves class {name} no training rows (it has {len(rows)}); "
                 "choose a smaller fraction"
             )
         shuffled = np.random.RandomState(derive(seed, "validation", label) % 2**32).permutation(len(rows))

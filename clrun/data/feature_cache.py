@@ -1,0 +1,388 @@
+"""Features of frozen backbones on disk: a memory-mapped file an entry, found by what the features depend on.
+
+An entry is KEY.npy (rows in data-set order) and KEY.json (what it is, and a checksum), which is written last: features
+without it are not read. KEY.lock keeps apart the processes that want to compute the same entry. Nothing here imports
+torch.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from clrun.errors import ConfigError
+from clrun.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
+
+SCHEMA = 1
+LIMIT = 20 * 10**9  # bytes of all entries
+ABANDONED = 3600.0  # seconds without growth after which an unfinished file is taken to be a crashed process's
+HEADER = 128  # bytes of .npy before the rows
+BLOCK = 2**20  # bytes read at once for a checksum
+MAPPED = 2**25  # bytes up to which features are read through a map
+
+Floats = npt.NDArray[np.float32]
+_intact: set[tuple[str, int, int]] = set()  # (path, inode, time of change) of files that this process has checked
+
+
+def default_folder() -> Path:
+    """Return the folder for clrun's features: $CLRUN_CACHE/features, else in the user's cache."""
+    return cache_folder("features")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Rows of the cache. While the object lives its file is open, and the entry counts as in use.
+
+    Attributes:
+        file: the open .npy file, locked against removal.
+        shape: (M, D).
+        key: digest of what the features depend on.
+        reused: whether they were there, and not computed just now.
+        kept: whether they stay in the cache.
+        notes: what a reader of the results should know.
+    """
+
+    file: BinaryIO
+    shape: tuple[int, int]
+    key: str
+    reused: bool
+    kept: bool
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def rows(self) -> np.memmap[Any, np.dtype[np.float32]]:
+        """[M, D] float32, mapped into memory: pages are read when they are touched; writing changes a private copy."""
+        return np.memmap(self.file, dtype="<f4", mode="c", offset=HEADER, shape=self.shape)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all rows."""
+        return 4 * self.shape[0] * self.shape[1]
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Floats:
+        """Return copies of rows ([k]), in this order.
+
+        From the map while all of it is small. A large one would grow into memory with every row that is touched, by up
+        to two megabytes around each, so that larger files are read run by run.
+        """
+        if self.size <= MAPPED:
+            return self.rows[rows]
+        width = 4 * self.shape[1]
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs = zip([0, *breaks], [*breaks, len(rows)], strict=True)
+        data = b"".join(
+            os.pread(self.file.fileno(), (end - first) * width, HEADER + int(rows[first]) * width)
+            for first, end in runs
+            if end > first
+        )
+        return np.frombuffer(bytearray(data), dtype="<f4").reshape(len(rows), self.shape[1])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What lies in the cache, for lists.
+
+    Attributes:
+        path: the features.
+        size: bytes on the disk.
+        used: when they were last used, seconds since 1970.
+        about: as given when they were computed: data set, backbone, rows, width and so on; empty when unreadable.
+    """
+
+    path: Path
+    size: int
+    used: float
+    about: Mapping[str, Any]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a living process has the entry open."""
+        try:
+            file = _locked(self.path, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        if file is not None:
+            file.close()
+        return file is None
+
+    def remove(self) -> bool:
+        """Remove the entry unless it is in use; return whether it is gone."""
+        file = _locked(self.path, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file is None:
+            return not self.path.exists()
+        with file:
+            for suffix in (".json", ".npy", ".lock"):
+                self.path.with_suffix(suffix).unlink(missing_ok=True)
+        return True
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """A folder of features.
+
+    Attributes:
+        folder: where; made when it is first written to.
+        limit: bytes of all entries together; the least recently used make room, never one in use.
+        about: facts recorded with new entries and not part of their key (names, versions, device).
+        opened: what was asked for so far.
+    """
+
+    folder: Path
+    limit: int = LIMIT
+    about: Mapping[str, Any] = field(default_factory=dict)
+    opened: list[Features] = field(default_factory=list)
+
+    def get(
+        self,
+        key: Mapping[str, Any],
+        *,
+        shape: tuple[int, int],
+        compute: Callable[[], Iterable[Floats]],
+        agrees: Callable[[Features], bool],
+        about: Mapping[str, Any],
+    ) -> Features:
+        """Return the features of `key`, computed by the first process that asks while others wait.
+
+        Args:
+            key: what the features depend on, as JSON knows it.
+            shape: (M, D).
+            compute: yields the rows in order, in blocks.
+            agrees: whether stored rows are what the backbone gives here, by a look at some.
+            about: recorded with a new entry, beside `self.about`.
+
+        Raises:
+            ConfigError: the folder cannot be written.
+        """
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        found = self._open(name, shape, agrees)
+        if not isinstance(found, Features):
+            with _writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / f"{name}.lock").touch()
+            with exclusive(self.folder / f"{name}.lock"):
+                found = self._open(name, shape, agrees)  # another process may have been first
+                if not isinstance(found, Features):
+                    found = self._compute(name, shape, compute, {**self.about, **about, "key": dict(key)}, found)
+        self.opened.append(found)
+        return found
+
+    def entries(self) -> list[Entry]:
+        """Return what is in the cache, most recently used first."""
+        found = []
+        for path in self.folder.glob("*.npy"):
+            try:
+                about = _sidecar(path)
+                facts = path.with_suffix(".json") if about else path
+                found.append(Entry(path, path.stat().st_size, facts.stat().st_mtime, about.get("about", {})))
+            except FileNotFoundError:  # removed meanwhile
+                continue
+        return sorted(found, key=lambda entry: -entry.used)
+
+    def make_room(self, size: int = 0) -> bool:
+        """Remove entries until `size` more bytes fit; return whether they do."""
+        now, total = time.time(), size
+        for path in self.folder.glob("*.tmp"):
+            with _missing_is_fine():
+                stored = path.stat()
+                if now - stored.st_mtime > ABANDONED:
+                    path.unlink()
+                else:
+                    total += stored.st_size
+        entries = self.entries()
+        total += sum(entry.size for entry in entries)
+        while total > self.limit and entries:
+            entry = entries.pop()
+            with _missing_is_fine():
+                total -= entry.size if entry.remove() else 0
+        return total <= self.limit
+
+    def _open(self, name: str, shape: tuple[int, int], agrees: Callable[[Features], bool]) -> Features | str | None:
+        """Return the stored features; why they cannot be used; None when there are none."""
+        path = self.folder / f"{name}.npy"
+        facts = _sidecar(path)
+        file = _locked(path, "rb", fcntl.LOCK_SH) if facts else None
+        if file is None:
+            return None
+        seen = _identity(path)
+        if not _fits(file, shape) or (seen not in _intact and _checksum(file) != facts.get("checksum")):
+            return "the stored features were damaged"
+        found = Features(file, shape, name, reused=True, kept=True, notes=self._differences(facts))
+        if seen not in _intact and not agrees(found):
+            return "the stored features are not what the backbone gives here"
+        _intact.add(seen)
+        with _missing_is_fine():
+            os.utime(path.with_suffix(".json"))
+        return found
+
+    def _differences(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return a note when the features were computed in other circumstances than today's."""
+        before, now = facts.get("about", {}).get("circumstances"), self.about.get("circumstances")
+        return () if before == now else (f"features were computed with {before}, this run has {now}",)
+
+    def _compute(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        compute: Callable[[], Iterable[Floats]],
+        about: Mapping[str, Any],
+        damage: str | None,
+    ) -> Features:
+        """Compute, store and open the features; those that do not fit stay as long as they are open."""
+        path, start = self.folder / f"{name}.npy", time.perf_counter()
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        fits = self.make_room(HEADER + 4 * shape[0] * shape[1])
+        try:
+            checksum = _write(temporary, shape, compute)
+            file = _locked(temporary, "rb", fcntl.LOCK_SH)
+            assert file is not None and _fits(file, shape), "nobody else knows of the file"
+            if fits:
+                about = {**about, "rows": shape[0], "width": shape[1], "seconds": time.perf_counter() - start}
+                facts = {"schema": SCHEMA, "checksum": checksum, "made": datetime.now(UTC).isoformat(), "about": about}
+                with _writing(self.folder):
+                    path.with_suffix(".json").unlink(missing_ok=True)
+                    os.replace(temporary, path)
+                    with replacing(path.with_suffix(".json")) as sidecar:
+                        sidecar.write(json_text(facts).encode())
+                _intact.add(_identity(path))
+        finally:
+            with _missing_is_fine():
+                temporary.unlink()
+        notes = [f"{damage}; computed anew"] if damage else []
+        if not fits:
+            notes.append(f"features are not kept: {self.folder} holds at most {self.limit / 1e9:.1f} GB")
+        return Features(file, shape, name, reused=False, kept=fits, notes=tuple(notes))
+
+
+def listing(folder: Path) -> str:
+    """Return a table of the entries in `folder`, most recently used first, and what they add up to."""
+    entries = FeatureCache(folder).entries()
+    lines = [f"{'data set':<16}{'part':<7}{'backbone':<32}{'rows x width':>16}{'MB':>10}  last used"] if entries else []
+    for entry in entries:
+        names = [str(entry.about.get(key, "?")) for key in ("dataset", "part", "backbone", "rows", "width")]
+        used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
+        size = f"{' x '.join(names[3:]):>16}{entry.size / 1e6:>10.1f}"
+        state = " (in use)" if entry.in_use else ""
+        lines.append(f"{names[0][:15]:<16}{names[1][:6]:<7}{names[2][:31]:<32}{size}  {used}{state}")
+    total = sum(entry.size for entry in entries)
+    return "\n".join([*lines, f"{len(entries)} files, {total / 1e6:.1f} MB of {LIMIT / 1e9:.0f} GB in {folder}"])
+
+
+def _write(path: Path, shape: tuple[int, int], compute: Callable[[], Iterable[Floats]]) -> int:
+    """Write rows as .npy, block by block, flushed to the disk; return their checksum."""
+    checksum = count = 0
+    blocks = iter(compute())
+    with _writing(path.parent):
+        file = path.open("wb")
+    with file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for block in blocks:
+            data = np.ascontiguousarray(block, dtype="<f4")
+            with _writing(path.parent):
+                file.write(data.data)
+            checksum, count = zlib.crc32(data.data, checksum), count + len(data)
+        assert count == shape[0], f"{count} rows of {shape[0]}"
+        with _writing(path.parent):
+            file.flush()
+            os.fsync(file.fileno())
+    return checksum
+
+
+def _fits(file: BinaryIO, shape: tuple[int, int]) -> bool:
+    """Whether an open file is .npy with rows of this shape, and leave it at the first of them."""
+    try:
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
+    except ValueError:
+        return False
+    size = os.fstat(file.fileno()).st_size
+    return (
+        header == (shape, False, np.dtype("<f4")) and file.tell() == HEADER and size == HEADER + 4 * shape[0] * shape[1]
+    )
+
+
+def _checksum(file: BinaryIO) -> int:
+    """Return the checksum of the rest of an open file, and leave it where it was."""
+    checksum, start = 0, file.tell()
+    while block := file.read(BLOCK):
+        checksum = zlib.crc32(block, checksum)
+    file.seek(start)
+    return checksum
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    """Return what changes when another file takes the place of the one at `path`, or its content changes."""
+    state = path.stat()
+    return str(path), state.st_ino, state.st_mtime_ns
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    """Return what is recorded of the features at `path`; {} when nothing is, or nothing readable."""
+    try:
+        facts = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) and facts.get("schema") == SCHEMA else {}
+
+
+def _locked(path: Path, mode: str, how: int) -> BinaryIO | None:
+    """Return the file at `path`, open and locked until it is closed; None when it is gone, taken or replaced."""
+    try:
+        file: BinaryIO = path.open(mode)  # type: ignore[assignment]
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.errno not in NO_LOCKS:
+            file.close()
+        if isinstance(error, BlockingIOError):
+            return None
+        if error.errno not in NO_LOCKS:
+            raise
+    if _is_at(file, path):
+        return file
+    file.close()
+    return None
+
+
+def _is_at(file: IO[Any], path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into a `ConfigError` that names the switch."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: features cannot be stored there ({error.strerror or error}); set job.feature_cache=FOLDER, "
+            "or job.feature_cache=false to keep them in memory"
+        ) from error
+
+
+@contextmanager
+def _missing_is_fine() -> Iterator[None]:
+    """Go on where another process was faster, or the cache can only be read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise

@@ -1,0 +1,290 @@
+"""Images that lie in files: read in batches, decoded by threads, kept in memory or in a cache on disk where asked for.
+
+Decoding releases Python's global lock, so that threads decode side by side. Unlike worker processes they start at once,
+send nothing between processes, and an error in one of them is an ordinary exception of the reader. The content of a
+batch does not depend on their number.
+
+Shapes: `M` stored rows, `B` batch, `C` channels, `S` side of the stored squares.
+"""
+
+import hashlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clrun.data.decode import Decoding, Files, Pixels, decode
+from clrun.data.image_cache import ImageCache
+from clrun.data.split import Batch, Split, TensorSplit
+from clrun.errors import ConfigError
+
+Rows = NDArray[np.int64]
+Take = Callable[[Rows], Pixels]  # rows [B] -> images [B, S, S, C]
+AHEAD = 2  # batches that are being decoded while one is in use; more where these are too small for the threads
+CHUNK = 4  # images that a thread takes at once
+
+
+class Images(ABC):
+    """What stores the rows of an `ImageSplit`.
+
+    Attributes:
+        shape: (M, C, S, S).
+    """
+
+    shape: tuple[int, int, int, int]
+
+    @abstractmethod
+    def fill(self, rows: Rows, out: Pixels) -> None:
+        """Write the images of `rows` [B] into `out` [B, S, S, C]."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a digest of what decides the M stored images."""
+
+    def at_hand(self, workers: int) -> Take | None:
+        """Return how to take rows of which none needs decoding; None when some do. Builds what is to be cached."""
+        return None
+
+
+class FileImages(Images):
+    """Images in files.
+
+    Args:
+        files: M files.
+        options: how they are decoded.
+        channels: C, 1 or 3.
+        part: "train" or "test": which rows of the data set these are.
+    """
+
+    def __init__(self, files: Files, options: Decoding, *, channels: int, part: str) -> None:
+        self.files, self.options, self.channels, self.part = files, options, channels, part
+        self.shape = (len(files), channels, options.size, options.size)
+        self._lock = threading.Lock()
+        self._stored: Take | None = None
+        self._kept: Pixels | None = None
+        self._have = np.zeros(len(files), dtype=bool)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what tells where the images are, without those already decoded."""
+        return {name: vars(self)[name] for name in ("files", "options", "channels", "part")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin anew."""
+        self.__init__(state["files"], state["options"], channels=state["channels"], part=state["part"])  # type: ignore[misc]
+
+    def fill(self, rows: Rows, out: Pixels) -> None:
+        """Write the images of `rows` [B] into `out` [B, S, S, C].
+
+        Raises:
+            ConfigError: a file cannot be decoded; names it.
+        """
+        for row, slot in zip(rows.tolist(), out, strict=True):
+            if self._kept is not None and self._have[row]:
+                np.copyto(slot, self._kept[row])
+                continue
+            np.copyto(slot, decode(self.files.content(row), self.files.name(row), self.options, self.channels))
+            if self._kept is not None:
+                self._kept[row] = slot
+                self._have[row] = True
+
+    def problem(self, row: int) -> str | None:
+        """Return why an image cannot be decoded; None when it can."""
+        try:
+            decode(self.files.content(row), self.files.name(row), self.options, self.channels)
+        except ConfigError as error:
+            return str(error).partition(";")[0]
+        return None
+
+    def fingerprint(self) -> str:
+        """Return a digest of names, sizes and times of the files, and of how they are decoded.
+
+        Raises:
+            ConfigError: a file is gone.
+        """
+        digest = hashlib.sha256(f"{self.channels} {self.options.recipe} {len(self.files)}".encode())
+        for row in range(len(self.files)):
+            digest.update(f"\n{self.files.name(row)} {self.files.stamp(row)}".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def at_hand(self, workers: int) -> Take | None:
+        """Return how to take rows from the cache, which is built when needed, or from memory once all are there."""
+        with self._lock:
+            if self._stored is None and self.options.cache is not False:
+                cache = ImageCache(self.files, self.options, self.channels, self.part)
+                self._stored = cache.open(workers=max(1, workers))
+            if self._stored is None and self._kept is None and np.prod(self.shape) <= self.options.memory * 2**20:
+                count, channels, side, _ = self.shape
+                self._kept = np.empty((count, side, side, channels), dtype=np.uint8)
+        if self._stored is None and self._kept is not None and self._have.all():
+            self._stored = self._kept.__getitem__
+        return self._stored
+
+
+class JoinedImages(Images):
+    """The rows of several splits, one after the other, as their domains show them.
+
+    Args:
+        splits: of one shape of images, in memory or in files.
+    """
+
+    def __init__(self, splits: Sequence[Split]) -> None:
+        self.splits = [split.to("cpu") for split in splits]
+        self.ends = np.cumsum([len(split) for split in splits])
+        shapes = {tuple(split.images.shape[1:]) for split in splits}
+        assert len(shapes) == 1, f"cannot join images of shapes {shapes}"
+        self.shape = (int(self.ends[-1]), *shapes.pop())
+
+    def fill(self, rows: Rows, out: Pixels) -> None:
+        """Write the images of `rows` [B] into `out` [B, S, S, C]."""
+        owner = np.searchsorted(self.ends, rows, side="right")
+        for k in np.unique(owner).tolist():
+            own = owner == k
+            first = self.ends[k] - len(self.splits[k])
+            part = self.splits[k].select(torch.from_numpy(rows[own] - first))
+            out[own] = next(part.batches(len(part), view="raw")).x.permute(0, 2, 3, 1).numpy()
+
+    def fingerprint(self) -> str:
+        """Return a digest of the images of each split, its rows, and what its domain makes of a picture."""
+        digest = hashlib.sha256()
+        picture = np.random.RandomState(0).randint(0, 256, (1, *self.shape[1:])).astype(np.uint8)
+        for split in self.splits:
+            shown = picture if split.shift is None else split.shift(torch.from_numpy(picture)).numpy()
+            digest.update(split.fingerprint().encode())
+            for part in (split._rows(None).x.numpy(), shown):
+                digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageSplit(Split):
+    """A split whose images lie in files; as stored they come as [B, C, S, S] uint8 in channels-last order.
+
+    Attributes:
+        images: stores M images.
+        workers: threads that decode ahead of the reader; 0 decodes when a batch is asked for.
+    """
+
+    images: Images
+    workers: int = field(default=0, kw_only=True)
+
+    def to(self, device: torch.device | str, *, workers: int = 0) -> Self:
+        """Return the split that delivers its batches on `device`, decoded by `workers` threads."""
+        rows = None if self.rows is None else self.rows.to(device)
+        positions = self.positions if isinstance(self.positions, int) else self.positions.to(device)
+        return replace(self, labels=self.labels.to(device), rows=rows, positions=positions, workers=workers)
+
+    def fingerprint(self) -> str:
+        """Return a digest of names, sizes and times of the files, and of how they are decoded."""
+        return self.images.fingerprint()
+
+    def _rows(self, order: Tensor | None) -> Batch:
+        whole = super()._rows(order)
+        return Batch(whole.x.cpu(), whole.y, whole.t, whole.i)  # files are found by the CPU
+
+    def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        for images in read_ahead(self.images, (rows.numpy() for rows in parts), self.workers):
+            yield torch.from_numpy(images).permute(0, 3, 1, 2).to(self.labels.device)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Split]) -> Split:
+        """Return one split with the rows of several, which stay where they are."""
+        rows = [part._rows(None) for part in parts]
+        labels, positions = torch.cat([r.y for r in rows]), torch.cat([r.t for r in rows])
+        workers = max(part.workers for part in parts if isinstance(part, ImageSplit))
+        return cls(JoinedImages(parts), labels, None, positions, parts[0].transform, workers=workers)
+
+
+def read_ahead(images: Images, parts: Iterable[Rows], workers: int) -> Iterator[Pixels]:
+    """Yield the images [B, S, S, C] of each of the `parts` (rows [B]), in order.
+
+    Args:
+        images: where they are stored.
+        parts: which rows; asked for some parts before they are due.
+        workers: threads; 0 reads in this one.
+
+    Raises:
+        ConfigError: a file cannot be decoded, or the cache cannot be built.
+    """
+    take = images.at_hand(workers)
+    if not workers:
+        for rows in parts:
+            if take is not None:
+                yield take(rows)
+                continue
+            out = np.empty(_block(images, rows), dtype=np.uint8)
+            images.fill(rows, out)
+            yield out
+        return
+    pool = ThreadPoolExecutor(workers, "clrun-decode")
+    due: deque[Callable[[], Pixels]] = deque()
+    try:
+        for rows in parts:
+            due.append(_decoding(pool, images, rows) if take is None else pool.submit(take, rows).result)
+            if len(due) > max(AHEAD, 2 * CHUNK * workers // max(1, len(rows))):
+                yield due.popleft()()
+        while due:
+            yield due.popleft()()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _decoding(pool: ThreadPoolExecutor, images: Images, rows: Rows) -> Callable[[], Pixels]:
+    """Begin to decode a batch; return a function that waits for it."""
+    out = np.empty(_block(images, rows), dtype=np.uint8)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)]
+    running = [pool.submit(images.fill, rows[chunk], out[chunk]) for chunk in chunks]
+
+    def wait() -> Pixels:
+        for future in running:
+            future.result()
+        return out
+
+    return wait
+
+
+def _block(images: Images, rows: Rows) -> tuple[int, int, int, int]:
+    """Return the shape [B, S, S, C] of a batch."""
+    _, channels, height, width = images.shape
+    return len(rows), height, width, channels
+
+
+_loaded: dict[str, Tensor] = {}
+_unreadable: dict[str, dict[int, str]] = {}
+
+
+def in_memory(split: ImageSplit) -> TensorSplit:
+    """Return the rows of a split in memory, decoded now by one thread a core; once a process for the same files.
+
+    Raises:
+        ConfigError: a file cannot be decoded.
+    """
+    key = split.images.fingerprint()
+    if key not in _loaded:
+        whole = ImageSplit(split.images, split.labels, workers=_cores())
+        parts = [batch.x.contiguous() for batch in whole.batches(256, view="raw")]
+        _loaded[key] = torch.cat([torch.empty(0, *split.images.shape[1:], dtype=torch.uint8), *parts])
+    return TensorSplit(_loaded[key], split.labels, split.rows, split.positions, split.transform, split.shift)
+
+
+def _cores() -> int:
+    """Return how many threads this process can run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def unreadable(images: FileImages) -> dict[int, str]:
+    """Return what is wrong with each image that cannot be decoded, by row; every image is tried, once a process."""
+    key = images.fingerprint()
+    if key not in _unreadable:
+        with ThreadPoolExecutor(_cores(), "clrun-decode") as pool:
+            problems = pool.map(images.problem, range(len(images.files)))
+            _unreadable[key] = {row: text for row, text in enumerate(problems) if text is not None}
+    return _unreadable[key]

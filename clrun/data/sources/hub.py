@@ -1,0 +1,246 @@
+"""Image data sets of the Hugging Face Hub, or of a folder that its library reads. None of their code is ever run."""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from clrun import libraries
+from clrun.data.decode import Decoding
+from clrun.data.images import FileImages, ImageSplit, unreadable
+from clrun.data.sources.assemble import assemble
+from clrun.data.sources.folders import check_classes
+from clrun.data.sources.listing import in_test, printable, some
+from clrun.data.stream import Dataset
+from clrun.errors import ConfigError, Fraction, did_you_mean, warn
+
+OLDEST = 4  # from this version on the library refuses data sets that bring a program
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Encoded images in a column of a table.
+
+    Attributes:
+        table: a split of `datasets`, its images not decoded.
+        column: name of the column.
+        title: what to call the table.
+        rows: which rows of it.
+    """
+
+    table: Any
+    column: str
+    title: str
+    rows: tuple[int, ...]
+
+    @property
+    def place(self) -> str:
+        """The table."""
+        return self.title
+
+    def __len__(self) -> int:
+        """Return the number of images M."""
+        return len(self.rows)
+
+    def name(self, row: int) -> str:
+        """Return the table and the number of the row there."""
+        return f"{self.title}, row {self.rows[row]}"
+
+    def content(self, row: int) -> Path | bytes:
+        """Return the path or the content of an image."""
+        cell = self.table[self.rows[row]][self.column]
+        if cell is None:
+            raise ConfigError(f"{self.name(row)}: there is no image; remove the row")
+        return Path(cell["path"]) if cell["bytes"] is None else bytes(cell["bytes"])
+
+    def stamp(self, row: int) -> tuple[int, int]:
+        """Return no size, and for the time what tells the content of the table."""
+        return 0, int.from_bytes(hashlib.sha256(self.table._fingerprint.encode()).digest()[:7])
+
+
+def hf(
+    *,
+    path: str,
+    config: str | None,
+    revision: str | None,
+    train: str,
+    test: str | None,
+    image: str | None,
+    label: str | None,
+    test_fraction: Fraction,
+    channels: Literal[1, 3],
+    images: Decoding,
+    mean: list[float],
+    std: list[float],
+    val_fraction: Fraction,
+    seed: int,
+    augment: list[Any],
+) -> Dataset:
+    """Return an image data set that the library `datasets` reads.
+
+    Args:
+        path: a name on the Hub ("owner/name"), or a folder: of images, of Parquet files, or made by `save_to_disk`.
+        config: which of several configurations; None for the only one.
+        revision: commit or tag on the Hub; None for the newest.
+        train: split with the training images.
+        test: split with the test images; None to cut them from the training images.
+        image: column of the images; None for the only one.
+        label: column of the classes; None for the only one of the kind ClassLabel.
+        test_fraction: share of test images without `test`, told by the hash of their row number.
+        channels: 3 for colour, 1 for grey.
+        images: how they are decoded.
+        mean: mean of each channel, in [0, 1] units; [] leaves pixels in [0, 1].
+        std: standard deviation of each channel, likewise.
+        val_fraction: share of each class's training images to set aside for validation.
+        seed: of the validation images.
+        augment: training augmentations.
+
+    Raises:
+        ConfigError: the library is missing or too old; the data set cannot be had or brings a program; no such split or
+            column; images without class.
+    """
+    columns = _Columns(path, _tables(path, config, revision), image, label)
+    parts, names = columns.parts(train, test, test_fraction)
+    splits = [
+        _split(files, labels, images, channels, part)
+        for (files, labels), part in zip(parts, ("train", "test"), strict=True)
+    ]
+    check_classes("hf", splits[0].y.tolist(), splits[1].y.tolist(), names, path)
+    return assemble(
+        "hf",
+        *splits,
+        class_names=names,
+        mean=tuple(mean),
+        std=tuple(std),
+        groups={},
+        val_fraction=val_fraction,
+        seed=seed,
+        augment=augment,
+    )
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where the images and classes of a data set are.
+
+    Attributes:
+        path: of the data set.
+        tables: its splits by name.
+        image: column of the images; None for the only one.
+        label: column of the classes; None for the only ClassLabel.
+    """
+
+    path: str
+    tables: Any
+    image: str | None
+    label: str | None
+
+    def parts(
+        self, train: str, test: str | None, fraction: float
+    ) -> tuple[list[tuple[HubFiles, list[int]]], list[str]]:
+        """Return files and labels (of all rows of the table) of the training and the test part, and the class names."""
+        chosen = [train, train if test is None else test]
+        tables = [_pick(self.tables, name, option) for name, option in zip(chosen, ("train", "test"), strict=True)]
+        image = _column(tables[0], self.image, "image", "Image")
+        label = _column(tables[0], self.label, "label", "ClassLabel")
+        values = [_labels(table, label, self.path) for table in tables]
+        names, numbers = _classes(tables[0], label, values)
+        tested = [test is not None or in_test(str(row), fraction) for row in range(len(values[1]))]
+        rows = (
+            tuple(row for row in range(len(values[0])) if test is not None or not tested[row]),
+            tuple(row for row, own in enumerate(tested) if own),
+        )
+        undecoded = libraries.load("datasets").Image(decode=False)
+        parts = [
+            (
+                HubFiles(table.cast_column(image, undecoded), image, f"{self.path} {name}", own),
+                [numbers[v] for v in every],
+            )
+            for table, name, own, every in zip(tables, chosen, rows, values, strict=True)
+        ]
+        return parts, names
+
+
+def _split(files: HubFiles, labels: Sequence[int], images: Decoding, channels: int, part: str) -> ImageSplit:
+    """Return the rows of a table, without those that cannot be decoded where these are to be skipped."""
+    if images.unreadable == "skip":
+        problems = unreadable(FileImages(files, images, channels=channels, part=""))
+        if problems:
+            named = some([*problems.values()])
+            warn(f"dataset=hf: {len(problems)} images cannot be decoded and are left out: {named}")
+        kept = tuple(row for k, row in enumerate(files.rows) if k not in problems)
+        files = HubFiles(files.table, files.column, files.title, kept)
+    stored = FileImages(files, images, channels=channels, part=part)
+    return ImageSplit(stored, torch.tensor([labels[row] for row in files.rows], dtype=torch.long))
+
+
+def _tables(path: str, config: str | None, revision: str | None) -> Any:
+    """Return the splits of a data set by name."""
+    library = libraries.load("datasets")
+    if int(library.__version__.split(".")[0]) < OLDEST:
+        raise ConfigError(
+            f"dataset=hf needs datasets {OLDEST} or newer, which run no code of a data set; found "
+            f"{library.__version__}; run pip install --upgrade datasets"
+        )
+    if not sys.stderr.isatty():
+        library.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # failed attempts are told by the one error below
+    home = Path(path).expanduser()
+    try:
+        if any((home / name).is_file() for name in SAVED):
+            found = library.load_from_disk(str(home))
+            return found if isinstance(found, dict) else {"train": found}
+        return library.load_dataset(str(home) if home.is_dir() else path, config, revision=revision)
+    except Exception as error:  # the library and the network below it have many kinds
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"dataset.path: {path} cannot be loaded ({reason}); give a name on the Hub that this machine can reach or "
+            "has loaded before, or a folder"
+        ) from error
+
+
+def _pick(tables: Any, name: str, option: str) -> Any:
+    """Return the split `name`."""
+    if name not in tables:
+        hint = did_you_mean(name, tables) or f"; set dataset.{option}"
+        raise ConfigError(f"dataset.{option}: there is no split '{name}'{hint} (there are: {', '.join(tables)})")
+    return tables[name]
+
+
+def _column(table: Any, name: str | None, option: str, kind: str) -> str:
+    """Return the column `name`, or the only one of this kind."""
+    columns: dict[str, str] = {column: type(feature).__name__ for column, feature in table.features.items()}
+    listed = ", ".join(f"{column} ({feature})" for column, feature in columns.items())
+    if name is not None:
+        if name not in columns or (kind == "Image" and columns[name] != kind):
+            what = "column of images" if kind == "Image" else "column"
+            raise ConfigError(f"dataset.{option}: there is no {what} '{name}' (there are: {listed})")
+        return name
+    found = [column for column, feature in columns.items() if feature == kind]
+    if len(found) != 1:
+        raise ConfigError(f"dataset.{option}: name the column; {len(found)} are of the kind {kind} (of: {listed})")
+    return found[0]
+
+
+def _labels(table: Any, column: str, path: str) -> list[int | str]:
+    """Return the values of the column of classes."""
+    values = list(table[column])
+    for row, value in enumerate(values):
+        if not isinstance(value, int | str) or value == -1:
+            raise ConfigError(f"{path}, row {row}: the column '{column}' names no class (it holds {value!r})")
+    return values
+
+
+def _classes(table: Any, column: str, values: Sequence[Sequence[int | str]]) -> tuple[list[str], dict[int | str, int]]:
+    """Return the names of the classes and the class id of each value: as the table numbers them, else sorted."""
+    names = getattr(table.features[column], "names", None)
+    if names is not None:
+        return [printable(name) for name in names], {label: label for label in range(len(names))}
+    found = sorted({value for part in values for value in part}, key=lambda value: (isinstance(value, str), value))
+    return [printable(str(value)) for value in found], {value: label for label, value in enumerate(found)}

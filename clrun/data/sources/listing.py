@@ -1,0 +1,146 @@
+"""Lists of image files: folders of classes, a test part by hash of the file names, and what is left out and why."""
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clrun.data.decode import SUFFIXES
+from clrun.errors import ConfigError
+
+SHOWN = 3  # names of files in a message
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Labelled image files.
+
+    Attributes:
+        root: folder that the names begin in.
+        names: paths from there, with slashes.
+        labels: class id of each.
+        skipped: files that were found and are no images by their names.
+        seen: whether the files were found by looking, and not named by a list.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    skipped: tuple[str, ...] = ()
+    seen: bool = False
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.names)
+
+    def where(self, keep: Sequence[bool]) -> "Listing":
+        """Return the images marked in `keep`."""
+        kept = [row for row, wanted in enumerate(keep) if wanted]
+        names, labels = tuple(self.names[k] for k in kept), tuple(self.labels[k] for k in kept)
+        return replace(self, names=names, labels=labels)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders of classes in `folder`, sorted by code point; hidden ones do not count.
+
+    Raises:
+        ConfigError: the folder cannot be read, or two classes differ only in case.
+    """
+    names = sorted(entry.name for entry in entries(folder) if entry.is_dir() and not hidden(entry.name))
+    alike: dict[str, str] = {}
+    for name in names:
+        other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise ConfigError(f"{folder}: the classes '{other}' and '{name}' differ only in case; rename or join them")
+    return names
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data: hidden, or left by an archive program."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, sorted by name.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read ({error.strerror or error})") from error
+
+
+def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = None) -> Listing:
+    """Return the images in the folders `classes` of `folder`; the position in the list is the class id.
+
+    Images in folders within a class folder count too. Links are followed; a folder that a link leads back to from
+    within is not entered again. Hidden files are passed over in silence, others that are no images are listed as
+    skipped.
+
+    Args:
+        folder: holds the class folders.
+        classes: names of those that count; one may be missing.
+        root: folder that the names begin in; default `folder`.
+
+    Raises:
+        ConfigError: a folder cannot be read.
+    """
+    root = root or folder
+    start = len(os.path.join(root, ""))
+    names: list[str] = []
+    labels: list[int] = []
+    skipped: list[str] = []
+    for label, name in enumerate(classes):
+        if not (folder / name).is_dir():
+            continue
+        for path in files_below(folder / name):
+            if os.path.splitext(path)[1].lower() in SUFFIXES:
+                names.append(path[start:])
+                labels.append(label)
+            else:
+                skipped.append(path)
+    return Listing(root, tuple(names), tuple(labels), tuple(skipped), seen=True)
+
+
+def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the paths of the files in a folder and below, sorted within each folder.
+
+    Args:
+        folder: where.
+        above: real paths of the folders that led here.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return  # a link that leads back
+    for entry in entries(folder):
+        if hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from files_below(Path(entry.path), (*above, real))
+        else:
+            yield entry.path
+
+
+def in_test(name: str, fraction: float) -> bool:
+    """Whether the hash of a file's name puts it into the test part, of which `fraction` of all names are.
+
+    The name alone decides, so that files that are added or removed move no other one.
+    """
+    digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) < fraction * 2**64
+
+
+def printable(text: str) -> str:
+    """Return a name without bytes that are no text."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(printable(name) for name in names[:SHOWN]) + more
