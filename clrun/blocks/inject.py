@@ -1,0 +1,471 @@
+"""Prompts, prefixes, adapters, LoRA and SSF on unmodified timm vision transformers.
+
+A `Plan` says what one forward pass gets; `Injector.use` puts it there with hooks that are bound methods of objects
+which live as long as the pass. At rest a backbone has no hooks: the pass without a plan is the plain model, and nothing
+of a plan is pickled. The backbone's weights are never touched, and its own attention, fused or not, does the work.
+
+Shapes: `B` images, `P` prefix tokens of the plain model (class token, registers), `N` tokens of the plain model, `L`
+injected tokens, `D` width, `H` heads.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from clrun.errors import ConfigError
+
+Hook = Callable[..., Any]
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """What makes the tokens of a block from the tokens that enter it."""
+
+    length: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [B, length, D] for the plain model's tokens x [B, N, D]."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values that every token of a block attends to beside those of the tokens, without any projection.
+
+    Attributes:
+        keys: [L, D] or [B, L, D].
+        values: likewise.
+        compensated: divide the weight of the prefix by its share of the attention, as LAE does (Gao et al., ICCV 2023,
+            section 3.3): what is learned then does not shrink where the tokens attract most attention.
+    """
+
+    keys: Tensor
+    values: Tensor
+    compensated: bool = False
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.keys.shape[-2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one forward pass gets. Blocks are counted from 0, paths are those of `nn.Module.get_submodule`.
+
+    Attributes:
+        tokens: by block, tokens [L, D] or [B, L, D] (or their source) that enter it after the P prefix tokens. They
+            replace those of the block before that has some; these flow on to the next block that has some, and are
+            taken out before the final normalisation.
+        keep_tokens: leave the tokens in, for `forward_features`.
+        prefix: by block.
+        parallel: by path, a module whose output of the submodule's input is added to the submodule's output.
+        sequential: by path, a module whose output of the submodule's output is added to it.
+        beside_mlp: by block, a module whose output of the un-normalised stream is added to what the MLP adds to it.
+        scaled: by path, a module that replaces the submodule's output by its own output of it.
+    """
+
+    tokens: Mapping[int, "Tensor | TokenSource"] = field(default_factory=dict)
+    keep_tokens: bool = False
+    prefix: Mapping[int, Prefix] = field(default_factory=dict)
+    parallel: Mapping[str, nn.Module] = field(default_factory=dict)
+    sequential: Mapping[str, nn.Module] = field(default_factory=dict)
+    beside_mlp: Mapping[int, nn.Module] = field(default_factory=dict)
+    scaled: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+class Injector:
+    """Gives forward passes of a backbone their plans.
+
+    Under gradient checkpointing the backward pass runs the blocks again: the hooks of a pass with gradients then stay
+    until the next pass begins or `release` is called, and a step must not have two such passes with different plans.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[RemovableHandle] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave hooks that wait for a backward pass out of copies and checkpoints."""
+        return {"_kept": []}
+
+    def release(self) -> None:
+        """Remove the hooks that a pass under gradient checkpointing has left."""
+        for handle in self._kept:
+            handle.remove()
+        self._kept = []
+
+    @contextmanager
+    def use(self, vit: nn.Module, plan: Plan) -> Iterator[None]:
+        """Give `plan` to the forward passes of `vit` within the block.
+
+        Raises:
+            ConfigError: the backbone is compiled; the compiled code would not see the hooks.
+        """
+        self.release()
+        if getattr(vit, "_compiled_call_impl", None) is not None:
+            raise ConfigError("hardware.compile: a compiled backbone ignores prompts and adapters; set it to false")
+        handles = list(_attached(vit, plan))
+        try:
+            yield
+        finally:
+            if getattr(vit, "grad_checkpointing", False) and torch.is_grad_enabled():
+                self._kept = handles
+            else:
+                for handle in handles:
+                    handle.remove()
+
+
+def require_vit(backbone: nn.Module, method: str) -> None:
+    """Refuse a backbone that cannot take prompts and prefixes.
+
+    Raises:
+        ConfigError: it is no timm `VisionTransformer` of plain blocks with plain attention.
+    """
+    timm: Any = sys.modules.get("timm.models.vision_transformer")
+    use = "use the backbones vit_*, glyph_vit, or timm with a VisionTransformer (ViT, DeiT, DINOv2, CLIP)"
+    found = type(backbone).__name__
+    if timm is None or not isinstance(backbone, timm.VisionTransformer):
+        raise ConfigError(f"backbone: {method} needs a vision transformer, not {found}; {use}")
+    blocks: Any = backbone.blocks
+    odd = {type(b).__name__ for b in blocks if type(b) is not timm.Block}
+    odd |= {type(b.attn).__name__ for b in blocks if not odd and type(b.attn) is not timm.Attention}
+    if odd:
+        raise ConfigError(f"backbone: {method} needs plain transformer blocks, not {', '.join(sorted(odd))}; {use}")
+
+
+def require_blocks(backbone: nn.Module, method: str) -> None:
+    """Refuse a backbone that cannot take adapters and SSF beside its blocks (RoPE models such as EVA can).
+
+    Raises:
+        ConfigError: it has no list of blocks with `norm1`, `attn`, `norm2`, `mlp` and `drop_path2`.
+    """
+    names = ("norm1", "attn", "norm2", "mlp", "drop_path2")
+    blocks = getattr(backbone, "blocks", None)
+    if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not all(hasattr(b, n) for b in blocks for n in names):
+        raise ConfigError(
+            f"backbone: {method} needs a transformer with blocks of attention and MLP, not {type(backbone).__name__}; "
+            "use the backbones vit_*, glyph_vit or timm with a VisionTransformer or an Eva"
+        )
+
+
+def require_depth(backbone: nn.Module, blocks: list[int], option: str) -> None:
+    """Refuse blocks that the backbone does not have, or that are listed twice.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    depth = len(backbone.blocks)  # type: ignore[arg-type]
+    wrong = [b for b in blocks if not 0 <= b < depth]
+    if wrong or len(set(blocks)) < len(blocks):
+        what = f"there is no block {wrong[0]}" if wrong else "a block is listed twice"
+        raise ConfigError(f"{option}: {what}; the backbone has the blocks 0 to {depth - 1}")
+
+
+# --- hooks
+
+
+def _attached(vit: nn.Module, plan: Plan) -> Iterator[RemovableHandle]:
+    """Attach the hooks of a plan, yielding the handle of each."""
+    blocks: Any = getattr(vit, "blocks", None)
+    before = 0
+    for index in sorted(plan.tokens):
+        tokens = _TokensAt(int(vit.num_prefix_tokens), before, plan.tokens[index])  # type: ignore[arg-type]
+        yield blocks[index].register_forward_pre_hook(tokens.enter, with_kwargs=True)
+        before = tokens.length
+    if before and not plan.keep_tokens:
+        strip = _Strip(int(vit.num_prefix_tokens), before)  # type: ignore[arg-type]
+        yield vit.norm.register_forward_pre_hook(strip.leave)  # type: ignore[union-attr]
+    for path in dict.fromkeys((*plan.parallel, *plan.sequential, *plan.scaled)):
+        changed = _Changed(plan.parallel.get(path), plan.sequential.get(path), plan.scaled.get(path))
+        yield vit.get_submodule(path).register_forward_hook(changed.change)
+    for index, module in plan.beside_mlp.items():
+        beside = _BesideMlp(module)
+        yield blocks[index].norm2.register_forward_pre_hook(beside.note)
+        yield blocks[index].drop_path2.register_forward_hook(beside.add)
+    for index, prefix in plan.prefix.items():
+        if prefix.length:
+            yield from _PrefixedAttention(blocks[index].attn, prefix).attach()
+
+
+class _TokensAt:
+    """Puts tokens into a block after the prefix tokens, in place of `before` earlier ones."""
+
+    def __init__(self, prefix: int, before: int, source: Tensor | TokenSource) -> None:
+        self.prefix, self.before, self.source = prefix, before, source
+        self.length = source.shape[-2] if isinstance(source, Tensor) else source.length
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        x: Tensor = args[0]
+        head, tail = x[:, : self.prefix], x[:, self.prefix + self.before :]
+        if isinstance(self.source, Tensor):
+            tokens = self.source
+        else:
+            tokens = self.source(torch.cat([head, tail], dim=1) if self.before else x)
+        tokens = tokens.to(x.dtype).expand(len(x), -1, -1)
+        return (torch.cat([head, tokens, tail], dim=1), *args[1:]), kwargs
+
+
+class _Strip:
+    """Takes injected tokens out."""
+
+    def __init__(self, prefix: int, length: int) -> None:
+        self.prefix, self.length = prefix, length
+
+    def leave(self, module: nn.Module, args: Any) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        return (torch.cat([x[:, : self.prefix], x[:, self.prefix + self.length :]], dim=1), *args[1:])
+
+
+class _Changed:
+    """Changes the output of a submodule."""
+
+    def __init__(self, parallel: nn.Module | None, sequential: nn.Module | None, scaled: nn.Module | None) -> None:
+        self.parallel, self.sequential, self.scaled = parallel, sequential, scaled
+
+    def change(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self.parallel is not None:
+            output = output + self.parallel(args[0])
+        if self.sequential is not None:
+            output = output + self.sequential(output)
+        if self.scaled is not None:
+            output = self.scaled(output)
+        return output
+
+
+class _BesideMlp:
+    """Adds a function of the stream that enters the second half of a block to what the MLP adds to it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.stream: Tensor | None = None
+
+    def note(self, module: nn.Module, args: Any) -> None:
+        self.stream = args[0]
+
+    def add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        assert self.stream is not None, "norm2 comes before drop_path2"
+        stream, self.stream = self.stream, None
+        changed: Tensor = output + self.module(stream)
+        return changed
+
+
+class _PrefixedAttention:
+    """Prefix keys and values without a line of attention: L rows are appended, overwritten after `qkv`, and cut off.
+
+    The appended rows ask too; their answers are dropped. No other row can see the difference to a concatenation.
+    """
+
+    def __init__(self, attention: Any, prefix: Prefix) -> None:
+        self.attention, self.prefix, self.length = attention, prefix, prefix.length
+        self.correction: Tensor | None = None
+
+    def attach(self) -> Iterator[RemovableHandle]:
+        attention = self.attention
+        yield attention.register_forward_pre_hook(self.pad, with_kwargs=True)
+        yield attention.qkv.register_forward_hook(self.write)
+        if self.prefix.compensated:
+            yield attention.proj.register_forward_pre_hook(self.compensate)
+        yield attention.register_forward_hook(self.cut)
+
+    def pad(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        assert kwargs.get("attn_mask") is None, "a mask would have to be padded too"
+        return (F.pad(args[0], (0, 0, 0, self.length)), *args[1:]), kwargs
+
+    def write(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        own = output[:, : -self.length]
+        keys = self.prefix.keys.to(output.dtype).expand(len(output), -1, -1)
+        values = self.prefix.values.to(output.dtype).expand(len(output), -1, -1)
+        whole = torch.cat([own, torch.cat([torch.zeros_like(keys), keys, values], dim=2)], dim=1)
+        if self.prefix.compensated:
+            self.correction = self._correction(whole)
+        return whole
+
+    def cut(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output[:, : -self.length]
+
+    def _correction(self, qkv: Tensor) -> Tensor:
+        """Return (1 - w) Attention(q, prefix) [B, N + L, D], with w the share of the attention that the prefix gets.
+
+        The sum of joint attention and this is the joint attention with its prefix part divided by w.
+        """
+        batch, length, _ = qkv.shape
+        heads = qkv.view(batch, length, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attention.q_norm(heads[0]), self.attention.k_norm(heads[1]), heads[2]
+        mark = q.new_zeros(1, 1, q.shape[2], q.shape[3])  # as wide as q: what every fused kernel takes
+        mark[:, :, -self.length :] = 1
+        share = F.scaled_dot_product_attention(q, k, mark.expand_as(q))[..., :1]
+        alone = F.scaled_dot_product_attention(q, k[:, :, -self.length :], v[:, :, -self.length :])
+        return ((1 - share) * alone).transpose(1, 2).flatten(2)
+
+    def compensate(self, module: nn.Module, args: Any) -> tuple[Any, ...]:
+        assert self.correction is not None, "qkv comes before proj"
+        correction, self.correction = self.correction, None
+        return (args[0] + correction, *args[1:])
+
+
+# --- modules that plans are made of
+
+
+class Adapter(nn.Module):
+    """A bottleneck whose output is added: scale (W_up dropout(act(W_down x + b)) + b_up), 0 before training.
+
+    Args:
+        width: D.
+        bottleneck: r.
+        activation: between the two maps.
+        dropout: share of the r activations dropped in training.
+        scale: initial factor.
+        learn_scale: whether the factor is trained.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        *,
+        activation: Literal["relu", "gelu"],
+        dropout: float,
+        scale: float,
+        learn_scale: bool,
+    ) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+        self.activation, self.dropout = activation, dropout
+        self.scale: nn.Parameter | float = nn.Parameter(torch.tensor(scale)) if learn_scale else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added [..., D] for x [..., D]."""
+        hidden = F.relu(self.down(x)) if self.activation == "relu" else F.gelu(self.down(x))
+        change: Tensor = self.scale * self.up(F.dropout(hidden, self.dropout, self.training))
+        return change
+
+
+def mlp_adapters(depth: int, width: int, bottleneck: int, *, scale: float, dropout: float) -> nn.ModuleDict:
+    """Return an adapter for the MLP of every block, by its number (AdaptFormer, Chen et al., NeurIPS 2022)."""
+    adapters = nn.ModuleDict()
+    for block in range(depth):
+        adapters[str(block)] = Adapter(
+            width, bottleneck, activation="relu", dropout=dropout, scale=scale, learn_scale=False
+        )
+    return adapters
+
+
+class KeyValueLoRA(nn.Module):
+    """Low-rank updates of the key and value projections, s (B A x) each; queries stay as they are.
+
+    Args:
+        width: D.
+        rank: r.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(2, rank, width))
+        for part in self.down:
+            nn.init.kaiming_uniform_(part, a=5**0.5)
+        self.up = nn.Parameter(torch.zeros(2, width, rank))
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the output of `qkv` [..., 3 D] for its input [..., D]."""
+        key, value = (self.scale[k] * F.linear(F.linear(x, self.down[k]), self.up[k]) for k in (0, 1))
+        return torch.cat([torch.zeros_like(key), key, value], dim=-1)
+
+    def delta(self) -> Tensor:
+        """Return what is added to the weight of `qkv`, [3 D, D]."""
+        key, value = self.scale[:, None, None] * (self.up @ self.down)
+        return torch.cat([torch.zeros_like(key), key, value])
+
+
+class ScaleShift(nn.Module):
+    """y -> scale * y + shift (SSF, Lian et al., NeurIPS 2022, equation 2).
+
+    Args:
+        width: of y.
+        std: of the initial scale about 1 and shift about 0 (published: 0.02).
+    """
+
+    def __init__(self, width: int, *, std: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(1 + std * torch.randn(width))
+        self.shift = nn.Parameter(std * torch.randn(width))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the scaled and shifted y [..., width]."""
+        return self.scale * y + self.shift
+
+
+def scale_shift_sites(vit: nn.Module) -> dict[str, int]:
+    """Return path and width of every output that SSF scales.
+
+    These are the outputs of the patch embedding, of each block's normalisations and linear maps, and of the last
+    normalisation.
+    """
+    width = int(vit.embed_dim)  # type: ignore[arg-type]
+    sites = {"patch_embed": width}
+    for index, block in enumerate(vit.blocks):  # type: ignore[arg-type]
+        sites |= {f"blocks.{index}.{norm}": width for norm in ("norm1", "norm2")}
+        for part in ("attn", "mlp"):
+            for name, module in getattr(block, part).named_modules():
+                if isinstance(module, nn.Linear):
+                    sites[f"blocks.{index}.{part}.{name}"] = module.out_features
+    last = "norm" if not isinstance(vit.norm, nn.Identity) else "fc_norm"
+    return sites | {last: width}
+
+
+def folded(vit: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of `vit` with the LoRA and SSF of `plan` in its weights; the original stays as it is.
+
+    Raises:
+        ValueError: the plan holds anything that is no change of weights.
+    """
+    if plan.tokens or plan.prefix or plan.sequential or plan.beside_mlp:
+        raise ValueError("only low-rank updates and scales can be folded into weights")
+    merged = copy.deepcopy(vit)
+    with torch.no_grad():
+        for path, update in plan.parallel.items():
+            if not isinstance(update, KeyValueLoRA):
+                raise ValueError(f"{type(update).__name__} at {path} is no low-rank update")
+            merged.get_submodule(path).weight += update.delta()  # type: ignore[operator]
+        for path, scale in plan.scaled.items():
+            if not isinstance(scale, ScaleShift):
+                raise ValueError(f"{type(scale).__name__} at {path} is no scale")
+            module: Any = merged.get_submodule(path)
+            if path == "patch_embed":
+                module = module.proj if isinstance(module.norm, nn.Identity) else module.norm
+            _rescale(module, scale)
+    return merged
+
+
+def _rescale(module: Any, change: ScaleShift) -> None:
+    """Fold a scale and shift of the output into the weight and bias of a linear map, convolution or normalisation."""
+    bias = torch.zeros_like(change.shift) if module.bias is None else module.bias
+    module.weight.mul_(change.scale.view(-1, *[1] * (module.weight.dim() - 1)))
+    module.bias = nn.Parameter(change.scale * bias + change.shift)
+
+
+__all__ = [
+    "Adapter",
+    "Injector",
+    "KeyValueLoRA",
+    "Plan",
+    "Prefix",
+    "ScaleShift",
+    "TokenSource",
+    "folded",
+    "mlp_adapters",
+    "require_blocks",
+    "require_depth",
+    "require_vit",
+    "scale_shift_sites",
+]

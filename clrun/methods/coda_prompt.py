@@ -1,0 +1,136 @@
+"""CODA-Prompt: prefixes composed of components with learned attention (Smith et al., CVPR 2023, arXiv 2211.13218).
+
+Memory between tasks: |blocks| T m (L + 2) D floats, and the head. Task id: not needed.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from clrun.blocks.inject import Plan, Prefix, require_depth
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.errors import ConfigError, Count, NonNegative, Positive, PositiveInt
+from clrun.methods.prompted import Compete, Prompted
+from clrun.training import Context
+
+
+class CodaPrompt(Prompted):
+    """In each prompted block the prefix is a sum over components P_j, weighted by cos(q * A_j, K_j).
+
+    Half of it are keys, half values. Each task adds m components with keys K and attention A, orthonormal and
+    orthogonal to the earlier ones (published: Gram-Schmidt against rows that are no longer orthogonal, which leaves
+    cosines of about 0.1; here against a basis of them), and freezes the earlier ones; weights may be negative. The
+    number of tasks need not be known.
+
+    loss = CE + orthogonality * sum over blocks and P, K, A of the mean square of Z Z' - I.
+
+    Args:
+        backbone: a timm vision transformer, frozen.
+        num_classes: C.
+        components: m, components that each task adds in each block (published: 100 / tasks).
+        length: L, half of it keys and half values; even.
+        blocks: blocks with prefixes.
+        orthogonality: weight of the penalty, mu.
+        lr_scale: factor of the budget's learning rate.
+        mask_loss: classes in the training loss, see `Prompted`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        components: PositiveInt,
+        length: Count,
+        blocks: list[Count],
+        orthogonality: NonNegative,
+        lr_scale: Positive,
+        mask_loss: Compete,
+    ) -> None:
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        require_depth(backbone, blocks, "method.blocks")
+        if length % 2:
+            raise ConfigError(f"method.length: must be even (half of it are keys, half values), got {length}")
+        self.components, self.length, self.blocks = components, length, list(blocks)
+        self.orthogonality = orthogonality
+        self.prompts = nn.ParameterList()  # by task: [|blocks|, m, L D]
+        self.keys = nn.ParameterList()  # by task: [|blocks|, m, D]
+        self.attention = nn.ParameterList()  # by task: [|blocks|, m, D]
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        needed = len(ctx.stream.tasks) * self.components
+        if needed > self.width:
+            raise ConfigError(
+                f"method.components: {len(ctx.stream.tasks)} tasks of {self.components} components need "
+                f"{needed} orthogonal directions, the features have {self.width}; take at most "
+                f"{self.width // len(ctx.stream.tasks)}"
+            )
+        for pool, width in ((self.prompts, self.length * self.width), (self.keys, self.width)):
+            self._extend(pool, width)
+        self._extend(self.attention, self.width)
+
+    def _extend(self, pool: nn.ParameterList, width: int) -> None:
+        """Freeze what is there and add m rows of this width in each block."""
+        for old in pool:
+            old.requires_grad_(False)
+        new = torch.zeros(len(self.blocks), self.components, width)
+        for place in range(len(self.blocks) if width else 0):
+            before = torch.cat([old[place].detach().cpu() for old in pool]) if len(pool) else torch.zeros(0, width)
+            new[place] = orthonormal(before, self.components)
+        pool.append(nn.Parameter(new))
+
+    def asks_while_training(self) -> bool:
+        return True
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        logits = self.forward_with(self.training_query(batch), batch.x)
+        loss = self.classification_loss(logits, batch, ctx)
+        if self.orthogonality:
+            pools = (self.prompts, self.keys, self.attention) if self.length else (self.keys, self.attention)
+            loss = loss + self.orthogonality * torch.stack([deviation(torch.cat([*p], dim=1)) for p in pools]).sum()
+        return loss
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        return self.forward_with(self.query(x), x)
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return self.query(x)
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        weights = self.weights(constant)
+        prompts = torch.cat([*self.prompts], dim=1)
+        composed = torch.einsum("bpm,pmw->bpw", weights, prompts)
+        composed = composed.reshape(len(x), len(self.blocks), 2, self.length // 2, self.width)
+        plan = Plan(prefix={b: Prefix(composed[:, k, 0], composed[:, k, 1]) for k, b in enumerate(self.blocks)})
+        logits: Tensor = self.head(self.features(x, plan if self.length else Plan()))
+        return logits
+
+    def weights(self, query: Tensor) -> Tensor:
+        """Return [B, |blocks|, components so far], the cosines of q * A_j with K_j for queries q [B, D].
+
+        Both the product and the length are matrix products: no tensor of B x components x D is formed.
+        """
+        attention, keys = torch.cat([*self.attention], dim=1), torch.cat([*self.keys], dim=1)
+        with torch.autocast(query.device.type, enabled=False):
+            products = torch.einsum("bd,pmd->bpm", query, attention * keys)
+            squares = torch.einsum("bd,pmd->bpm", query.square(), attention.square())
+            cosines: Tensor = products / (squares.sqrt() * keys.norm(dim=2)).clamp_min(1e-12)
+        return cosines
+
+
+def orthonormal(before: Tensor, count: int) -> Tensor:
+    """Return `count` random orthonormal rows orthogonal to the rows `before` [k, W]; k + count must not exceed W."""
+    basis = torch.linalg.qr(before.double().t()).Q
+    rows = torch.randn(before.shape[1], count, dtype=torch.float64)
+    for _ in range(2):  # once more for what rounding left
+        rows = torch.linalg.qr(rows - basis @ (basis.t() @ rows)).Q
+    return rows.t().float()
+
+
+def deviation(rows: Tensor) -> Tensor:
+    """Return the sum over blocks of the mean square [] of Z Z' - I, for rows Z [blocks, M, W]."""
+    gram = rows @ rows.transpose(1, 2)
+    identity = torch.eye(gram.shape[1], device=gram.device)
+    total: Tensor = (gram - identity).square().mean(dim=(1, 2)).sum()
+    return total

@@ -1,0 +1,173 @@
+"""DAP: prompts made from the tokens of each block and an embedding of the task (Jung et al., ICCV 2023, p. 11847).
+
+Memory between tasks: n (L N + L + 2 D e + 4 D) floats, T (D + e) of keys and embeddings, and the head; N tokens of an
+image. Task id: not needed.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.blocks.inject import Plan
+from clrun.blocks.selection import Selection, choose, cosines
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.errors import NonNegative, Positive, PositiveInt
+from clrun.method import freeze
+from clrun.methods.prompted import Compete, Prompted, vpt_prompt
+from clrun.training import Context
+
+FAR_BELOW = 1e4  # how far `task_logit_mask` puts the classes of other tasks below
+
+
+class Dap(Prompted):
+    """At every block prompts are mixed from the image's tokens, then scaled and shifted as the task's embedding says.
+
+    A test image gets the embedding of the task whose key is closest to its query.
+
+    loss = CE - pull * mean over the batch of cos(q, k_t). After the first task the mixers are frozen, and keys and
+    embeddings of earlier tasks always are; normalisations and FiLM maps go on being trained, so that prompts of earlier
+    tasks drift, as in the authors' code (naver-ai/dap-cl).
+
+    That code lets a whole test batch vote for one task (`selection: batch`) and on ImageNet-R also restricts the logits
+    to the classes of that task (`task_logit_mask`): on batches of one task, the task is then given away.
+
+    Args:
+        backbone: a timm vision transformer, frozen.
+        num_classes: C.
+        length: L, prompts of each block.
+        embedding: e, width of a task's embedding.
+        pull: weight of the key's pull, lambda.
+        skip_last_block: the last block gets no prompts.
+        task_logit_mask: put classes of other tasks than the inferred one far below, see above.
+        selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
+        task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
+        lr_scale: factor of the budget's learning rate.
+        mask_loss: classes in the training loss, see `Prompted`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        length: PositiveInt,
+        embedding: PositiveInt,
+        pull: NonNegative,
+        skip_last_block: bool,
+        task_logit_mask: bool,
+        selection: Selection,
+        task_id: Literal["inferred", "given"],
+        lr_scale: Positive,
+        mask_loss: Compete,
+    ) -> None:
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        tokens = int(backbone.num_prefix_tokens) + int(backbone.patch_embed.num_patches)  # type: ignore[arg-type, union-attr]
+        blocks = len(backbone.blocks) - int(skip_last_block)  # type: ignore[arg-type]
+        self.generators = nn.ModuleList(PromptGenerator(self.width, tokens, length, embedding) for _ in range(blocks))
+        self.embedding, self.pull = embedding, pull
+        self.task_logit_mask, self.selection = task_logit_mask, selection
+        self.depends_on_batch = selection == "batch" and task_id == "inferred"
+        self.needs_task_id = task_id == "given"
+        self.keys = nn.ParameterList()  # by task: [D]
+        self.embeddings = nn.ParameterList()  # by task: [e]
+        self.classes: list[list[int]] = []  # by task
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        for old in (*self.keys, *self.embeddings):
+            old.requires_grad_(False)
+        self.keys.append(nn.Parameter(vpt_prompt(self.backbone, self.width), requires_grad=self.pull > 0))
+        self.embeddings.append(nn.Parameter(torch.randn(self.embedding)))
+        self.classes.append(task.classes.tolist())
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        for generator in self.generators:
+            assert isinstance(generator, PromptGenerator)
+            freeze(generator.mixer)
+
+    def asks_while_training(self) -> bool:
+        return self.pull > 0
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        loss = self.classification_loss(self._logits(batch.x, self.embeddings[-1][None]), batch, ctx)
+        if not self.pull:
+            return loss
+        return loss - self.pull * cosines(self.training_query(batch), self.keys[-1][None]).mean()
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        if self.needs_task_id and task is not None:
+            return self._with_tasks(x, torch.full((len(x),), task, device=x.device))
+        return self.forward_with(self.query(x), x)
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return None if self.needs_task_id else self.query(x)
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        return self._with_tasks(x, self.chosen(constant)[:, 0])
+
+    def _with_tasks(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Return logits [B, C] with the embeddings of these tasks, [B] long."""
+        logits = self._logits(x, torch.stack([*self.embeddings])[chosen])
+        if not self.task_logit_mask:
+            return logits
+        seen = [c for classes in self.classes for c in classes]
+        lowered = torch.zeros(len(self.classes), logits.shape[1], device=x.device)
+        lowered[:, seen] = -FAR_BELOW
+        for row, classes in zip(lowered, self.classes, strict=True):
+            row[classes] = 0
+        return logits + lowered[chosen]
+
+    def choices(self, x: Tensor) -> Tensor | None:
+        chosen = self.chosen(self.query(x))
+        return F.one_hot(chosen[:, 0], len(self.keys))
+
+    def chosen(self, query: Tensor) -> Tensor:
+        """Return [B, 1] long, the task whose embedding images with these queries [B, D] get."""
+        return choose(cosines(query, torch.stack([*self.keys])), 1, self.selection)
+
+    def _logits(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return logits [B, C] with task embeddings [B, e], or [1, e] for all."""
+        plan = Plan(tokens={b: _Generated(g, embedding) for b, g in enumerate(self.generators)})  # type: ignore[arg-type]
+        logits: Tensor = self.head(self.features(x, plan))
+        return logits
+
+
+class PromptGenerator(nn.Module):
+    """Prompts of one block: gamma * (mixed tokens) + beta, with gamma and beta of length 1 from the task's embedding.
+
+    Args:
+        width: D.
+        tokens: N.
+        length: L.
+        embedding: e.
+    """
+
+    def __init__(self, width: int, tokens: int, length: int, embedding: int) -> None:
+        super().__init__()
+        self.length = length
+        self.norm = nn.LayerNorm(width)
+        self.mixer = nn.Linear(tokens, length)
+        nn.init.zeros_(self.mixer.weight)
+        nn.init.zeros_(self.mixer.bias)
+        self.film = nn.Linear(embedding, 2 * width)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return prompts [B, L, D] for tokens x [B, N, D] and embeddings [B, e] or [1, e]."""
+        mixed = self.mixer(self.norm(x).transpose(1, 2)).transpose(1, 2)
+        gamma, beta = (p / p.detach().norm(dim=1, keepdim=True) for p in self.film(embedding).chunk(2, dim=1))
+        prompts: Tensor = gamma[:, None] * mixed + beta[:, None]
+        return prompts
+
+
+class _Generated:
+    """Prompts of one block for one forward pass."""
+
+    def __init__(self, generator: PromptGenerator, embedding: Tensor) -> None:
+        self.generator, self.embedding, self.length = generator, embedding, generator.length
+
+    def __call__(self, x: Tensor) -> Tensor:
+        prompts: Tensor = self.generator(x, self.embedding)
+        return prompts

@@ -1,0 +1,126 @@
+"""DualPrompt: prefixes for all tasks and prefixes for each task (Wang et al., ECCV 2022, arXiv 2204.04799).
+
+Memory between tasks: |G| 2 L_g D + T (|E| 2 L_e D + D) floats, and the head. Task id: not needed.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.blocks.inject import Plan, Prefix, require_depth
+from clrun.blocks.selection import Selection, choose, cosines
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.errors import Count, NonNegative, Positive
+from clrun.methods.prompted import Compete, Init, Prompted, drawn
+from clrun.training import Context
+
+
+class Dualprompt(Prompted):
+    """Prefix keys and values: G-prompts of all tasks in early blocks, E-prompts of the task in later ones.
+
+    A test image gets the E-prompts of the task whose key is closest to its query.
+
+    loss = CE + pull * (1 - mean over the batch of cos(q, k_t)): the key of a task goes to the mean direction of its
+    queries. E-prompts and keys of earlier tasks are frozen; G-prompts and head go on being trained.
+
+    Args:
+        backbone: a timm vision transformer, frozen.
+        num_classes: C.
+        g_blocks: blocks with G-prompts.
+        e_blocks: blocks with E-prompts; a block in both gets both.
+        g_length: L_g, keys, and as many values (code that counts them together means half as many).
+        e_length: L_e, likewise.
+        pull: weight of the key's loss, lambda.
+        keys: "learned"; "mean": the mean of the normalised queries of the task's un-augmented images, which the learned
+            key tends to, and training needs no queries.
+        copy_prompts: E-prompts of a task begin as those of the task before.
+        init: distribution of initial prompts and keys; see `prompted.drawn`.
+        selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
+        task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
+        lr_scale: factor of the budget's learning rate.
+        mask_loss: classes in the training loss, see `Prompted`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        g_blocks: list[Count],
+        e_blocks: list[Count],
+        g_length: Count,
+        e_length: Count,
+        pull: NonNegative,
+        keys: Literal["learned", "mean"],
+        copy_prompts: bool,
+        init: Init,
+        selection: Selection,
+        task_id: Literal["inferred", "given"],
+        lr_scale: Positive,
+        mask_loss: Compete,
+    ) -> None:
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        require_depth(backbone, g_blocks, "method.g_blocks")
+        require_depth(backbone, e_blocks, "method.e_blocks")
+        self.g_blocks, self.e_blocks, self.e_length = list(g_blocks), list(e_blocks), e_length
+        self.pull, self.learn_keys, self.copy_prompts, self.init = pull, keys == "learned", copy_prompts, init
+        self.selection: Selection = selection
+        self.depends_on_batch = selection == "batch" and task_id == "inferred"
+        self.needs_task_id = task_id == "given"
+        self.general = nn.Parameter(drawn(len(g_blocks), 2, g_length, self.width, init=init))
+        self.expert = nn.ParameterList()  # by task: [|E|, 2, L_e, D]
+        self.keys = nn.ParameterList()  # by task: [D]
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        for old in (*self.expert, *self.keys):
+            old.requires_grad_(False)
+        shape = (len(self.e_blocks), 2, self.e_length, self.width)
+        copied = self.copy_prompts and len(self.expert)
+        prompt = self.expert[-1].detach().clone() if copied else drawn(*shape, init=self.init)
+        self.expert.append(nn.Parameter(prompt))
+        key = drawn(self.width, init=self.init) if self.learn_keys else self.mean_query(task)
+        self.keys.append(nn.Parameter(key, requires_grad=self.learn_keys and self.pull > 0))
+
+    def asks_while_training(self) -> bool:
+        return self.learn_keys and self.pull > 0
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        loss = self.classification_loss(self._logits(batch.x, self.expert[-1]), batch, ctx)
+        if not self.keys[-1].requires_grad:
+            return loss
+        return loss + self.pull * (1 - cosines(self.training_query(batch), self.keys[-1][None]).mean())
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        if self.needs_task_id and task is not None:
+            return self._logits(x, self.expert[task])
+        return self.forward_with(self.query(x), x)
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return None if self.needs_task_id else self.query(x)
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        return self._logits(x, torch.stack([*self.expert])[self.chosen(constant)[:, 0]])
+
+    def choices(self, x: Tensor) -> Tensor | None:
+        chosen = self.chosen(self.query(x))
+        return F.one_hot(chosen[:, 0], len(self.keys))
+
+    def chosen(self, query: Tensor) -> Tensor:
+        """Return [B, 1] long, the task whose E-prompts images with these queries [B, D] get."""
+        return choose(cosines(query, torch.stack([*self.keys])), 1, self.selection)
+
+    def _logits(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Return logits [B, C] with E-prompts [|E|, 2, L_e, D], or [B, |E|, 2, L_e, D]."""
+        parts: dict[int, list[Any]] = {}
+        for place, block in enumerate(self.g_blocks):
+            parts.setdefault(block, []).append(self.general[place].expand(len(x), -1, -1, -1))
+        for place, block in enumerate(self.e_blocks):
+            parts.setdefault(block, []).append(expert[..., place, :, :, :].expand(len(x), -1, -1, -1))
+        prefix = {block: torch.cat(found, dim=2) for block, found in parts.items()}
+        plan = Plan(prefix={block: Prefix(pair[:, 0], pair[:, 1]) for block, pair in prefix.items()})
+        logits: Tensor = self.head(self.features(x, plan))
+        return logits

@@ -1,0 +1,185 @@
+"""EASE: an adapter for each task spans a subspace of its own (Zhou et al., CVPR 2024, arXiv 2403.12030).
+
+Memory between tasks: T (n (2 D r + r + D)) floats of adapters, T C (8 D + 8) bytes of sums (twice that once a class
+comes in a second domain) and T 4 C D of prototypes. A prediction takes T backbone passes. Task id: not needed.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.blocks.heads import CosineHead, PrototypeHead
+from clrun.blocks.inject import Plan, mlp_adapters
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.params import eval_mode
+from clrun.blocks.statistics import ClassStats
+from clrun.data.split import Batch
+from clrun.data.stream import Setting, Task
+from clrun.errors import Fraction, NonNegative, Positive, PositiveInt
+from clrun.method import freeze
+from clrun.methods.prompted import Prompted
+from clrun.training import Context
+
+
+class Ease(Prompted):
+    """Each task trains adapters of its own beside the MLPs, with a cosine head that is thrown away.
+
+    A class c of task j scores cos(f_j(x), mu[c, j]) + alpha / t times the sum over the other subspaces i <= t of
+    cos(f_i(x), mu[c, i]).
+
+    The prototypes mu are class means of un-normalised features in the eval view. A class that was gone before subspace
+    i came has none there: mu[c, i] is then composed of those of the classes that have one, with weights softmax over r
+    of cos(mu[c, j], mu[r, j]). In domain-incremental streams every class is real in every subspace, averaged over the
+    domains from then on, and belongs to all of them: no term is scaled by alpha.
+
+    Args:
+        backbone: a vision transformer of timm with `blocks`, frozen.
+        num_classes: C.
+        bottleneck: r of adapters.
+        adapter_scale: factor of an adapter's output, not trained.
+        dropout: share of an adapter's activations dropped in training.
+        alpha: weight of the subspaces of other tasks.
+        recompute: compose missing prototypes of all subspaces anew at each task, with the classes of all tasks; else
+            those of the newest subspace only, once.
+        plain_weight: of the plain model's cosine, added to the score; 0 does without that pass.
+        cosine_scale: initial value of the trained factor of the cosine head; the published 1 gives tiny gradients.
+        task_id: "inferred", or "given" at test time: only the subspace of that task scores (task-incremental reading).
+        lr_scale: factor of the budget's learning rate.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        bottleneck: PositiveInt,
+        adapter_scale: float,
+        dropout: Fraction,
+        alpha: NonNegative,
+        recompute: bool,
+        plain_weight: NonNegative,
+        cosine_scale: Positive,
+        task_id: Literal["inferred", "given"],
+        lr_scale: Positive,
+    ) -> None:
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss="current", tokens=False)
+        self.bottleneck, self.adapter_scale, self.dropout = bottleneck, adapter_scale, dropout
+        self.alpha, self.recompute = alpha, recompute
+        self.plain_weight, self.cosine_scale = plain_weight, float(cosine_scale)
+        self.needs_task_id = task_id == "given"
+        self.setting: Setting = "cil"
+        self.subspaces = nn.ModuleList()
+        self.head = CosineHead(self.width, num_classes, scale=self.cosine_scale)
+        self.plain = Subspace(nn.ModuleDict(), self.width, num_classes)
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        self.setting = ctx.stream.setting
+        depth = len(self.backbone.blocks)  # type: ignore[arg-type]
+        adapters = mlp_adapters(depth, self.width, self.bottleneck, scale=self.adapter_scale, dropout=self.dropout)
+        self.subspaces.append(Subspace(adapters, self.width, self.num_classes))
+        self.head = CosineHead(self.width, self.num_classes, scale=self.cosine_scale)
+        self.head.grow(task.classes)
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        logits = self.head(self.inside(len(self.subspaces) - 1, batch.x))
+        return masked_cross_entropy(logits, batch.y, ctx.mask(batch.t, "til"))
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        newest = len(self.subspaces) - 1
+        freeze(self.space(newest))
+        self.space(newest).own[task.classes] = True
+        freeze(self.head)
+        with torch.no_grad(), eval_mode(self):
+            for place in range(len(self.subspaces)):
+                self._measure(self.space(place), task)
+            if self.plain_weight:
+                self._measure(self.plain, task)
+            for place in range(len(self.subspaces)):
+                if self.recompute or place == newest:
+                    self.complete(place)
+
+    def _measure(self, space: "Subspace", task: Task) -> None:
+        """Add the task's classes to the real prototypes of a subspace."""
+        own = space.stats.empty()
+        for batch in task.train.batches(256):
+            own.update(self.features(batch.x, space.plan()).float(), batch.y)
+        space.stats.merge(own)
+        real = space.real
+        space.head.prototypes[real] = space.stats.means()[real].float()
+
+    def complete(self, place: int) -> None:
+        """Compose the prototypes of the classes that were gone before the subspace at `place` came."""
+        space = self.space(place)
+        real = space.real
+        for earlier in range(place):
+            origin = self.space(earlier)
+            missing = origin.own & ~real
+            if missing.any():
+                weights = similarity(origin.head.prototypes[missing], origin.head.prototypes[real])
+                space.head.prototypes[missing] = weights @ space.head.prototypes[real]
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        if self.needs_task_id and task is not None:
+            return self._cosines(self.space(task), x)
+        others = len(self.subspaces) - 1
+        weight = self.alpha / others if others else 0.0
+        scores = torch.zeros(len(x), self.num_classes, device=x.device)
+        for place in range(len(self.subspaces)):
+            space = self.space(place)
+            own = torch.ones_like(space.own) if self.setting == "dil" else space.own
+            scores = scores + torch.where(own, 1.0, weight) * self._cosines(space, x)
+        if self.plain_weight:
+            scores = scores + self.plain_weight * self._cosines(self.plain, x)
+        return scores
+
+    def _cosines(self, space: "Subspace", x: Tensor) -> Tensor:
+        """Return [B, C], the cosines with the prototypes of a subspace; 0 for a class without one."""
+        features = self.features(x, space.plan())
+        with torch.autocast(x.device.type, enabled=False):
+            scores: Tensor = space.head(features.float())
+        return scores
+
+    def space(self, place: int) -> "Subspace":
+        """Return the subspace of the task at position `place`."""
+        found = self.subspaces[place]
+        assert isinstance(found, Subspace)
+        return found
+
+    def inside(self, place: int, x: Tensor) -> Tensor:
+        """Return the features [B, D] with the adapters of the task at position `place` alone."""
+        return self.features(x, self.space(place).plan())
+
+
+class Subspace(nn.Module):
+    """Adapters of one task and the prototypes of all classes with them.
+
+    Args:
+        adapters: by block; none for the plain model.
+        width: D.
+        num_classes: C.
+    """
+
+    own: Tensor
+
+    def __init__(self, adapters: nn.ModuleDict, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.adapters = adapters
+        self.stats = ClassStats(width, num_classes)
+        self.head = PrototypeHead(width, num_classes, metric="cosine")
+        self.register_buffer("own", torch.zeros(num_classes, dtype=torch.bool))  # the classes of its task
+
+    @property
+    def real(self) -> Tensor:
+        """[C] bool: the classes whose images were measured here."""
+        return self.stats.counts() > 0
+
+    def plan(self) -> Plan:
+        """Return what is injected."""
+        return Plan(beside_mlp={int(block): adapter for block, adapter in self.adapters.items()})
+
+
+def similarity(rows: Tensor, others: Tensor) -> Tensor:
+    """Return [k, m], the softmax over `others` [m, D] of their cosines with each of `rows` [k, D]."""
+    return F.linear(F.normalize(rows, dim=1), F.normalize(others, dim=1)).softmax(dim=1)

@@ -1,0 +1,126 @@
+"""What learners have in common that leave a vision transformer as it is and train what they put into it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clrun.blocks.inject import Injector, Plan, require_blocks, require_vit
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.method import Method, freeze
+from clrun.training import Budget, Context, fit
+
+Compete = Literal["current", "seen"]
+Init = Literal["small", "wide"]
+
+
+class Prompted(Method):
+    """A frozen vision transformer with something injected, and a head on its features.
+
+    The head's rows start as those of `nn.Linear`, whatever the published code of a method does.
+
+    Args:
+        backbone: a timm vision transformer; frozen here, and in eval mode also while training.
+        num_classes: C.
+        lr_scale: factor of the budget's learning rate.
+        mask_loss: classes in the training loss. "current": those of the task alone, as the papers do; "seen": every
+            class seen so far. In domain-incremental streams both are all classes.
+        tokens: whether tokens or prefixes are injected; without, transformers other than timm's ViT will do.
+    """
+
+    needs_vit: ClassVar[bool] = True  # the backbone must be a timm `VisionTransformer`
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, *, lr_scale: float, mask_loss: Compete, tokens: bool = True
+    ) -> None:
+        require = require_vit if tokens else require_blocks
+        require(backbone, type(self).__name__)
+        super().__init__(backbone, num_classes)
+        freeze(backbone)
+        self.width = int(backbone.embed_dim)  # type: ignore[arg-type]
+        self.lr_scale, self.mask_loss = lr_scale, mask_loss
+        self.injector = Injector()
+        self.known: Tensor | None = None  # queries of the task's training rows while it is learned, if they stand still
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        if self.asks_while_training() and not ctx.stream.transform.augments:
+            self.known = torch.cat([self.query(batch.x) for batch in task.train.batches(256)])
+        fit(self, task.train, ctx, budget=scaled(ctx.budget, self.lr_scale))
+        self.known = None
+
+    def asks_while_training(self) -> bool:
+        """Return whether the loss needs the queries of training images."""
+        return False
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        return self.classification_loss(self(batch.x), batch, ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        self.injector.release()
+
+    def classification_loss(self, logits: Tensor, batch: Batch, ctx: Context) -> Tensor:
+        """Return the cross-entropy [] of logits [B, C] over the classes of `mask_loss`."""
+        mask = ctx.mask(batch.t, "til") if self.mask_loss == "current" else ctx.mask(batch.t)
+        return masked_cross_entropy(logits, batch.y, mask)
+
+    def query(self, x: Tensor) -> Tensor:
+        """Return the features [B, D] of the plain frozen backbone, fp32, without gradient."""
+        self.injector.release()
+        with torch.no_grad():
+            features: Tensor = self.backbone(x)
+        return features.float()
+
+    def training_query(self, batch: Batch) -> Tensor:
+        """Return the queries [B, D] of training images: computed once a task when nothing is augmented."""
+        return self.query(batch.x) if self.known is None else self.known[batch.i]
+
+    def features(self, x: Tensor, plan: Plan) -> Tensor:
+        """Return the features [B, D] of the backbone with `plan`."""
+        with self.injector.use(self.backbone, plan):
+            features: Tensor = self.backbone(x)
+        return features
+
+    def mean_query(self, task: Task) -> Tensor:
+        """Return the mean [D] of the normalised queries of the eval view of the task's training rows."""
+        queries = [nn.functional.normalize(self.query(b.x), dim=1).double() for b in task.train.batches(256)]
+        return torch.cat(queries).mean(dim=0).float()
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Makes an optimizer with every learning rate scaled."""
+
+    optimizer: Callable[..., Optimizer]
+    factor: float
+
+    def __call__(self, groups: list[Any]) -> Optimizer:
+        made = self.optimizer(groups)
+        for group in made.param_groups:
+            group["lr"] = group["lr"] * self.factor
+        return made
+
+
+def scaled(budget: Budget, factor: float) -> Budget:
+    """Return `budget` with its learning rate multiplied by `factor`."""
+    return budget if factor == 1 else replace(budget, optimizer=_Scaled(budget.optimizer, factor))
+
+
+def drawn(*shape: int, init: Init) -> Tensor:
+    """Return initial prompts or keys.
+
+    "small" is uniform on [0, 0.01), as in the authors' JAX code; "wide" on (-1, 1), as in its ports to PyTorch.
+    """
+    return torch.rand(shape) * 0.01 if init == "small" else torch.rand(shape) * 2 - 1
+
+
+def vpt_prompt(vit: nn.Module, *shape: int) -> Tensor:
+    """Return prompts uniform on (-v, v) with v = sqrt(6 / (3 p^2 + width)), p the patch size (VPT's code)."""
+    patch: Any = vit.patch_embed.patch_size  # type: ignore[union-attr]
+    bound = math.sqrt(6 / (3 * patch[0] * patch[1] + shape[-1]))
+    return (torch.rand(shape) * 2 - 1) * bound

@@ -1,0 +1,76 @@
+"""VPT: visual prompt tuning, the sequential baseline of all prompt methods (Jia et al., ECCV 2022, arXiv 2203.12119).
+
+Memory between tasks: the prompts, L D floats (deep: n L D), and the head; with `reinit` T times the prompts. Task id:
+needed with `reinit` only.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.blocks.inject import Plan
+from clrun.data.stream import Task
+from clrun.errors import ConfigError, Count, Fraction, Positive, PositiveInt
+from clrun.method import freeze
+from clrun.methods.prompted import Compete, Prompted, vpt_prompt
+from clrun.training import Context
+
+
+class Vpt(Prompted):
+    """Learned tokens after the class token, at the input ("shallow") or new ones at every block ("deep").
+
+    All tasks share the prompts, which go on being trained and therefore forget.
+
+    Args:
+        backbone: a timm vision transformer, frozen.
+        num_classes: C.
+        depth: "shallow": the tokens enter the first block and flow on. "deep": each block has its own.
+        length: L; 0 is linear probing.
+        dropout: share of the entries of the prompts dropped in training.
+        prompt_width: width of the stored prompts, which a trained linear map takes to D; None stores D.
+        reinit: new prompts for each task, frozen after it: an upper bound that needs the task id.
+        lr_scale: factor of the budget's learning rate.
+        mask_loss: classes in the training loss, see `Prompted`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        depth: Literal["shallow", "deep"],
+        length: Count,
+        dropout: Fraction,
+        prompt_width: PositiveInt | None,
+        reinit: bool,
+        lr_scale: Positive,
+        mask_loss: Compete,
+    ) -> None:
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        self.blocks = 1 if depth == "shallow" else len(backbone.blocks)  # type: ignore[arg-type]
+        self.length, self.dropout, self.reinit = length, dropout, reinit
+        self.needs_task_id = reinit
+        self.stored = prompt_width or self.width
+        self.projection = nn.Identity() if prompt_width is None else nn.Linear(prompt_width, self.width)
+        self.prompts = nn.ParameterList()
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        if self.reinit and ctx.stream.setting == "dil":
+            raise ConfigError("method.reinit: needs the task id at test time; scenario.setting=dil cannot use it (til)")
+        super().begin_task(task, ctx)
+        if self.reinit or not len(self.prompts):
+            for old in self.prompts:
+                old.requires_grad_(False)
+            prompt = vpt_prompt(self.backbone, self.blocks, self.length, self.stored)
+            self.prompts.append(nn.Parameter(prompt))
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        if self.reinit:
+            freeze(self.projection)  # it belongs to the first task's prompts too
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        prompt = self.prompts[-1 if task is None or not self.reinit else task]
+        prompt = F.dropout(self.projection(prompt), self.dropout, self.training)
+        logits: Tensor = self.head(self.features(x, Plan(tokens=dict(enumerate(prompt)))))
+        return logits

@@ -1,0 +1,147 @@
+"""What the frozen query pass costs: L2P, DualPrompt, CODA-Prompt and DAP on a timm ViT-Ti/16 at 224 pixels.
+
+Run `python scripts/bench_prompts.py`. Weights are random: speed does not depend on them. In turns, in one process:
+
+- bare: a loop written out here, of one frozen forward pass (the query) and one forward and backward pass with as many
+  extra tokens as the method has; nothing else of the method, and nothing of clrun;
+- augmented: the method in clrun's `fit`, with a query pass a step, as every published code has it;
+- plain: the same when nothing is augmented: each image's query is computed once a task;
+- twice and eval: the first evaluation of a task, with two passes an image, and the second, whose queries are known.
+
+CPU time is compared: other programs on the machine then matter little. Ratios are medians over the rounds.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.data.split import Plain, TensorSplit
+from clrun.data.stream import Stream, Task
+from clrun.evaluation import Evaluation
+from clrun.hardware import Hardware
+from clrun.training import Budget, Context
+
+CONF = Path(__file__).parent.parent / "conf"
+TOKENS = {"l2p": 25, "dualprompt": 0, "coda_prompt": 0, "dap": 10}  # that the method adds
+
+
+class Augmenting(Plain):
+    """A transform that claims to augment and takes no time."""
+
+    augments = True
+
+
+def configured(group: str, choice: str, **options: Any) -> Any:
+    """Return what conf/`group`/`choice`.yaml names, with some options changed."""
+    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{choice}.yaml"), options), _convert_="all")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the CPU seconds of a call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+class Bench:
+    """One method on one task of random images.
+
+    Args:
+        name: of the method.
+        args: of the command line.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.tokens = TOKENS[name]
+        self.hardware: Hardware = configured("hardware", "cpu", threads=1)
+        self.hardware.setup()
+        torch.manual_seed(0)
+        options = {"name": args.model, "pretrained": False, "image_size": args.size}
+        self.vit = configured("backbone", "timm", **options)((3, args.size, args.size))
+        images, labels = torch.rand(args.rows, 3, args.size, args.size), torch.arange(args.rows) % 2
+        split = TensorSplit(images, labels)
+        self.task = Task(0, 0, "random", torch.arange(2), split, split)
+        self.budget = Budget(partial(torch.optim.SGD, lr=0.01), epochs=args.epochs, batch_size=args.batch)
+        self.method = configured("method", name)(self.vit, 2)
+        self.method.begin_task(self.task, self.context(Plain()))
+        self.evaluation: Evaluation | None = None
+
+    def context(self, transform: Plain) -> Context:
+        """Return a new context."""
+        return Context(Stream((self.task,), 2, "cil", transform=transform), self.task, self.budget, self.hardware, 0)
+
+    def train(self, transform: Plain) -> None:
+        """Learn the task as the method does."""
+        self.method.learn(self.task, self.context(transform))
+
+    def bare(self) -> None:
+        """Do the passes of every step and nothing else."""
+        vit, split = self.vit.eval(), self.task.train
+        tokens = torch.zeros(1, 1 + self.tokens, vit.embed_dim, requires_grad=True)
+        head = torch.nn.Linear(vit.embed_dim, 2)
+        optimizer = torch.optim.SGD([tokens, *head.parameters()], lr=0.01)
+        allowed = torch.ones(2, dtype=torch.bool)
+        assert self.budget.epochs is not None
+        for _ in range(self.budget.epochs):
+            for batch in split.batches(self.budget.batch_size):
+                with torch.no_grad():
+                    vit(batch.x)
+                z = vit._pos_embed(vit.patch_embed(batch.x)) + tokens[:, :1]
+                z = torch.cat([z, tokens[:, 1:].expand(len(z), -1, -1)], dim=1)
+                logits = head(vit.norm(vit.blocks(z))[:, 0])
+                optimizer.zero_grad()
+                masked_cross_entropy(logits, batch.y, allowed).backward()
+                optimizer.step()
+
+    def evaluate(self, *, new: bool) -> None:
+        """Evaluate the task, for the first time or again."""
+        if new or self.evaluation is None:
+            self.evaluation = Evaluation(self.hardware, "test", self.budget.batch_size, None)
+        self.evaluation(self.method, self.context(Plain()).stream, 1)
+
+
+def main() -> None:
+    """Print a line a method."""
+    parser = argparse.ArgumentParser(description="What the frozen query pass costs.")
+    parser.add_argument("--rows", type=int, default=16, help="images of the task")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=20, help="of a fit")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(TOKENS), choices=list(TOKENS))
+    args = parser.parse_args()
+    print(f"{args.model} at {args.size} px, {args.rows} images, {args.epochs} epochs, batch {args.batch}; CPU seconds")
+    print("              bare augmented share | plain  gain | twice   eval  gain")
+    for name in args.methods:
+        bench = Bench(name, args)
+        works: dict[str, Callable[[], Any]] = {
+            "bare": bench.bare,
+            "augmented": partial(bench.train, Augmenting()),
+            "plain": partial(bench.train, Plain()),
+            "twice": partial(bench.evaluate, new=True),
+            "eval": partial(bench.evaluate, new=False),
+        }
+        bench.evaluate(new=True)
+        rounds = [{key: seconds(work) for key, work in works.items()} for _ in range(args.rounds)]
+        t = {key: statistics.median(r[key] for r in rounds) for key in works}
+
+        def ratio(a: str, b: str, rounds: list[dict[str, float]] = rounds) -> float:
+            return statistics.median(r[a] / r[b] for r in rounds)
+
+        print(f"{name:12s} {t['bare']:5.2f} {t['augmented']:9.2f} {ratio('bare', 'augmented'):5.2f}", end=" | ")
+        print(f"{t['plain']:5.2f} {ratio('bare', 'plain'):5.2f}", end=" | ")
+        print(f"{t['twice']:5.2f} {t['eval']:6.2f} {ratio('twice', 'eval'):5.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
