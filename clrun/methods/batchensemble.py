@@ -1,0 +1,48 @@
+"""BatchEnsemble: each task rescales the rows and columns of shared weights (Wen et al., ICLR 2020, arXiv 2002.06715).
+
+Memory between tasks: the base, and for each task m + n numbers a layer [m, n], biases, norms and a head. Task id:
+needed.
+"""
+
+from typing import Literal
+
+from torch import nn
+
+from clrun.blocks.low_rank import copy_for_task, install, layers_of
+from clrun.data.stream import Task
+from clrun.method import freeze
+from clrun.methods.task_networks import TaskNetworks
+from clrun.training import Context
+
+
+class Batchensemble(TaskNetworks):
+    """W_t = W0 * (r_t s_t^T), with W0 trained by the first task and frozen.
+
+    Biases and norms are the task's own, and begin from those of the base; r and s begin at 1, so that a task begins
+    from the base itself (the paper draws random signs for ensembles, whose members are to differ).
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        base: "first_task": the first task trains W0. "backbone": W0 is the backbone as it comes, e.g. pre-trained.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, base: Literal["first_task", "backbone"]) -> None:
+        super().__init__(backbone, num_classes)
+        self.base = base
+        self.order_invariant = base == "backbone"
+        if base == "backbone":
+            freeze(self.backbone)
+
+    def new_network(self, task: Task, ctx: Context) -> nn.Module:
+        if self.base == "first_task" and task.index == 0:
+            return self.backbone
+        network = copy_for_task(self.backbone)
+        parts = {}
+        for name, layer in layers_of(network).items():
+            weight = layer.weight.detach()
+            ones = {"rows": weight.new_ones(weight.shape[0]), "columns": weight.new_ones(weight.shape[1])}
+            none = {"left": weight.new_zeros(weight.shape[0], 0), "right": weight.new_zeros(0, weight.shape[1])}
+            parts[name] = ones | none
+        install(network, self.backbone, parts)
+        return network

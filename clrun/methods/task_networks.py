@@ -1,0 +1,64 @@
+"""What learners have in common that keep a network and a head for each task and are told the task at test time."""
+
+from typing import Self
+
+from torch import Tensor, nn
+
+from clrun.blocks.heads import TaskHead
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.method import Method, freeze
+from clrun.training import Context
+
+
+class TaskNetworks(Method):
+    """The networks may share parameters with each other and with the backbone. What a task leaves is frozen at its end.
+
+    Logits of a task that is not learned yet are 0.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+    """
+
+    needs_task_id = True
+    settings = frozenset({"til"})
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__(backbone, num_classes)
+        self.head = nn.Identity()  # heads belong to tasks
+        self.networks = nn.ModuleList()
+        self.heads = nn.ModuleList()
+
+    def new_network(self, task: Task, ctx: Context) -> nn.Module:
+        """Return the network that `task` begins with."""
+        raise NotImplementedError
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        self.networks.append(self.new_network(task, ctx))
+        num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.heads.append(TaskHead(num_features, task.classes, self.num_classes))
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        return masked_cross_entropy(self(batch.x, ctx.task.index), batch.y, ctx.mask(batch.t, "til"))
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        freeze(self.networks[-1])
+        freeze(self.heads[-1])
+        self.networks[-1].eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the current task's network; earlier ones, frozen, stay in eval mode."""
+        self.training = mode
+        for network in self.networks[-1:]:
+            network.train(mode and any(p.requires_grad for p in network.parameters()))
+        return self
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        """Return logits [B, C] of prepared x, all of the task at position `task`."""
+        assert task is not None, "this learner needs the task id"
+        if task >= len(self.networks):
+            return x.new_zeros(len(x), self.num_classes)
+        logits: Tensor = self.heads[task](self.networks[task](x))
+        return logits

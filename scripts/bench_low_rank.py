@@ -1,0 +1,122 @@
+"""What does choosing the ranks cost HALRP, and does a task take longer the more tasks came before?
+
+    python scripts/bench_low_rank.py [--threads 1] [--rows 500] [--only share,flat]
+
+LeNet on 3x32x32 images made by the script, method=halrp and budget=sgd as shipped, clrun's engine, processor time.
+
+share: 10 tasks of `--rows` training images, a tenth of CIFAR-100's. The time of everything between warm-up and
+fine-tuning (curvature, closed forms, eigenvalues, choice of ranks, making the layers) as a share of the time of
+learning all tasks; it does not grow with the images. The published code spends 79 % of a run on it.
+flat: 40 tasks of 64 images. Time of learning a task, median over the last third against the first third (the first task
+trains the base and does not count), and the same of the fastest tasks, to which a busy machine adds least.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from clrun.backbones import small
+from clrun.data.split import TensorSplit
+from clrun.data.stream import Stream, Task
+from clrun.engine import Engine
+from clrun.evaluation import Evaluation
+from clrun.hardware import Hardware
+from clrun.methods.halrp import Halrp
+
+CONF = Path(__file__).parents[1] / "conf"
+CLASSES = 5  # of a task
+DEMANDED_SHARE, DEMANDED_DRIFT = 0.15, 0.10
+
+
+class Timed(Halrp):
+    """HALRP with clocks: processor seconds of learning each task, and of choosing its ranks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.learning, self.ranking, self.start = [], [], 0.0
+
+    def begin_task(self, task, ctx):
+        self.start = time.process_time()
+        super().begin_task(task, ctx)
+
+    def install_residuals(self, task, ctx):
+        start = time.process_time()
+        super().install_residuals(task, ctx)
+        self.ranking.append(time.process_time() - start)
+
+    def end_task(self, task, ctx):
+        super().end_task(task, ctx)
+        self.learning.append(time.process_time() - self.start)
+
+
+class Journal:
+    """Hears the engine and keeps nothing."""
+
+    def begin_task(self, task):
+        pass
+
+    step = log = rows = begin_task
+
+    def end_task(self, task, method, life):
+        pass
+
+
+def options(group, name):
+    """Return the options of a shipped configuration, without its target."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    built = instantiate(node, _convert_="all")
+    return built.keywords if hasattr(built, "keywords") else built
+
+
+def life(tasks, rows, threads):
+    """Let HALRP live through `tasks` tasks of `rows` training images; return the learner."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(tasks):
+        classes = torch.arange(CLASSES) + index * CLASSES
+        y = classes.repeat_interleave(-(-rows // CLASSES))[:rows]
+        x = torch.rand(rows, 3, 32, 32, generator=generator) + y[:, None, None, None] % 5 / 5
+        split = TensorSplit(x, y, positions=index)
+        made.append(Task(index, index, f"task {index}", classes, split, split.select(torch.arange(1))))
+    stream = Stream(tuple(made), tasks * CLASSES, "til")
+    torch.manual_seed(0)
+    method = Timed(small.lenet((3, 32, 32)), stream.num_classes, **options("method", "halrp"))
+    hardware = Hardware("cpu", 1, "fp32", threads, 0, True, False, False)
+    hardware.setup()
+    Engine(stream, options("budget", "sgd"), hardware, 0, Evaluation(hardware, "test", 1, None), Journal()).run(method)
+    return method
+
+
+def report(name, value, demanded):
+    """Print one number beside what is demanded of it."""
+    print(f"{name}: {value:.1%} (demanded: at most {demanded:.0%}) {'ok' if value <= demanded else 'MISSED'}")
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=500)
+    parser.add_argument("--only", default="share,flat")
+    arguments = parser.parse_args()
+    if "share" in arguments.only:
+        method = life(10, arguments.rows, arguments.threads)
+        print(f"10 tasks of {arguments.rows} images: {sum(method.learning):.1f} s, ranks {sum(method.ranking):.2f} s")
+        report("share of the choice of ranks", sum(method.ranking) / sum(method.learning), DEMANDED_SHARE)
+    if "flat" in arguments.only:
+        later = life(40, 64, arguments.threads).learning[1:]
+        third = len(later) // 3
+        for name, middle in (("median", statistics.median), ("fastest", min)):
+            first, last = middle(later[:third]), middle(later[-third:])
+            print(f"40 tasks of 64 images, {name}: {first:.2f} s in the first third, {last:.2f} s in the last")
+            report("growth of the time of a task", last / first - 1, DEMANDED_DRIFT)
+
+
+if __name__ == "__main__":
+    main()
