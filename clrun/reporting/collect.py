@@ -9,14 +9,14 @@ from typing import Any
 from clrun.config import flatten
 from clrun.errors import ConfigError
 from clrun.files import holder
-from clrun.metrics import AccuracyMatrix, summary
+from clrun.metrics import AccuracyMatrix, Floats, summary
 from clrun.records import RunRecord
 from clrun.reporting.tables import cost_totals
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, without its matrices.
+    """One run, as far as tables and figures need it.
 
     Attributes:
         folder: its folder.
@@ -32,9 +32,15 @@ class Run:
         config: flattened configuration.
         metrics: by setting, by name.
         finals: by setting, the final accuracy of each task id; only where every cell is there.
+        matrices: by setting, [T, T] accuracies by position, row = after i + 1 tasks; NaN where not evaluated.
+        task_names: by task id, as far as stored.
+        overrides: of the command line that started the run.
+        versions: versions and device, as stored.
+        finished: when it ended; "" when unknown.
         parameters: after the last task; None when unknown.
         state_bytes: after the last task; None when unknown.
         train_seconds: of all tasks; None when unknown.
+        logme: of the frozen features, over all training rows; None where it is not recorded.
     """
 
     folder: Path
@@ -50,9 +56,15 @@ class Run:
     config: Mapping[str, object]
     metrics: Mapping[str, Mapping[str, float | None]]
     finals: Mapping[str, Mapping[int, float]]
+    matrices: Mapping[str, Floats]
+    task_names: Mapping[int, str]
+    overrides: tuple[str, ...]
+    versions: Mapping[str, object]
+    finished: str
     parameters: int | None
     state_bytes: int | None
     train_seconds: float | None
+    logme: float | None = None
 
 
 def run_folders(root: Path) -> Iterator[Path]:
@@ -105,9 +117,15 @@ def _reduced(record: RunRecord, label: str) -> Run:
         config=flatten(config),
         metrics={setting: summary(matrix) for setting, matrix in matrices.items()},
         finals={setting: finals for setting, m in matrices.items() if not _lacking(finals := m.final())},
+        matrices={setting: matrix.by_position()[1:] for setting, matrix in matrices.items()},
+        task_names=dict(zip(record.order, _strings(record, "task_names"), strict=False)),
+        overrides=_strings(record, "overrides"),
+        versions=record.versions,
+        finished=str(record.stored.get("finished") or ""),
         parameters=parameters,
         state_bytes=state_bytes,
         train_seconds=train_seconds,
+        logme=record.logme,
     )
 
 
@@ -120,6 +138,11 @@ def _evaluated(record: RunRecord) -> Iterable[tuple[str, AccuracyMatrix]]:
 
 def _lacking(finals: Mapping[int, float]) -> bool:
     return any(value != value for value in finals.values())
+
+
+def _strings(record: RunRecord, key: str) -> tuple[str, ...]:
+    value = record.stored.get(key)
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _choice(record: RunRecord, group: str) -> str:

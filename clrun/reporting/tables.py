@@ -120,6 +120,7 @@ class Line:
         orders: orders counted.
         seeds: seeds of each order.
         missing: runs that should have counted and do not.
+        logme: mean score of the frozen features; None for learners without.
     """
 
     label: str
@@ -127,6 +128,7 @@ class Line:
     orders: int
     seeds: int
     missing: int
+    logme: float | None = None
 
 
 BLOCK = 31  # characters of the columns of one setting
@@ -138,23 +140,32 @@ def comparison_table(lines: Sequence[Line]) -> str:
     At most 100 columns wide; long labels are wrapped.
     """
     settings = [setting for setting in SETTINGS if any(setting in line.standings for line in lines)]
-    missing = any(line.missing for line in lines)
-    tail = 9 + (8 if missing else 0)
+    missing, scored = any(line.missing for line in lines), any(line.logme is not None for line in lines)
+    tail = 9 + (8 if missing else 0) + (8 if scored else 0)
     room = WIDTH - tail - len(settings) * (BLOCK + 2)
     labels = [textwrap.wrap(printable(line.label), room) or [""] for line in lines]
     width = max(len("method"), *(len(part) for label in labels for part in label))
     head = " " * width + "".join(f"  {f' {SETTINGS[setting]} ':-^{BLOCK}}" for setting in settings) + "   orders"
     names = f"  {'acc +- sd':>12} {'AOPD':>5} {'MOPD':>5} {'forget':>6}" * len(settings)
-    table = [head, f"{'method':<{width}}{names}  x seeds" + (" missing" if missing else "")]
+    table = [
+        head,
+        f"{'method':<{width}}{names}  x seeds" + ("   LogME" if scored else "") + (" missing" if missing else ""),
+    ]
     ranked = sorted(zip(lines, labels, strict=True), key=lambda pair: _rank(pair[0]))
     for line, label in ranked:
         blocks = "".join("  " + _block(line.standings.get(setting)) for setting in settings)
         runs = f"{line.orders} x {line.seeds}"
+        score = (f" {line.logme:7.3f}" if line.logme is not None else " " * 8) if scored else ""
         lack = f" {line.missing or '':>7}" if missing else ""
-        table.append(f"{label[0]:<{width}}{blocks} {runs:>8}{lack}".rstrip())
+        table.append(f"{label[0]:<{width}}{blocks} {runs:>8}{score}{lack}".rstrip())
         table += label[1:]
     table.append("acc: final average accuracy in points, mean and sd over orders (seeds averaged first, ddof 1).")
     table.append("AOPD, MOPD: mean and largest range of a task's final accuracy over the orders; lower is better.")
+    if scored:
+        table.append(
+            "LogME: log evidence per training image of a linear model on the frozen features; higher is better,"
+        )
+        table.append("comparable for the same images and labels.")
     return "\n".join(table)
 
 

@@ -1,0 +1,227 @@
+"""Experiment groups: runs whose configurations are equal but for seed, task order, name and keys outside the hash.
+
+Within a group, orders and seeds vary; statistics compare the same task id.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from clrun import order_effects, robustness
+from clrun.config import config_hash, inside_hash
+from clrun.metrics import Floats
+from clrun.reporting.collect import Run
+from clrun.reporting.tables import SETTINGS
+
+WITHIN_GROUP = ("seed", "task_order", "name")  # may vary inside a group, as may the keys outside the hash
+Pair = tuple[tuple[int, ...], int]  # (order, seed)
+
+
+def group_key(config: Mapping[str, object]) -> str:
+    """Return the hash of a flattened configuration without the keys that may vary inside a group; 8 hex digits."""
+    return config_hash({key: value for key, value in config.items() if not below(key, WITHIN_GROUP)})[:8]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one experiment.
+
+    Attributes:
+        key: hash of what they share.
+        differing: short config keys, with values, that tell the group from others of the same method, backbone and
+            data set.
+        runs: its runs.
+    """
+
+    key: str
+    differing: Mapping[str, object]
+    runs: list[Run]
+
+    @property
+    def triple(self) -> tuple[str, str, str]:
+        """(method, backbone, dataset)."""
+        return self.runs[0].method, self.runs[0].backbone, self.runs[0].dataset
+
+    @property
+    def title(self) -> str:
+        """Hash and differing keys."""
+        return " ".join([self.key, *(f"{key}={value}" for key, value in self.differing.items())])
+
+    @property
+    def settings(self) -> list[str]:
+        """Settings that any of its runs was evaluated in; the configured one when none was."""
+        configured = self.runs[0].config.get("scenario.setting")
+        present = [setting for setting in SETTINGS if any(setting in run.finals for run in self.runs)]
+        return present or [setting for setting in SETTINGS if setting == configured]
+
+    def complete(self, setting: str) -> dict[Pair, Run]:
+        """Return the runs that count in `setting`: completed, every final cell there; the first of equals."""
+        counted: dict[Pair, Run] = {}
+        for run in self.runs:
+            if run.status == "completed" and setting in run.finals:
+                counted.setdefault((run.order, run.seed), run)
+        return counted
+
+    def missing(self, setting: str) -> list[dict[str, Any]]:
+        """Return what should have counted and does not: runs, then combinations of order and seed that have no run.
+
+        Combinations are those of every order with every seed when more than half of them were tried. Otherwise each
+        order is taken to have seeds of its own.
+        """
+        counted = self.complete(setting)
+        lacking = []
+        for run in self.runs:
+            if (run.order, run.seed) not in counted:
+                reason = run.status if run.status != "completed" else f"not every task is evaluated in {setting}"
+                lacking.append({"order": list(run.order), "seed": run.seed, "reason": reason, "folder": run.label})
+        tried = {(run.order, run.seed) for run in self.runs if run.order}
+        orders, seeds = sorted({order for order, _ in tried}), sorted({seed for _, seed in tried})
+        if 2 * len(tried) > len(orders) * len(seeds):
+            absent = [(o, s) for o in orders for s in seeds if (o, s) not in tried]
+            lacking += [{"order": list(o), "seed": s, "reason": "no run", "folder": None} for o, s in absent]
+        return lacking
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return its entries of order_robustness.json, one a setting."""
+        return [self._entry(setting) for setting in self.settings]
+
+    def _entry(self, setting: str) -> dict[str, Any]:
+        orders, tasks, finals = self.finals(setting)
+        method, backbone, dataset = self.triple
+        disparity = robustness.opd(finals) if tasks else None
+        worst = robustness.worst_order(finals)
+        return {
+            "method": method,
+            "backbone": backbone,
+            "dataset": dataset,
+            "group": self.title,
+            "setting": setting,
+            "opd": None if disparity is None else dict(zip(map(str, tasks), disparity.tolist(), strict=True)),
+            "aopd": robustness.aopd(finals) if tasks else None,
+            "mopd": robustness.mopd(finals) if tasks else None,
+            "mean": robustness.mean(finals),
+            "sd": robustness.sd(finals),
+            "ci95": robustness.ci95(finals),
+            "worst_order": None if worst is None else orders[worst],
+            "n_orders": len(orders),
+            "n_seeds": finals.shape[1],
+            "orders": orders,
+            "missing": self.missing(setting),
+            **_further(orders, tasks, finals),
+        }
+
+    def finals(self, setting: str) -> tuple[list[tuple[int, ...]], list[int], Floats]:
+        """Return (orders, task ids, finals [R, S, T]) of the runs that count."""
+        return finals_of(self.complete(setting), setting)
+
+    def forgetting(self, setting: str) -> float | None:
+        """Return the mean over orders of forgetting, seeds first; None where a run has none."""
+        by_order: dict[tuple[int, ...], list[float]] = {}
+        for (order, _), run in self.complete(setting).items():
+            value = run.metrics[setting]["forgetting"]
+            by_order.setdefault(order, []).append(math.nan if value is None else value)
+        value = float(np.mean([np.mean(values) for values in by_order.values()])) if by_order else math.nan
+        return None if math.isnan(value) else value
+
+
+def _further(orders: list[tuple[int, ...]], tasks: list[int], finals: Floats) -> dict[str, Any]:
+    """Return the keys of order_robustness.json that explain its first ones; see `clrun.order_effects`."""
+    means = robustness.order_means(finals)
+    spread, counted = robustness.sd(finals), int((~np.isnan(means)).sum())
+    best = None if np.isnan(means).all() else int(np.nanargmax(means))
+    per_task = finals if tasks else finals[:, :, :0]
+    cell = order_effects.worst_cell(finals) if tasks else None
+    bottom = order_effects.floor(finals) if tasks else None
+    parts, task_parts = order_effects.accuracy_components(finals), order_effects.task_components(per_task)
+    position = order_effects.position_effect(finals, orders) if tasks else None
+    return {
+        "order_means": means,
+        "sd_ci95": None if spread is None else order_effects.sd_interval(spread, counted),
+        "ci95_bootstrap": order_effects.bootstrap_interval(finals),
+        "best_order": None if best is None else orders[best],
+        "worst_order_mean": None if best is None else np.nanmin(means),
+        "best_order_mean": None if best is None else np.nanmax(means),
+        "worst_cell": cell and {"accuracy": cell[0], "order": orders[cell[1]], "task": tasks[cell[2]]},
+        "task_sd": order_effects.task_sd(finals) if tasks else None,
+        "aopd_normalised": order_effects.normalised_aopd(finals) if tasks else None,
+        "aopd_floor": bottom and bottom.aopd,
+        "aopd_floor_source": bottom and ("groups of seeds" if bottom.measured else "spread of seeds"),
+        "order_effect": bottom and bottom.effect,
+        "order_variance": parts and parts.order,
+        "seed_variance": parts and parts.seed,
+        "order_share": parts and parts.share,
+        "task_order_variance": task_parts and task_parts.order,
+        "task_seed_variance": task_parts and task_parts.seed,
+        "task_order_share": task_parts and task_parts.share,
+        "position_effect": position and asdict(position),
+        "caveats": order_effects.caveats(finals),
+    }
+
+
+def finals_of(complete: Mapping[Pair, Run], setting: str) -> tuple[list[tuple[int, ...]], list[int], Floats]:
+    """Return (orders, task ids, finals [R, S, T]) for `clrun.robustness`; S is the most seeds of any order.
+
+    Orders that cover different tasks (`job.max_tasks`) have no disparity of a task: there are no ids then, and finals
+    is [R, S, 1], the average accuracy.
+    """
+    orders = sorted({order for order, _ in complete})
+    tasks = sorted(orders[0]) if orders else []
+    same = all(sorted(order) == tasks for order in orders)
+    seeds: dict[tuple[int, ...], list[int]] = {order: [] for order in orders}
+    for order, seed in sorted(complete):
+        seeds[order].append(seed)
+    finals = np.full((len(orders), max(map(len, seeds.values()), default=0), len(tasks) if same else 1), np.nan)
+    for r, order in enumerate(orders):
+        for s, seed in enumerate(seeds[order]):
+            values = complete[order, seed].finals[setting]
+            finals[r, s] = [values[task] for task in tasks] if same else np.mean(list(values.values()))
+    return orders, tasks if same else [], finals
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Sort runs into experiment groups, in order of first appearance."""
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        members.setdefault((run.method, run.backbone, run.dataset, group_key(run.config)), []).append(run)
+    alike: dict[tuple[str, ...], list[Mapping[str, object]]] = {}
+    for key, group in members.items():
+        alike.setdefault(key[:3], []).append(group[0].config)
+    names = {key: differing(configs, WITHIN_GROUP) for key, configs in alike.items()}
+    return [
+        Group(key[3], {name: group[0].config.get(name) for name in names[key[:3]]}, group)
+        for key, group in members.items()
+    ]
+
+
+def labels(groups: Sequence[Group]) -> list[str]:
+    """Return a short name of each group: its method, and what else tells it from the others."""
+    varies = [len({group.triple[part] for group in groups}) > 1 for part in (1, 2)]
+    found = []
+    for group in groups:
+        names = [group.triple[0], *(name for name, shown in zip(group.triple[1:], varies, strict=True) if shown)]
+        names += [f"{last_part(key, group.differing)}={value}" for key, value in group.differing.items()]
+        found.append(" ".join(names))
+    return found
+
+
+def differing(configs: Sequence[Mapping[str, object]], without: Iterable[str]) -> list[str]:
+    """Return the keys inside the hash in which flattened configurations differ; a key may be absent in some. Sorted."""
+    first, absent = configs[0] if configs else {}, object()
+    keys: set[str] = set()
+    for config in configs[1:]:
+        keys |= {key for key in first.keys() | config.keys() if first.get(key, absent) != config.get(key, absent)}
+    return sorted(key for key in keys if inside_hash(key) and not below(key, without))
+
+
+def below(key: str, prefixes: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `prefixes` or below it."""
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def last_part(key: str, others: Iterable[str]) -> str:
+    """Return the last part of a dotted key, or all of it when another key ends alike."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else key

@@ -1,0 +1,244 @@
+"""report.html: everything about a sweep on one page that opens offline; written by hand, hence fast.
+
+Accuracies are in points here. What has no value is a dash; what failed or is missing is listed before the numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from clrun.reporting import appendix
+from clrun.reporting.charts import text
+from clrun.reporting.groups import Group, labels
+from clrun.reporting.markup import Cell, count, details, number, section, table
+from clrun.reporting.panels import Standings, method, overview
+from clrun.reporting.tables import SETTINGS
+
+PAIRS = 60  # comparisons shown at once
+
+
+@dataclass(frozen=True)
+class Page:
+    """What report.html shows.
+
+    Attributes:
+        title: name of the sweep.
+        groups: runs by experiment.
+        robustness: content of order_robustness.json.
+        comparisons: content of method_comparison.json.
+        skipped: (folder, reason) of folders that cannot be read.
+        notes: what a reader of the comparison must know.
+    """
+
+    title: str
+    groups: Sequence[Group]
+    robustness: Sequence[Mapping[str, Any]]
+    comparisons: Sequence[Mapping[str, Any]]
+    skipped: Sequence[tuple[str, str]]
+    notes: Sequence[str]
+
+    def settings(self) -> list[str]:
+        """Return the settings of any entry; the one that the first group was trained in comes first."""
+        own = self.groups[0].runs[0].config.get("scenario.setting") if self.groups else None
+        found = [setting for setting in SETTINGS if any(entry["setting"] == setting for entry in self.robustness)]
+        return sorted(found, key=lambda setting: setting != own)
+
+    def entries(self, setting: str) -> list[tuple[str, Group, Mapping[str, Any]]]:
+        """Return (label, group, entry) of a setting, best first."""
+        pairs = []
+        entries = iter(self.robustness)
+        for label, group in zip(labels(self.groups), self.groups, strict=True):
+            for own in group.settings:
+                entry = next(entries)
+                if own == setting:
+                    pairs.append((label, group, entry))
+        return sorted(pairs, key=lambda item: -1.0 if item[2]["mean"] is None else item[2]["mean"], reverse=True)
+
+
+def render(page: Page) -> str:
+    """Return report.html. The same runs give the same text."""
+    settings = page.settings()
+    first = settings[0] if settings else ""
+    parts = [_header(page), appendix.problems(page.groups, page.robustness, page.skipped), _switch(settings)]
+    for setting in settings:
+        entries = page.entries(setting)
+        body = [_comparison(page, setting, entries), overview(entries), _pairs(page, setting)]
+        body += [method(label, group, entry) for label, group, entry in entries if entry["n_orders"]]
+        parts.append(f'<div class="in-{setting}">{"".join(body)}</div>')
+    parts += [appendix.differences(page.groups), appendix.runs(page.groups), appendix.reproduce(page.groups)]
+    here = files("clrun.reporting")
+    style, script = (here.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{text(page.title)}: clrun report</title><style>{style}</style></head>"
+        f'<body data-setting="{first}"><main>{"".join(parts)}</main><div id="tip" role="status" hidden></div>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _header(page: Page) -> str:
+    runs = [run for group in page.groups for run in group.runs]
+    done = sum(run.status == "completed" for run in runs)
+    orders, seeds = len({run.order for run in runs if run.order}), len({run.seed for run in runs})
+    tasks = sorted({len(run.order) for run in runs if run.order})
+    facts = [
+        ("data", ", ".join(sorted({run.dataset for run in runs}))),
+        ("backbone", ", ".join(sorted({run.backbone for run in runs}))),
+        ("tasks", ", ".join(map(str, tasks))),
+        ("methods", len(page.groups)),
+        ("orders", orders),
+        ("seeds", seeds),
+        ("runs completed", f"{done} of {len(runs)}"),
+        ("last run ended", max((run.finished for run in runs), default="").replace("T", " ")[:16]),
+    ]
+    cells = "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in facts if value != "")
+    return f'<header><h1>{text(page.title)}</h1><dl class="facts">{cells}</dl></header>'
+
+
+def _switch(settings: Sequence[str]) -> str:
+    if len(settings) < 2:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-to="{s}" aria-pressed="{"true" if s == settings[0] else "false"}">'
+        f"{SETTINGS[s]}</button>"
+        for s in settings
+    )
+    return f'<nav class="switch" aria-label="setting">{buttons}</nav>'
+
+
+HEADINGS = (
+    ("method", ""),
+    ("accuracy", "final average accuracy: mean and standard deviation over orders, seeds averaged first"),
+    ("95 % interval", "of the mean over orders (t, R - 1 degrees of freedom)"),
+    ("AOPD", "mean over tasks of the range of a task's final accuracy over the orders; lower is better"),
+    ("AOPD0", "the same from seeds alone; * estimated from the spread of seeds"),
+    ("AOPD / d2", "AOPD without its growth with the number of orders"),
+    ("MOPD", "largest range of any task"),
+    ("worst order", "accuracy of the worst order"),
+    ("worst cell", "lowest final accuracy of a task in any order"),
+    ("order share", "share of the order in the variance of single tasks; the rest is owed to seeds"),
+    ("slope", "change of a task's final accuracy a position later; above 0 early tasks are forgotten"),
+    ("forgetting", "mean over orders"),
+    ("parameters", "after the last task"),
+    ("stored", "bytes kept between tasks"),
+    ("train s", "mean over runs"),
+    ("orders × seeds", ""),
+    ("missing", "runs that should count and do not"),
+)
+
+
+def _comparison(page: Page, setting: str, entries: Standings) -> str:
+    rows = [_standing(label, group, entry) for label, group, entry in entries]
+    known = [caveat for _, _, entry in entries for caveat in entry["caveats"]]
+    said = list(dict.fromkeys(known))
+    notes = [*(note.removeprefix("note: ") for note in page.notes), *said]
+    listed = "".join(f"<li>{text(_whose(note[:1].upper() + note[1:], entries))}</li>" for note in notes)
+    warning = f'<aside class="caveats"><h3>What these runs cannot say</h3><ul>{listed}</ul></aside>' if notes else ""
+    terms = "".join(f"<dt>{name}</dt><dd>{text(meaning)}</dd>" for name, meaning in HEADINGS if meaning)
+    body = table([name for name, _ in HEADINGS], rows, kind="sortable", titles=[meaning for _, meaning in HEADINGS])
+    body += warning + details("What the columns mean", f"<dl>{terms}</dl>")
+    return section(f"Comparison, {SETTINGS[setting]}", body)
+
+
+def _whose(caveat: str, entries: Standings) -> str:
+    """Name the methods that a caveat is about, unless it is about all."""
+    about = [label for label, _, entry in entries if caveat in entry["caveats"]]
+    return caveat if len(about) in (0, len(entries)) else f"{', '.join(about)}: {caveat}"
+
+
+def _standing(label: str, group: Group, entry: Mapping[str, Any]) -> list[Cell]:
+    low, high = entry["ci95"] or (None, None)
+    position, cell = entry["position_effect"] or {}, entry["worst_cell"] or {}
+    estimated = "*" if entry["aopd_floor_source"] == "spread of seeds" else ""
+    seconds = [run.train_seconds for run in group.runs if run.train_seconds is not None]
+    run, share = group.runs[-1], entry["task_order_share"]
+    spread = "" if entry["sd"] is None else f" ± {number(entry['sd'])}"
+    return [
+        Cell(label, label),
+        Cell(number(entry["mean"]) + spread, entry["mean"]),
+        Cell("–" if low is None else f"{number(low)} to {number(high)}", low),
+        Cell(number(entry["aopd"]), entry["aopd"]),
+        Cell(number(entry["aopd_floor"]) + estimated, entry["aopd_floor"]),
+        Cell(number(entry["aopd_normalised"]), entry["aopd_normalised"]),
+        Cell(number(entry["mopd"]), entry["mopd"]),
+        Cell(number(entry["worst_order_mean"]), entry["worst_order_mean"]),
+        Cell(number(cell.get("accuracy")), cell.get("accuracy")),
+        Cell("–" if share is None else f"{100 * share:.0f} %", share),
+        Cell(number(position.get("slope"), sign=True), position.get("slope")),
+        Cell(number(forgotten := group.forgetting(entry["setting"])), forgotten),
+        Cell(count(run.parameters), run.parameters),
+        Cell(count(run.state_bytes), run.state_bytes),
+        Cell(f"{np.mean(seconds):.1f}" if seconds else "–", float(np.mean(seconds)) if seconds else None),
+        Cell(f"{entry['n_orders']} × {entry['n_seeds']}", entry["n_orders"] * entry["n_seeds"]),
+        Cell(str(len(entry["missing"]) or "–"), len(entry["missing"]), "bad" if entry["missing"] else ""),
+    ]
+
+
+def _pairs(page: Page, setting: str) -> str:
+    """Return the comparison of methods on the same orders."""
+    body = []
+    for entry in page.comparisons:
+        if entry["setting"] != setting:
+            continue
+        body.append(_agreement(entry))
+        rows = [
+            [
+                Cell(f"{p['a']} − {p['b']}", f"{p['a']} {p['b']}"),
+                Cell(number(p["mean"], sign=True), p["mean"]),
+                Cell("–" if p["ci95"] is None else " to ".join(number(v, sign=True) for v in p["ci95"])),
+                Cell(f"{p['p_holm']:.3g}", p["p_holm"], "good" if p["p_holm"] < 0.05 else ""),
+                Cell(f"{p['p_wilcoxon']:.3g}", p["p_wilcoxon"]),
+                Cell(f"{p['p_sign']:.3g}", p["p_sign"]),
+                Cell("–" if p["p_t"] is None else f"{p['p_t']:.2g}", p["p_t"]),
+                Cell(str(p["orders_needed"] or "–"), p["orders_needed"]),
+                Cell(str(p["n"]), p["n"]),
+            ]
+            for p in sorted(entry["pairs"], key=lambda p: p["p_holm"])
+        ]
+        heads = [
+            "difference",
+            "mean",
+            "95 % interval",
+            "p (Holm)",
+            "p Wilcoxon",
+            "p sign",
+            "p t",
+            "orders needed",
+            "orders",
+        ]
+        body.append(table(heads, rows[:PAIRS], kind="sortable"))
+        if len(rows) > PAIRS:
+            body.append(f"<p>{len(rows) - PAIRS} further pairs are in method_comparison.json.</p>")
+    note = (
+        "<p class=note>Paired over orders, seeds averaged first. Wilcoxon and sign tests are exact and two-sided, Holm "
+        "corrects the Wilcoxon p for all pairs; p t needs normal differences. Orders needed: for 80 % power of a "
+        "paired t test if the difference is as seen.</p>"
+    )
+    return section("Paired comparison on the same orders", "".join(body) + note) if body else ""
+
+
+def _agreement(entry: Mapping[str, Any]) -> str:
+    orders = entry["n_orders"]
+    lines = []
+    if orders and min(p["n"] for p in entry["pairs"]) < 6:
+        lines.append(
+            f"With {min(p['n'] for p in entry['pairs'])} orders the exact tests cannot go below p = "
+            f"{2 ** (1 - min(p['n'] for p in entry['pairs'])):.3g}: no difference can be shown at 5 %."
+        )
+    if entry["mean_ranks"]:
+        ranks = sorted(zip(entry["mean_ranks"], entry["methods"], strict=True))
+        listed = ", ".join(f"{label} {rank:.2f}" for rank, label in ranks)
+        w = "–" if entry["kendall_w"] is None else f"{entry['kendall_w']:.3f}"
+        p = "–" if entry["p_friedman"] is None else f"{entry['p_friedman']:.3g}"
+        critical = entry["critical_difference"]
+        apart = "" if critical is None else f"; ranks apart by {critical:.2f} or more differ at 5 % (Nemenyi)"
+        lines.append(
+            f"{entry['dataset']}, {orders} shared orders: Kendall's W = {w} (1: every order ranks the methods alike), "
+            f"Friedman p = {p}. Mean ranks: {listed}{apart}."
+        )
+    return "".join(f"<p>{text(line)}</p>" for line in lines)
