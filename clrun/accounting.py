@@ -23,6 +23,13 @@ def parameter_counts(*modules: nn.Module) -> dict[str, int]:
     }
 
 
+def token_count(backbone: nn.Module) -> int | None:
+    """Return the tokens of an image in a vision transformer, class token and registers included; None elsewhere."""
+    patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
+    prefix = getattr(backbone, "num_prefix_tokens", None)
+    return None if patches is None or prefix is None else int(patches) + int(prefix)
+
+
 def state_bytes(method: nn.Module) -> dict[str, int]:
     """Return the bytes of every tensor that outlives a task, by top-level attribute of the method, and their total.
 

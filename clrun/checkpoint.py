@@ -51,7 +51,14 @@ def fingerprints(module: nn.Module) -> dict[str, str]:
 
 
 def save(
-    path: Path, method: Method, life: Life, *, config_hash: str, backbone: dict[str, str], hardware: Hardware
+    path: Path,
+    method: Method,
+    life: Life,
+    *,
+    config_hash: str,
+    backbone: dict[str, str],
+    hardware: Hardware,
+    flush: bool = True,
 ) -> None:
     """Write the checkpoint through a temporary file and a rename.
 
@@ -62,6 +69,7 @@ def save(
         config_hash: hash of the configuration.
         backbone: digests of the backbone as loaded (`fingerprints`).
         hardware: the processes; each has its own method.
+        flush: wait until the disk has it: only then does it survive a loss of power.
 
     Raises:
         ConfigError: the disk is full or the folder unwritable; an earlier checkpoint is untouched.
@@ -72,11 +80,13 @@ def save(
     methods = hardware.gather(buffer.getvalue())
     if not hardware.main:
         return
+    # As tensors, which are written as they are: bytes would be pickled, copied and checked twice.
+    stored = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in methods]
     content = {"schema": SCHEMA, "config_hash": config_hash, "learned": life.learned, "steps": life.steps}
-    content |= {"rows": life.rows, "costs": life.costs, "referenced": referenced, "methods": methods}
+    content |= {"rows": life.rows, "costs": life.costs, "referenced": referenced, "methods": stored}
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(path) as file:
+    with replacing(path, flush=flush) as file:
         file.write(buffer.getbuffer())
 
 
@@ -98,7 +108,9 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
         raise ConfigError(f"{path}: not a checkpoint of this version of clrun; delete it to start the run again")
     if content["config_hash"] != config_hash:
         raise ConfigError(f"{path}: checkpoint of another configuration; use another hydra.run.dir or job.resume=false")
-    method = _read(path, content["methods"][hardware.rank], _parts(fresh))
+    stored = content["methods"][hardware.rank]
+    data = stored.numpy().tobytes() if isinstance(stored, Tensor) else stored
+    method = _read(path, data, _parts(fresh))
     if type(method) is not type(fresh):
         raise ConfigError(f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it")
     loaded, built = _tensors(method), _tensors(fresh)

@@ -1,4 +1,4 @@
-"""The command `clrun`: Hydra overrides, or one of list, report and --version; what runs start and how they end.
+"""The command `clrun`: Hydra overrides, or list, report, features, --version; what runs start and how they end.
 
 Exit codes: 0 done; 1 a bug, or failed jobs of a sweep; 2 a mistake of the user, one line each; 130 Ctrl-C.
 """
@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a bug, or failed jobs of a sweep; 2 a mistake of the user,
 import os
 import sys
 import traceback
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clrun import __version__
 from clrun.compose import Composer, conf_dir
-from clrun.errors import ConfigError, did_you_mean
+from clrun.errors import ConfigError, DataWarning, did_you_mean
 from clrun.jobs import run, task
 from clrun.signature import one_line
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that a stray torch.py shadows nothing
+    warnings.formatwarning = _warning
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -56,12 +58,23 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as it is printed: one line where it is about the user's data."""
+    if issubclass(category, DataWarning):
+        return f"clrun: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def _command(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
     if argv[:1] == ["list"]:
         return _list(argv[1:])
     if argv[:1] == ["report"]:
         return _report(argv[1:])
+    if argv[:1] == ["features"]:
+        return _features(argv[1:])
     if "--version" in argv:
         print(f"clrun {__version__}")
         return 0
@@ -134,5 +147,21 @@ def _report(words: list[str]) -> int:
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path)
     args = parser.parse_intermixed_args(words)
-    print(report(args.dirs, out=args.out).text)
+    result = report(args.dirs, out=args.out)
+    print(f"{result.text}\n\nreport: {result.page or 'none of several folders; add --out FOLDER'}")
+    return 0
+
+
+def _features(words: list[str]) -> int:
+    """List the cached features of frozen backbones, or remove those that nobody uses."""
+    from clrun.data.feature_cache import FeatureCache, default_folder, listing
+
+    parser = _refusing(ArgumentParser("clrun features", add_help=False))
+    parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list")
+    parser.add_argument("--dir", type=Path, default=default_folder())
+    parser.add_argument("--keep", type=float, default=0.0, metavar="GB")
+    args = parser.parse_args(words)
+    if args.action == "prune":
+        FeatureCache(args.dir, limit=int(args.keep * 1e9)).make_room()
+    print(listing(args.dir))
     return 0

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clrun.config import RESERVED, inside_hash
+from clrun.config import conf_dir as conf_dir  # part of this module's interface, too
 from clrun.errors import ConfigError, did_you_mean
 from clrun.signature import one_line
 
@@ -34,9 +35,11 @@ def slug(overrides: Sequence[str]) -> str:
     """Return a file name for a job of a sweep: its overrides, shortened, and a hash of them.
 
     Order does not matter, and overrides outside the configuration hash do not count: a sweep started again finds its
-    folders, whatever was changed in how it shows and stores.
+    folders, whatever was changed in how it shows and stores. The root of the data counts: for the user's own it is how
+    a sweep goes over several of them.
     """
-    kept = sorted(o for o in overrides if inside_hash(re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".")))
+    keys = {o: re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in overrides}
+    kept = sorted(o for o, key in keys.items() if inside_hash(key) or key == "dataset.root")
     text = re.sub(r"[^\w.-]+", "-", "_".join(kept)).strip(".-_")[:SLUG_LENGTH]
     return f"{text or 'default'}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
 
@@ -49,12 +52,6 @@ version.setbase("1.3")
 # Registered on import: workers of parallel launchers import the task function, hence this module, before they resolve.
 OmegaConf.register_new_resolver("clrun.unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("clrun.slug", _slug_of_job, replace=True)
-
-
-def conf_dir() -> Path:
-    """Return the folder of clrun's YAML files: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,7 @@ class Composer:
 def _unreadable_override(error: OverrideParseException) -> str:
     """Return the message for an override that Hydra's grammar does not accept."""
     if "=" not in str(error.override):
-        commands = did_you_mean(str(error.override), ("list", "report"))
+        commands = did_you_mean(str(error.override), ("list", "report", "features"))
         return f"'{error.override}': neither a command nor KEY=VALUE{commands or '; see clrun --help'}"
     lines = [x for x in str(error).splitlines() if not x.startswith(("Error parsing override", "See https"))]
     reason = " ".join(lines).partition(" expecting {")[0]
@@ -198,6 +195,8 @@ def _omegaconf_line(error: BaseException) -> str:
     if not isinstance(error, OmegaConfBaseException):
         return one_line(error)
     text = str(error).splitlines()[0]
+    if (missing := text.partition("Missing mandatory value: ")[2]) and error.full_key:
+        return f"{missing}: needs a value; set {missing}=..."  # asked for by the interpolation of another key
     return f"{error.full_key}: {text}" if error.full_key else text
 
 

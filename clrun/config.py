@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from clrun.errors import ConfigError, Count, PositiveInt, did_you_mean
@@ -18,6 +19,11 @@ OUTSIDE_HASH = (
     "name",
     "logger",
     "dataset.root",
+    "dataset.download",
+    "dataset.archive",
+    "dataset.images.max_pixels",
+    "dataset.images.memory",
+    "dataset.images.cache",
     "hardware.workers",
     "job.resume",
     "job.keep_checkpoint",
@@ -25,6 +31,7 @@ OUTSIDE_HASH = (
     "job.picture",
     "job.save_model",
     "job.save_predictions",
+    "job.feature_cache",
 )
 GROUPS = ("dataset", "scenario", "task_order", "backbone", "method", "budget", "hardware", "logger", "job")
 PLAIN: dict[str, Any] = {"name": str, "seed": Count}
@@ -42,7 +49,8 @@ class Job:
         picture: draw accuracy_matrix.png.
         save_model: write the final weights as safetensors.
         save_predictions: write the final prediction of every test sample.
-        dry_run: print what the run would do, train nothing.
+        feature_cache: folder for the features of frozen backbones; true is the default one, false keeps none.
+        mode: run; or dry_run, print what the run would do; or preview, draw the data. The latter train nothing.
         eval_initial: evaluate the untrained learner and unseen tasks (domain-incremental only).
         eval_every: optimizer steps between evaluations within a task; null evaluates after tasks only.
         eval_split: rows to evaluate on.
@@ -58,7 +66,8 @@ class Job:
     picture: bool
     save_model: bool
     save_predictions: bool
-    dry_run: bool
+    feature_cache: bool | str
+    mode: Literal["run", "dry_run", "preview"]
     eval_initial: bool
     eval_every: PositiveInt | None
     eval_split: Literal["test", "val"]
@@ -87,6 +96,12 @@ class JobInfo:
     sweep: bool
     overrides: list[str]
     hydra: dict[str, str]
+
+
+def conf_dir() -> Path:
+    """Return the folder of clrun's YAML files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
 
 
 def inside_hash(key: str) -> bool:
@@ -147,7 +162,7 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
     problems: list[str] = []
     for key, value in config.items():
         if key in GROUPS:
-            problems += _group_problems(key, value, choices.get(key))
+            problems += _known_problems(key, value, choices.get(key))
         elif key not in PLAIN:
             problems.append(f"{key}: unknown option{did_you_mean(key, (*GROUPS, *PLAIN))}")
         elif wrong := mismatch(value, PLAIN[key]):
@@ -160,6 +175,17 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         problems += _setting_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+_known: dict[tuple[str, str, str | None], list[str]] = {}
+
+
+def _known_problems(group: str, node: Any, choice: str | None) -> list[str]:
+    """Return the problems of a top-level node, looked for once a process: runs of a sweep share most nodes."""
+    key = (group, repr(node), choice)
+    if key not in _known:
+        _known[key] = list(_group_problems(group, node, choice))
+    return _known[key]
 
 
 def _group_problems(group: str, node: Any, choice: str | None) -> Iterator[str]:

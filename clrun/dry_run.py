@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from clrun.accounting import forward_flops, parameter_counts
+from clrun.build import Built, build, make
 from clrun.config import JobInfo
 from clrun.evaluation import Evaluation
 from clrun.hardware import Hardware
 from clrun.method import Method
-from clrun.run import Built, build, make
 from clrun.training import Context, fit
 
 REPEATS = 5
@@ -26,7 +26,7 @@ def dry_run(config: Mapping[str, Any], job: JobInfo) -> float:
     """
     hardware: Hardware = make(config["hardware"])
     hardware.setup(job=job.number or 0, parallel=job.parallel)
-    built = build(config, hardware)
+    built = build(config, hardware, features=False)
     stream = built.stream
     print(f"{config['name']}: {len(stream.tasks)} tasks, {stream.num_classes} classes, setting {stream.setting}")
     for task in stream.tasks:
@@ -57,8 +57,8 @@ def _estimate(config: Mapping[str, Any], built: Built, hardware: Hardware) -> fl
     rows = len(evaluation.rows(tasks[0]))
     per_row = _median_seconds(lambda: evaluation(method, built.stream, 1, tasks=1), hardware) / max(1, rows)
     evaluations = sum((len(tasks) - task.index) * len(evaluation.rows(task)) for task in tasks) * per_row
-    if method.uses_frozen_features:
-        return evaluations
+    if method.uses_frozen_features:  # every image once, unless its features are cached; the rest hardly counts
+        return sum(len(task.train) + len(evaluation.rows(task)) for task in tasks) * per_row
     limit = config["job"]["max_steps"] or math.inf
     steps = sum(min(limit, built.budget.total_steps(len(task.train))) for task in tasks)
     fit(method, tasks[0].train, ctx)

@@ -1,7 +1,9 @@
-"""The one exception for user mistakes, spelling suggestions, and declared ranges of options."""
+"""The one exception for user mistakes, the one warning, spelling suggestions, and declared ranges of options."""
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,6 +13,28 @@ class ConfigError(Exception):
 
     The message says what is wrong, where (full dotted key or file) and what to do.
     """
+
+
+class DataWarning(UserWarning):
+    """Something about the data that the user should know: shown once, and kept in run.json."""
+
+
+def warn(text: str) -> None:
+    """Issue a `DataWarning`."""
+    warnings.warn(text, DataWarning, stacklevel=3)
+
+
+@contextmanager
+def noting(notes: list[str]) -> Iterator[None]:
+    """Put the `DataWarning`s of the block into `notes` instead of showing them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, DataWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clrun.data.split import Split
 from clrun.data.stream import Setting, Stream, Task
@@ -15,6 +16,7 @@ from clrun.hardware import Hardware
 from clrun.method import Method
 
 Row = dict[str, Any]  # one line of accuracy.csv
+Constants = WeakKeyDictionary[nn.Module, dict[int, list[Tensor | None]]]  # by backbone, task id and batch
 PREPARED = 2**23  # bytes of prepared rows kept from one evaluation to the next
 KEEP = 2**20  # logits held back before they are counted: counting once is cheaper than counting every batch
 FLOOR = math.log(1e-12)  # of one sample's log-likelihood
@@ -36,6 +38,7 @@ class Evaluation:
     batch_size: int
     max_rows: int | None
     _prepared: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False)
+    _constants: Constants = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
     def rows(self, task: Task) -> Split:
         """Return the evaluated rows of `task`."""
@@ -54,10 +57,17 @@ class Evaluation:
     def logits(self, method: Method, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (logits [n, C] float, labels [n]) of this process's share of the task's rows."""
         position = task.index if method.needs_task_id else None
+        constants = self._constants.setdefault(method.backbone, {}).setdefault(task.id, [])
         kept: list[tuple[Tensor, Tensor]] = []
-        for x, y in self._batches(task):
+        for number, (x, y) in enumerate(self._batches(task)):
             with self.hardware.autocast():
-                logits = method(x) if position is None else method(x, position)
+                if number == len(constants):
+                    constants.append(method.constant(x))
+                constant = constants[number]
+                if constant is not None:
+                    logits = method.forward_with(constant, x, position)
+                else:
+                    logits = method(x) if position is None else method(x, position)
             kept.append((logits.float(), y))
             if len(kept) * logits.numel() > KEEP:
                 yield _joined(kept)

@@ -26,6 +26,15 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the folder for what can be computed again: `kind` under $CLRUN_CACHE, else in the user's cache folder."""
+    if home := os.environ.get("CLRUN_CACHE"):
+        return Path(home).expanduser() / kind
+    if os.uname().sysname == "Darwin":
+        return Path.home() / "Library" / "Caches" / "clrun" / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clrun" / kind
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal to write `path` (disk full, no permission) into a `ConfigError`."""
@@ -37,8 +46,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a temporary file beside `path` that takes its place, flushed to the disk, when the block ends well.
+def replacing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+    """Yield a temporary file beside `path` that takes its place when the block ends well.
+
+    Args:
+        path: what to replace.
+        flush: wait until the disk has it, so that it survives a loss of power as well.
 
     Raises:
         ConfigError: it cannot be written; `path` is untouched.
@@ -49,7 +62,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if flush:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)

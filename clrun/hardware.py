@@ -34,7 +34,8 @@ class Hardware:
         processes: processes on this machine that share each batch; under torchrun its world size counts instead.
         precision: "fp32"; "tf32" (fp32 with TF32 matrix products on the GPU); "bf16" (autocast of forward passes).
         threads: CPU threads of each process; null divides the cores among the processes and jobs running at once.
-        workers: decoding workers of data sets read from files.
+        workers: threads of each process that decode images of data sets read from files, ahead of what uses them; 0
+            decodes when they are asked for; null has one a core shared as for `threads`.
         deterministic: refuse operations whose result may differ between two runs.
         channels_last: keep images and convolution weights in channels-last order, which convolutions prefer.
         compile: compile the backbone with torch.compile.
@@ -46,7 +47,7 @@ class Hardware:
     processes: PositiveInt
     precision: Literal["fp32", "tf32", "bf16"]
     threads: PositiveInt | None
-    workers: Count
+    workers: Count | None
     deterministic: bool
     channels_last: bool
     compile: bool
@@ -70,6 +71,7 @@ class Hardware:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)) * parallel
         self.threads = self.threads or max(1, cores // beside)
+        self.workers = max(1, cores // beside) if self.workers is None else self.workers
         torch.set_num_threads(self.threads)
         cuda = self.device.startswith("cuda")
         if cuda:

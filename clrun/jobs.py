@@ -124,7 +124,8 @@ def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list
         return str(error).splitlines()
     if _slurm(cfg):
         return []  # the run will see another machine
-    key = json.dumps([config[group] for group in ("dataset", "scenario", "task_order", "hardware", "job")])
+    groups = ("dataset", "scenario", "task_order", "backbone", "hardware", "job")
+    key = json.dumps([config[group] for group in groups])
     if key not in seen:
         from clrun.run import preflight
 
@@ -171,6 +172,29 @@ def _remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
         except OSError:
             return
+
+
+class _Composed:
+    """Hydra's loader of configurations, which hands out, once each, what was composed for the check.
+
+    Composing takes longer than all else that happens around a short run.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.found: dict[tuple[str, ...], DictConfig] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Return the configuration of a job of the sweep."""
+        found = self.found.pop(tuple(sweep_overrides), None)
+        if found is None:
+            loaded: DictConfig = self.loader.load_sweep_config(master_config, sweep_overrides)
+            return loaded
+        OmegaConf.set_readonly(found.hydra, None)  # as it was before it was looked at
+        return found
 
 
 class _Recorder(Launcher):
@@ -220,7 +244,9 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks) 
     """
     if _slurm(cfg) and shutil.which("srun") is None:
         raise ConfigError("hydra/launcher=submitit_slurm: no Slurm here (no srun); use joblib or submitit_local")
-    context = HydraContext(config_loader=composer.hydra.config_loader, callbacks=callbacks)
+    loader = _Composed(composer.hydra.config_loader)
+    serial = str(cfg.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher")
+    context = HydraContext(config_loader=loader if serial else loader.loader, callbacks=callbacks)  # type: ignore[arg-type]
     try:
         sweeper: Any = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
         if str(cfg.hydra.sweeper._target_).endswith(".BasicSweeper"):
@@ -228,7 +254,10 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks) 
             lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
             parsed = parser.parse_overrides([*lines, *cfg.hydra.overrides.task])
             [combinations] = sweeper.split_arguments(parsed, None)
-            _check(_jobs(composer, cfg, combinations))
+            jobs = _jobs(composer, cfg, combinations)
+            _check(jobs)
+            pairs = zip(combinations, jobs, strict=True)
+            loader.found = {tuple(c): job for c, job in pairs if serial and not isinstance(job, ConfigError)}
             sweeper.validate_batch_is_legal = lambda batch: None  # done, in clearer words
             print(f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}")
     except HydraException as error:  # of the sweep's own options: no run has started

@@ -26,7 +26,9 @@ class Method(nn.Module):
     """
 
     uses_frozen_features: ClassVar[bool] = False  # the engine feeds features of the frozen backbone as batch.x
-    needs_task_id: ClassVar[bool] = False  # predictions need the task id: class-incremental cells stay empty
+    needs_vit: ClassVar[bool] = False  # the backbone must be a timm vision transformer
+    needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
+    depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     order_invariant: bool = False  # claim of this instance: final predictions do not depend on the task order
 
@@ -72,6 +74,21 @@ class Method(nn.Module):
         """Return logits [B, C] of prepared x; `task` is a position, used by methods with `needs_task_id` only."""
         logits: Tensor = self.head(self.backbone(x))
         return logits
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        """Return what a prediction for x needs and no training changes, [B, ...]; None for nothing.
+
+        An evaluation computes it once for the rows of each task and hands it to `forward_with` ever after.
+        """
+        return None
+
+    def choices(self, x: Tensor) -> Tensor | None:
+        """Return how often each of M components is chosen for each sample, [B, M] integers; None without a choice."""
+        return None
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        """Return what `forward` returns, given what `constant` returned for the same x."""
+        raise NotImplementedError
 
     def trainable(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
         """Return the parameters, or parameter groups, that `fit` moves by default."""

@@ -60,11 +60,11 @@ class RunFolder:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml: the resolved configuration, plain types."""
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
-        self._replace("config.yaml", text)
+        self._replace("config.yaml", text, flush=False)
 
     def write_run(self, run: Mapping[str, Any]) -> None:
-        """Write run.json."""
-        self._replace("run.json", json_text(run, indent=1))
+        """Write run.json; how the run ended survives a loss of power."""
+        self._replace("run.json", json_text(run, indent=1), flush=run["status"] != "running")
 
     def read_run(self) -> dict[str, Any] | None:
         """Return the content of run.json, None without one.
@@ -81,7 +81,7 @@ class RunFolder:
 
     def write_rows(self, rows: Iterable[Row]) -> None:
         """Write accuracy.csv anew; `rows` keep the order in which they were appended."""
-        self._replace("accuracy.csv", _header() + csv_text(map(_cells, rows)))
+        self._replace("accuracy.csv", _header() + csv_text(map(_cells, rows)), flush=False)
 
     def append_log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
@@ -104,8 +104,8 @@ class RunFolder:
         with replacing(path) as file:
             file.write(b"".join(kept))
 
-    def _replace(self, name: str, text: str) -> None:
-        with replacing(self.path / name) as file:
+    def _replace(self, name: str, text: str, *, flush: bool) -> None:
+        with replacing(self.path / name, flush=flush) as file:
             file.write(text.encode())
 
 
@@ -125,6 +125,8 @@ class RunRecord:
         matrices: counts by (split, setting).
         cost: what it cost, as stored.
         versions: versions and device, as stored.
+        stored: all of run.json.
+        logme: LogME of the frozen features over all training rows; None when not recorded.
     """
 
     folder: Path
@@ -138,6 +140,8 @@ class RunRecord:
     matrices: dict[tuple[str, str], AccuracyMatrix]
     cost: dict[str, Any]
     versions: dict[str, Any]
+    stored: dict[str, Any]
+    logme: float | None
 
     @classmethod
     def load(cls, run_dir: Path) -> Self:
@@ -168,6 +172,8 @@ class RunRecord:
             matrices=matrices,
             cost=run.get("cost") or {},
             versions=run.get("versions") or {},
+            stored=run,
+            logme=_number((run.get("logme") or {}).get("all")),
         )
 
 
@@ -186,7 +192,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA})")
     order = run.get("task_order") or []
     sound = isinstance(run.get("config"), dict) and isinstance(run.get("status"), str) and _is_int(run.get("seed"))
-    sound = sound and all(isinstance(run.get(key) or {}, dict) for key in ("choices", "cost", "versions"))
+    sound = sound and all(isinstance(run.get(key) or {}, dict) for key in ("choices", "cost", "versions", "logme"))
     if not sound or not isinstance(order, list) or not all(map(_is_int, order)) or len(set(order)) < len(order):
         raise ConfigError(f"{path}: config, status, seed or task_order is missing or malformed")
     return {"name": "", "task_order": None, **run}
@@ -237,6 +243,10 @@ def _regular(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(None, "no such file" if not path.exists() else "not a regular file")
     return path
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _is_int(value: Any) -> bool:

@@ -2,140 +2,35 @@
 
 import copy
 import math
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
-from torch import nn
-
 from clrun import checkpoint
-from clrun.accounting import forward_flops, parameter_counts, state_bytes, versions
+from clrun.accounting import forward_flops, parameter_counts, state_bytes, token_count, versions
+from clrun.build import Built, Config, build, make, preflight
 from clrun.checkpoint import Life
 from clrun.config import Job, JobInfo, config_hash, differing_keys
-from clrun.data.features import frozen_features
-from clrun.data.split import Plain, TensorSplit
-from clrun.data.stream import Dataset, Stream, Task
-from clrun.data.transforms import fit_transform
+from clrun.data.stream import Task
 from clrun.engine import Engine
-from clrun.errors import ConfigError
+from clrun.errors import ConfigError, noting
 from clrun.evaluation import Evaluation, Row
 from clrun.files import csv_text, plain, replacing
+from clrun.frozen import cache_report, fact, feature_notes, transferability
 from clrun.hardware import Hardware, launch
 from clrun.loggers import Logger, Show
 from clrun.method import Method
 from clrun.metrics import AccuracyMatrix, summary
 from clrun.records import SCHEMA, RunFolder
-from clrun.seeding import seed_all
-from clrun.training import Budget, Progress
+from clrun.selection import selection_counts
+from clrun.training import Progress
 
-Config = Mapping[str, Any]
-
-
-@dataclass
-class Built:
-    """What a configuration names, built.
-
-    Attributes:
-        images: the stream of images.
-        stream: what the method learns from: `images`, or the features of the frozen backbone.
-        backbone: the backbone as loaded.
-        method: the learner before its first task.
-        budget: what a fit may spend.
-        input: what was done to fit the images to the backbone, one line.
-    """
-
-    images: Stream
-    stream: Stream
-    backbone: nn.Module
-    method: Method
-    budget: Budget
-    input: str
-
-
-def make(node: Config) -> Any:
-    """Instantiate a `_target_` node with plain containers; a user's mistake found on the way stays a `ConfigError`."""
-    try:
-        return instantiate(dict(node), _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise
-
-
-def build(config: Config, hardware: Hardware) -> Built:
-    """Build data set, stream, backbone, method and budget on the device.
-
-    Raises:
-        ConfigError: the parts do not fit together, or data or weights are missing.
-    """
-    job: Job = make(config["job"])
-    dataset: Dataset = make(config["dataset"])
-    seed_all(config["seed"], "init", "backbone")
-    backbone = make(config["backbone"])(dataset.image_shape)
-    hardware.place(backbone)
-    transform, text = fit_transform(dataset, backbone)
-    images = _limited(make(config["scenario"])(dataset, make(config["task_order"]), transform), job, hardware)
-    stream, seen = images, backbone
-    learner: type[Method] = get_class(config["method"]["_target_"])
-    if learner.uses_frozen_features:
-        stream, seen = frozen_features(images, backbone, hardware)
-    seed_all(config["seed"], "init", "method")
-    method = make(config["method"])(seen, stream.num_classes)
-    return Built(images, stream, backbone, method, make(config["budget"]), text)
-
-
-def preflight(config: Config) -> None:
-    """Find mistakes that need the data (too many tasks, an order that is no permutation) or the machine.
-
-    Raises:
-        ConfigError: one was found; nothing was written.
-    """
-    hardware: Hardware = make(config["hardware"])
-    hardware.setup()
-    dataset: Dataset = make(config["dataset"])
-    stream = make(config["scenario"])(dataset, make(config["task_order"]), Plain())
-    _limited(stream, make(config["job"]), None)
-
-
-def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
-    """Return the first `job.max_tasks` tasks, with their rows on the device."""
-    tasks = stream.tasks[: job.max_tasks]
-    if job.eval_split == "val" and any(task.val is None for task in tasks):
-        raise ConfigError("job.eval_split=val: there are no validation rows; set dataset.val_fraction above 0")
-    if hardware is not None:
-        tasks = _Placed(hardware.device).tasks(tasks)
-    return Stream(tasks, stream.num_classes, stream.setting, stream.class_names, stream.class_order, stream.transform)
-
-
-class _Placed:
-    """Moves splits to the device; images that several splits share are moved once."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def tasks(self, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
-        """Return the tasks with every in-memory split on the device."""
-        return tuple(
-            Task(t.index, t.id, t.name, t.classes, self.split(t.train), self.split(t.test), t.val and self.split(t.val))
-            for t in tasks
-        )
-
-    def split(self, split: Any) -> Any:
-        """Return the split on the device; one that reads files stays as it is."""
-        if not isinstance(split, TensorSplit):
-            return split
-        images = self.moved.setdefault(id(split.images), (split.images, split.images.to(self.device)))[1]
-        return TensorSplit(images, split.labels, split.rows, split.positions, split.transform, split.shift).to(
-            self.device
-        )
+__all__ = ["Recorder", "preflight", "run_config"]
+UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
 
 
 def run_config(config: Config, out: Path, *, job: JobInfo) -> float:
@@ -153,10 +48,14 @@ def run_config(config: Config, out: Path, *, job: JobInfo) -> float:
         ConfigError: a mistake of the user; the folder holds another configuration or is in use.
     """
     settings: Job = make(config["job"])
-    if settings.dry_run:
+    if settings.mode == "dry_run":
         from clrun.dry_run import dry_run
 
         return dry_run(config, job)
+    if settings.mode == "preview":
+        from clrun.preview import preview
+
+        return preview(config, out, job)
     stored = RunFolder(out).read_run() if settings.resume else None
     if stored is not None:
         _refuse_other(stored, config, out)
@@ -195,7 +94,8 @@ def _work(config: Config, out: Path, job: JobInfo, rank: int, world: int) -> flo
     hardware.setup(rank=rank, world=world, job=job.number or 0, parallel=job.parallel)
     recorder = Recorder(config, RunFolder(out), job, hardware)
     with recorder.watched():
-        built = build(config, hardware)
+        with noting(recorder.run["notes"]):  # the command line has shown them
+            built = build(config, hardware)
         with recorder.owned():
             return recorder.live(built)
 
@@ -216,6 +116,7 @@ class Recorder:
         self.hash = config_hash(config)
         self.logger: Logger | None = make(config["logger"]) if hardware.main else None
         self.fingerprints: dict[str, str] = {}
+        self.flushed = time.monotonic()
         self.run: dict[str, Any] = {
             "schema": SCHEMA,
             "status": "running",
@@ -322,8 +223,17 @@ class Recorder:
             "task_classes": [task.classes.tolist() for task in stream.tasks],
             "setting": stream.setting,
             "input": built.input,
-            "backbone": {"features": int(built.backbone.num_features), **parameter_counts(built.backbone)},  # type: ignore[arg-type]
+            "backbone": {
+                "features": int(built.backbone.num_features),  # type: ignore[arg-type]
+                "tokens": token_count(built.backbone),
+                **parameter_counts(built.backbone),
+            },
         }
+        if built.method.uses_frozen_features:
+            self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
+            self.run["notes"] += feature_notes(built.cache, built.images)
+        if built.method.depends_on_batch:
+            self.run["notes"].append("predictions depend on the composition of the test batch; not comparable")
         tasks = len(stream.tasks)
         empty = {s: [[None] * tasks] * tasks for s in self._evaluation(self.hardware).settings(built.method, stream)}
         self.run["accuracy_matrix"] = empty
@@ -359,6 +269,7 @@ class Recorder:
             "state_bytes": state_bytes(method),
             "flops_per_image": _flops(built, method),
         }
+        self.run |= selection_counts(method, built.stream, self._evaluation(self.hardware))
         if self.settings.save_model:
             from safetensors.torch import save_model
 
@@ -370,6 +281,10 @@ class Recorder:
             from clrun.reporting.figures import draw_accuracy_matrix
 
             draw_accuracy_matrix(self.run, self.folder.path / "accuracy_matrix.png")
+            if "selection" in self.run:
+                from clrun.reporting.selection import draw_selection
+
+                draw_selection(self.run, self.folder.path / "selection.png")
         self.folder.write_run(self.run)
         if not self.settings.keep_checkpoint:
             (self.folder.path / "checkpoint.pt").unlink(missing_ok=True)
@@ -387,7 +302,7 @@ class Recorder:
         """Write a file of the run's folder atomically."""
         path = self.folder.path / name
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
+        with replacing(path, flush=False) as file:
             file.write(text.encode())
 
     # --- the engine's journal
@@ -418,6 +333,7 @@ class Recorder:
         self._measure(life)
         if self.logger is not None:
             self.folder.write_run(self.run)
+        flush = time.monotonic() - self.flushed > UNSAFE
         checkpoint.save(
             self.folder.path / "checkpoint.pt",
             method,
@@ -425,7 +341,9 @@ class Recorder:
             config_hash=self.hash,
             backbone=self.fingerprints,
             hardware=self.hardware,
+            flush=flush,
         )
+        self.flushed = time.monotonic() if flush else self.flushed
         if self.logger is not None:
             self.logger.end_task(self.run)
 
@@ -435,7 +353,8 @@ def _flops(built: Built, method: Method) -> int | None:
     task = (0,) if method.needs_task_id else ()
     total = forward_flops(method, next(built.stream.tasks[0].test.batches(1)).x, *task)
     if method.uses_frozen_features and total is not None:
-        below = forward_flops(built.backbone, next(built.images.tasks[0].test.batches(1)).x)
+        image = next(built.images.tasks[0].test.batches(1)).x
+        below = fact(built.backbone, f"flops of {tuple(image.shape)}", lambda: forward_flops(built.backbone, image))
         return None if below is None else total + below
     return total
 

@@ -48,6 +48,23 @@ class Net(nn.Module):
         return self.dropout(self.linear(x).relu())
 
 
+def tiny_vit(**options: Any) -> nn.Module:
+    """Return a timm vision transformer for the images of `image_stream`, with weights large enough to tell them apart.
+
+    Under timm's own initialisation the features of all images point the same way.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    shape = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 4}
+    vit = VisionTransformer(**({**shape, "num_classes": 0} | options))
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.2)
+    vit.input_size, vit.mean, vit.std = (1, 8, 8), None, None
+    return vit
+
+
 class Identity(nn.Module):
     """A backbone without parameters, for features [B, D]."""
 
@@ -121,8 +138,8 @@ def factory(name: str, **options: Any) -> Callable[..., Method]:
 def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple[Method, Stream]:
     """Return a new method on a new network, and the stream it reads (features, where it wants them)."""
     seed_all(seed, "init")
-    backbone: nn.Module = Net()
     target: Any = make.func if isinstance(make, partial) else make
+    backbone: nn.Module = tiny_vit() if target.needs_vit else Net()
     if target.uses_frozen_features:
         stream, backbone = frozen_features(stream, backbone, cpu())
     return make(backbone, stream.num_classes), stream

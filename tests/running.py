@@ -26,8 +26,12 @@ def configuration(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 @cache
 def quiet(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration of a run that prints and draws nothing unless told otherwise, on one thread."""
-    return configuration("job.progress=false", "job.picture=false", "hardware.threads=1", *overrides)
+    """Return the configuration of a run that prints and draws nothing unless told otherwise, on one thread.
+
+    The backbone is the small CNN unless another or an experiment is named.
+    """
+    small = () if any(o.startswith(("backbone=", "experiment=")) for o in overrides) else ("backbone=cnn",)
+    return configuration("job.progress=false", "job.picture=false", "hardware.threads=1", *small, *overrides)
 
 
 def run(out: Path, *overrides: str) -> float:

@@ -36,9 +36,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "data.stream": ("data.split",),
     "data.transforms": ("data.augment", "data.split", "data.stream"),
     "data.shifts": ("data.transforms",),
-    "data.sources": ("data.augment", "data.split", "data.stream", "libraries"),
-    "data.scenarios": ("data.split", "data.stream", "data.shifts", "data.sources", "data.transforms"),
-    "data.features": ("data.split", "data.stream", "hardware"),
+    "data.decode": ("libraries",),
+    "data.image_cache": ("data.decode", "files"),
+    "data.images": ("data.decode", "data.image_cache", "data.split"),
+    "data.sources": ("data.augment", "data.decode", "data.images", "data.split", "data.stream", "files", "libraries"),
+    "data.scenarios": ("data.orders", "data.split", "data.stream", "data.shifts", "data.sources", "data.transforms"),
+    "data.feature_cache": ("files",),
+    "data.features": ("data.feature_cache", "data.split", "data.stream", "hardware"),
     "backbones": ("libraries",),
     "blocks": ("data.split",),
     "training": ("data", "hardware"),
@@ -46,21 +50,25 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "methods": ("method", "training", "blocks", "data"),
     "metrics": (),
     "robustness": ("metrics",),
+    "order_effects": ("metrics", "robustness"),
+    "comparison": ("metrics", "order_effects"),
     "records": ("files", "metrics"),
-    "reporting": ("config", "files", "metrics", "records", "robustness"),
+    "reporting": ("comparison", "config", "files", "metrics", "order_effects", "records", "robustness"),
     "accounting": ("hardware",),
+    "frozen": ("blocks", "data", "hardware"),
     "evaluation": ("data", "hardware", "method"),
+    "selection": ("data", "evaluation", "method"),
     "checkpoint": ("evaluation", "files", "hardware", "method"),
     "loggers": ("data.stream", "files", "training", "reporting.tables"),
     "engine": ("accounting", "checkpoint", "data", "evaluation", "hardware", "method", "training"),
     "compose": ("config", "signature"),
     "jobs": ("compose", "config", "files", "signature", "reporting", "run"),
-    "cli": ("compose", "jobs", "signature", "reporting"),
+    "cli": ("compose", "data.feature_cache", "jobs", "signature", "reporting"),
 }
-UNRESTRICTED = ("run", "dry_run")  # they put everything together
+UNRESTRICTED = ("build", "run", "dry_run", "preview")  # they put everything together
 SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 LIGHT = ("records", "metrics", "robustness", "reporting", "errors", "cli", "jobs", "compose", "config", "signature")
-LIGHT += ("files", "data.orders")
+LIGHT += ("files", "data.feature_cache", "data.orders", "order_effects", "comparison")
 
 # The modules that a reader must hold in mind to follow a run (design, section 1).
 CORE = ("errors", "seeding", "hardware", "training", "method", "metrics", "robustness", "records", "loggers", "engine")

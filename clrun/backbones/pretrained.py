@@ -4,15 +4,18 @@ import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from clrun import libraries
-from clrun.errors import ConfigError, PositiveInt, did_you_mean
+from clrun.backbones import hub
+from clrun.errors import ConfigError, PositiveInt, Range, did_you_mean
 
 Shape = tuple[int, int, int]
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its pixels
 
 
 def timm_backbone(
@@ -21,13 +24,16 @@ def timm_backbone(
     name: str,
     pretrained: bool,
     weights: str | None,
-    normalize: Literal["timm", "data", "none"],
+    normalize: Literal["timm", "data", "imagenet", "none"],
     image_size: PositiveInt | None,
+    crop: Annotated[float, Range(above=0, maximum=1)] | None,
+    interpolation: Literal["bilinear", "bicubic"] | None,
 ) -> nn.Module:
     """Return a plain timm model without classifier; its output is the pooled features [B, num_features].
 
     The model keeps its own class, so that anything written for timm models works on it. Added attributes: `input_size`,
-    `mean` and `std`; and `num_features` is the width of the output also where timm means the width before the head.
+    `mean`, `std`, `crop` and `interpolation`; and `num_features` is the width of the output also where timm means the
+    width before the head.
 
     Args:
         image_shape: (C, H, W) of the stored images; the transform fits them to the model, not the other way round.
@@ -36,16 +42,18 @@ def timm_backbone(
         pretrained: whether to load the weights of the tag, from the cache or the network.
         weights: .safetensors or .pth file to load instead; pickled code is refused.
         normalize: "timm" takes mean and standard deviation of the model's own configuration, "data" the data set's,
-            "none" leaves pixels in [0, 1].
+            "imagenet" ImageNet's, "none" leaves pixels in [0, 1].
         image_size: height and width to feed; None takes the model's own.
+        crop: share of each side of an image that the model sees, in its middle: 0.875 at 224 pixels is Resize(256),
+            CenterCrop(224); None takes that of the model's own evaluation.
+        interpolation: how images are resized; None takes the model's own.
 
     Raises:
         ConfigError: unknown model or tag; weights that are missing, cannot be downloaded, or do not fit; an image size
             that the model cannot take.
     """
     timm = libraries.load("timm")
-    if ":" not in name:
-        _check_name(timm, name, pretrained and weights is None)
+    preflight(name=name, pretrained=pretrained, weights=weights)
     model = _create(timm, name, pretrained and weights is None, image_size)
     if weights is not None:
         _load(model, name, Path(weights).expanduser())
@@ -57,11 +65,33 @@ def timm_backbone(
     model.mean, model.std = {
         "timm": (tuple(config["mean"]), tuple(config["std"])),
         "data": (None, None),
+        "imagenet": IMAGENET,
         "none": ((0.0,) * channels, (1.0,) * channels),
     }[normalize]
+    own = config.get("interpolation")
+    model.crop = config.get("crop_pct") or 1.0 if crop is None else crop
+    model.interpolation = interpolation or (own if own in ("bilinear", "bicubic") else "bilinear")
     model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
     found: nn.Module = model
     return found
+
+
+def preflight(*, name: str, pretrained: bool, weights: str | None, **others: Any) -> None:
+    """Find what is wrong with the options of `timm_backbone` without building the model.
+
+    Raises:
+        ConfigError: unknown model or tag; weights that are neither on this machine nor to be had.
+    """
+    load = pretrained and weights is None
+    if ":" not in name:
+        _check_name(libraries.load("timm"), name, load)
+    if weights is not None:
+        _weights_file(Path(weights).expanduser())
+    elif load:
+        hub.locate(name)
+
+
+timm_backbone.preflight = preflight  # type: ignore[attr-defined]
 
 
 def _check_name(timm: Any, name: str, pretrained: bool) -> None:
@@ -83,6 +113,9 @@ def _check_name(timm: Any, name: str, pretrained: bool) -> None:
 def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> Any:
     """Return the model without classifier; transformers are built for `image_size`, other models take any."""
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+    if pretrained:
+        name, cached = hub.locate(name)
+        options |= {"pretrained_cfg_overlay": cached} if cached else {}
     try:
         if image_size is None:
             return timm.create_model(name, **options)
@@ -94,10 +127,7 @@ def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> A
             return timm.create_model(name, **options)
     except Exception as error:  # the network libraries below timm raise errors of their own kinds
         if pretrained and not name.startswith("local-dir:"):
-            raise ConfigError(
-                f"weights of {name} are not on this machine and downloading failed; "
-                f"set backbone.weights=FILE or backbone.pretrained=false ({_first_line(error)})"
-            ) from error
+            raise ConfigError(hub.missing(name, _first_line(error))) from error
         if ":" in name:
             raise ConfigError(f"backbone.name: {name} cannot be opened ({_first_line(error)})") from error
         raise
@@ -141,17 +171,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: no such file, another kind of file, or more than tensors in it.
     """
-    if not path.is_file():
-        raise ConfigError(f"backbone.weights: there is no file {path}")
+    _weights_file(path)
     try:
         if path.suffix == ".safetensors":
             content: Any = libraries.load("safetensors.torch").load_file(path)
-        elif path.suffix in (".pth", ".pt", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            raise ConfigError(f"backbone.weights: {path} is neither a .safetensors nor a .pth, .pt or .bin file")
-    except ConfigError:
-        raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors' error has no public base class but Exception
         kind = "holds more than tensors and is refused" if isinstance(error, pickle.UnpicklingError) else "is broken"
         raise ConfigError(f"backbone.weights: {path} {kind} ({_first_line(error)})") from error
@@ -161,6 +186,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ConfigError(f"backbone.weights: {path} holds no tensors by name")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _weights_file(path: Path) -> None:
+    """Refuse what is no file of weights by its name."""
+    if not path.is_file():
+        raise ConfigError(f"backbone.weights: there is no file {path}")
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"backbone.weights: {path} is neither a .safetensors nor a .pth, .pt or .bin file")
 
 
 def _first_line(error: Exception) -> str:

@@ -94,3 +94,49 @@ class PrototypeHead(nn.Module):
         if self.metric == "cosine":
             return F.linear(F.normalize(features, dim=1), F.normalize(self.prototypes, dim=1))
         return 2 * F.linear(features, self.prototypes) - self.prototypes.square().sum(dim=1)
+
+
+class SolvedHead(nn.Module):
+    """Linear scores of a closed-form solution, in float64. A class without solution scores 0.
+
+    Args:
+        num_features: D.
+        num_classes: C.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_classes, num_features, dtype=torch.float64))
+        self.register_buffer("bias", torch.zeros(num_classes, dtype=torch.float64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return scores [B, C] float32 of features [B, D]."""
+        return F.linear(features.double(), self.weight, self.bias).float()
+
+
+class TaskHead(nn.Module):
+    """A linear classifier of one task's classes, initialised as `nn.Linear` is. Columns of all other classes are 0.
+
+    Args:
+        num_features: D.
+        classes: [k] long, class ids of the task.
+        num_classes: C.
+    """
+
+    classes: Tensor
+
+    def __init__(self, num_features: int, classes: Tensor, num_classes: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(num_features)
+        self.weight = nn.Parameter(torch.empty(len(classes), num_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(len(classes)).uniform_(-bound, bound))
+        self.num_classes = num_classes
+        self.register_buffer("classes", classes.detach().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] of features [B, D]."""
+        own = F.linear(features, self.weight, self.bias)
+        return own.new_zeros(len(own), self.num_classes).index_copy(1, self.classes, own)

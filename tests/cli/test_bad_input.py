@@ -12,11 +12,11 @@ ROOT = Path(__file__).parents[2]
 
 # Arguments, and the line without "clrun: " (its beginning, where it ends in "...").
 FOUND_BY_HYDRA = {
-    "unknown method": (["method=ewcc"], "no method named 'ewcc'; did you mean 'ewc'? (available: a_gem, der, er, ..."),
+    "unknown method": (["method=ewcc"], "no method named 'ewcc'; did you mean 'ewc'? (available: a_gem, ..."),
     "unknown dataset": (["dataset=digts"], "no dataset named 'digts'; did you mean 'digits'? (available: ..."),
     "unknown backbone": (["backbone=lennet"], "no backbone named 'lennet'; did you mean 'lenet'? (available: ..."),
     "unknown order": (["task_order=randm"], "no task_order named 'randm'; did you mean 'random'? (available: ..."),
-    "unknown experiment": (["experiment=zzz"], "no experiment named 'zzz' (available: digits_five_orders, ..."),
+    "unknown experiment": (["experiment=zzz"], "no experiment named 'zzz' (available: cifar100_split, ..."),
     "unknown logger": (["logger=tensorbord"], "no logger named 'tensorbord'; did you mean 'tensorboard'? ..."),
     "unknown launcher": (["-m", "hydra/launcher=jobli"], "no hydra/launcher named 'jobli'; did you mean 'joblib'? ..."),
     "unknown group": (["methd=er"], "methd: unknown option; did you mean 'method'?"),
@@ -86,6 +86,15 @@ FOUND_BY_CHECK = {
     "label of method": (["method=ewc", "method.labels=all"], "method.labels: expected one of ..."),
     "no order listed": (["task_order=listed"], "task_order.tasks: needs a value; set task_order.tasks=..."),
     "name of a path": (["name=a/b"], "name: must be usable as the name of a folder, got 'a/b'"),
+    "own images without folder": (["dataset=folder"], "dataset.root: needs a value; set dataset.root=..."),
+    "stored size": (
+        ["dataset=folder", "dataset.root=x", "dataset.images.size=0"],
+        "dataset.images.size: must be at least 1, got 0",
+    ),
+    "way to fit": (
+        ["dataset=cub200", "dataset.images.fit=crp"],
+        "dataset.images.fit: expected one of crop, squash, got 'crp'",
+    ),
 }
 FOUND_IN_DATA = {
     "more tasks than classes": (["scenario.n_tasks=11"], "scenario.n_tasks..."),
@@ -94,8 +103,26 @@ FOUND_IN_DATA = {
     "row of Williams": (["task_order=williams", "task_order.row=99"], "task_order.row..."),
     "no validation rows": (["job.eval_split=val"], "job.eval_split=val: there are no validation rows; ..."),
     "no data": (["dataset=mnist", "dataset.root=nowhere"], "dataset.root: ..."),
+    "no folder": (["dataset=folder", "dataset.root=nowhere"], "dataset.root: there is no folder nowhere; expected ..."),
+    "no archive": (
+        ["dataset=folder", "dataset.root=nowhere", "dataset.archive=gone.zip"],
+        "dataset.archive: there is no file gone.zip",
+    ),
+    "no prepared set": (
+        ["dataset=cub200"],
+        "dataset.root: cub200 cannot be read from data: expected CUB_200_2011/ ...",
+    ),
     "unknown device": (["hardware.device=tpu"], "hardware.device: no device 'tpu'; use auto, cpu, cuda or cuda:N"),
     "no augmentation": (["dataset.augment=[flop]"], "dataset.augment..."),
+    "no class order": (["scenario.class_order=[0,1]"], "scenario.class_order: must name each of the classes 0 ..."),
+    "unknown preset": (
+        ["task_order=cifar100_split", "scenario.n_tasks=10", "task_order.order=F"],
+        "task_order.order: no order 'F' (available: A, B, C, D, E)",
+    ),
+    "preset of other tasks": (["task_order=cifar100_split"], "task_order.order: order 'A' is one of 10 tasks, ..."),
+    "no sequence": (["scenario=dataset_sequence"], "scenario=dataset_sequence: digits does not consist of several ..."),
+    "unknown model": (["backbone=timm", "backbone.name=resnt18"], "backbone.name: timm ..."),
+    "no weights file": (["backbone=timm", "backbone.weights=gone.pth"], "backbone.weights: there is no file gone.pth"),
 }
 CASES = FOUND_BY_HYDRA | FOUND_BY_CHECK | FOUND_IN_DATA
 
@@ -245,3 +272,11 @@ def test_slurm_without_slurm(clrun, stub_run, folder, monkeypatch):
     monkeypatch.setenv("PATH", "")
     done = clrun(*stub_run, "-m", "hydra/launcher=submitit_slurm", "seed=1")
     assert_refused(done.code, done.err, "hydra/launcher=submitit_slurm: no Slurm here (no srun); use ...", folder)
+
+
+def test_a_sweep_with_a_backbone_that_cannot_be_had_starts_nothing(clrun, folder):
+    done = clrun("-m", "backbone=timm", "backbone.pretrained=false", "backbone.name=test_vit,tst_resnet,test_vit.none")
+    assert done.code == 2 and len(done.lines) == 2 and list(folder.iterdir()) == []
+    assert "has no model 'tst_resnet'; did you mean 'test_resnet" in done.lines[0]
+    assert done.lines[1].startswith("clrun: backbone.name: test_vit has no weights tagged 'none'")
+    assert all(line.endswith("[1 of 3 runs]") for line in done.lines)

@@ -15,9 +15,9 @@ import yaml
 from running import quiet, run
 
 from clrun import checkpoint
+from clrun.build import build, make
 from clrun.errors import ConfigError
 from clrun.hardware import Hardware
-from clrun.run import build, make
 
 OPTIONS = ("method=ewc", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=2", "job.keep_checkpoint=true")
 

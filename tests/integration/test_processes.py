@@ -11,9 +11,9 @@ import torch
 from running import cells, quiet, run
 from safetensors.torch import load_file
 
+from clrun.build import make
 from clrun.errors import ConfigError
 from clrun.hardware import Hardware, launch
-from clrun.run import make
 
 OPTIONS = ("hardware=cpu", "job.max_tasks=2", "budget.epochs=1", "budget.batch_size=50", "job.save_model=true")
 

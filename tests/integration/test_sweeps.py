@@ -9,7 +9,14 @@ import pytest
 
 from clrun.cli import main
 
-SMALL = ("hardware.threads=1", "job.max_steps=2", "job.picture=false", "job.progress=false", "budget.epochs=1")
+SMALL = (
+    "backbone=cnn",
+    "hardware.threads=1",
+    "job.max_steps=2",
+    "job.picture=false",
+    "job.progress=false",
+    "budget.epochs=1",
+)
 
 
 @pytest.fixture

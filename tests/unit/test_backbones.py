@@ -1,5 +1,9 @@
 import copy
+import http.server
+import json
 import pickle
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CONF, configured
 from torch import nn
 
-from clrun.backbones.pretrained import read_weights, timm_backbone
+from clrun.accounting import token_count
+from clrun.backbones import hub
+from clrun.backbones.pretrained import preflight, read_weights, timm_backbone
 from clrun.backbones.small import BatchNormRows, alexnet, cnn, lenet, mlp, resnet18, resnet32
 from clrun.blocks.heads import GrowingHead
 from clrun.data.sources.embedded import digits
@@ -172,7 +179,9 @@ def timm() -> ModuleType:
 
 
 def timm_model(name: str, shape: tuple[int, int, int] = (3, 32, 32), **changes: Any) -> Any:
-    options = dict(pretrained=False, weights=None, normalize="timm", image_size=None)
+    options = dict(
+        pretrained=False, weights=None, normalize="timm", image_size=None, crop=1.0, interpolation="bilinear"
+    )
     return timm_backbone(shape, name=name, **(options | changes))
 
 
@@ -192,6 +201,7 @@ def test_any_timm_model_gives_pooled_features(timm: ModuleType, name: str) -> No
 def test_normalisation_is_the_models_the_data_sets_or_none(timm: ModuleType) -> None:
     assert timm_model("test_vit").mean == timm.get_pretrained_cfg("test_vit").mean
     assert timm_model("test_vit", normalize="data").mean is None
+    assert timm_model("test_vit", normalize="imagenet").std == (0.229, 0.224, 0.225)
     bare = timm_model("test_vit", normalize="none")
     assert bare.mean == (0, 0, 0) and bare.std == (1, 1, 1)
 
@@ -292,17 +302,154 @@ def test_a_model_without_published_weights(timm: ModuleType) -> None:
         timm_model(name, pretrained=True)
 
 
-def test_a_failed_download_says_what_to_do(timm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str, **options: Any) -> None:
-        raise ConnectionError("no route to host\nand more")
+# --- weights that are published
 
-    monkeypatch.setattr(timm, "create_model", offline)
+
+NOWHERE = (
+    "weights of {} are not on this machine and downloading failed; "
+    "set backbone.weights=FILE or backbone.pretrained=false ({})"
+)
+
+
+@pytest.fixture
+def cache(timm: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """An empty cache of the hub, without a network; call it to put a file into a repository."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_silence", lambda url: "no route to host")
+
+    def put(repository: str, file: str) -> Path:
+        folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / "main").write_text("abc")
+        (folder / "snapshots" / "abc").mkdir(parents=True, exist_ok=True)
+        return folder / "snapshots" / "abc" / file
+
+    return put
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "hf-hub:someone/a_model"])
+def test_weights_that_cannot_be_had_are_missed_before_the_model_is_built(
+    cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, timm: ModuleType, name: str
+) -> None:
+    monkeypatch.setattr(timm, "create_model", None)
+    for call in (timm_model, lambda name, pretrained: preflight(name=name, pretrained=pretrained, weights=None)):
+        with pytest.raises(ConfigError) as error:
+            call(name, pretrained=True)
+        assert str(error.value) == NOWHERE.format(name, "no route to host")
+
+
+def test_offline_by_choice(cache: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pytest.importorskip("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"downloading failed; .* \(HF_HUB_OFFLINE is set\)$"):
+        timm_model("test_vit.r160_in1k", pretrained=True)
+
+
+def test_cached_weights_are_read_without_asking(cache: Callable[..., Path], timm: ModuleType) -> None:
+    torch.manual_seed(1)
+    source = timm.create_model("test_vit")
+    pytest.importorskip("safetensors.torch").save_file(
+        source.state_dict(), cache("timm/test_vit.r160_in1k", "model.safetensors")
+    )
+    module = timm_model("test_vit.r160_in1k", pretrained=True)
+    assert torch.equal(module.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    preflight(name="test_vit.r160_in1k", pretrained=True, weights=None)
+
+
+def test_cached_models_of_the_hub_are_read_without_asking(cache: Callable[..., Path], timm: ModuleType) -> None:
+    torch.manual_seed(1)
+    source = timm.create_model("test_vit")
+    weights = cache("someone/a_model", "model.safetensors")
+    pytest.importorskip("safetensors.torch").save_file(source.state_dict(), weights)
+    facts = {"architecture": "test_vit", "num_classes": 1000, "pretrained_cfg": source.pretrained_cfg}
+    weights.with_name("config.json").write_text(json.dumps(facts))
+    module = timm_model("hf-hub:someone/a_model", pretrained=True)
+    assert torch.equal(module.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+
+
+def test_a_download_that_fails_says_what_to_do(
+    cache: Callable[..., Path], timm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, **options: Any) -> None:
+        raise ConnectionError("connection reset\nand more")
+
+    monkeypatch.setattr(hub, "_silence", lambda url: None)
+    monkeypatch.setattr(timm, "create_model", broken)
     with pytest.raises(ConfigError) as error:
         timm_model("test_vit.r160_in1k", pretrained=True)
-    assert str(error.value) == (
-        "weights of test_vit.r160_in1k are not on this machine and downloading failed; "
-        "set backbone.weights=FILE or backbone.pretrained=false (no route to host)"
-    )
+    assert str(error.value) == NOWHERE.format("test_vit.r160_in1k", "connection reset")
+
+
+def test_silence_is_told_from_an_answer() -> None:
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        assert "refused" in (hub._silence(f"http://127.0.0.1:{taken.getsockname()[1]}") or "")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert hub._silence(f"http://127.0.0.1:{server.server_port}") is None  # 501: something is there
+        server.shutdown()
+
+
+def test_preflight_finds_what_building_would(timm: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").touch()
+    for options, said in (
+        ({"name": "test_vitt", "pretrained": False, "weights": None}, "has no model 'test_vitt'"),
+        ({"name": "test_vit.x", "pretrained": False, "weights": None}, "has no weights tagged 'x'"),
+        ({"name": "test_vit", "pretrained": True, "weights": f"{tmp_path}/b.pth"}, "there is no file .*b.pth"),
+        ({"name": "test_vit", "pretrained": True, "weights": f"{tmp_path}/a.npz"}, "a.npz is neither"),
+        ({"name": f"local-dir:{tmp_path}/c", "pretrained": True, "weights": None}, r"opened \(no such folder\)"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            preflight(**options)
+    assert timm_backbone.preflight is preflight  # where `clrun.run` looks for it
+
+
+def test_the_middle_that_a_model_sees(timm: ModuleType) -> None:
+    module = timm_model("test_resnet", crop=0.875, interpolation="bicubic")
+    assert module.crop == 0.875 and module.interpolation == "bicubic"
+    own = timm_model("test_resnet", crop=None, interpolation=None)
+    config = timm.get_pretrained_cfg("test_resnet")
+    assert own.crop == config.crop_pct and own.interpolation == config.interpolation
+
+
+CHECKPOINTS = {
+    "vit_b16_in21k": ("vit_base_patch16_224.augreg_in21k", (0.5, 0.5, 0.5)),
+    "vit_b16_in1k": ("vit_base_patch16_224.augreg_in21k_ft_in1k", (0.5, 0.5, 0.5)),
+    "vit_b16_orig_in21k": ("vit_base_patch16_224.orig_in21k", (0.5, 0.5, 0.5)),
+    "vit_b16_dino": ("vit_base_patch16_224.dino", (0.485, 0.456, 0.406)),
+    "vit_b16_clip": ("vit_base_patch16_clip_quickgelu_224.openai", (0.48145466, 0.4578275, 0.40821073)),
+    "vit_s16_in21k": ("vit_small_patch16_224.augreg_in21k", (0.5, 0.5, 0.5)),
+    "vit_t16_in21k": ("vit_tiny_patch16_224.augreg_in21k", (0.5, 0.5, 0.5)),
+    "resnet50_in1k": ("resnet50.tv_in1k", (0.485, 0.456, 0.406)),
+    "resnet18_in1k": ("resnet18.tv_in1k", (0.485, 0.456, 0.406)),
+}
+
+
+def test_checkpoints_of_the_literature_name_existing_weights(timm: ModuleType) -> None:
+    files = (configured("backbone", file.stem) for file in (CONF / "backbone").glob("*.yaml"))
+    found = {node.keywords["name"] for node in files if getattr(node, "func", None) is timm_backbone}
+    assert found == {name for name, _ in CHECKPOINTS.values()}
+    for choice, (name, mean) in CHECKPOINTS.items():
+        options = configured("backbone", choice).keywords
+        assert options["name"] == name and options["pretrained"] and options["normalize"] == "timm"
+        assert options["crop"] == (0.875 if "resnet" in name else 1.0) and options["interpolation"] == "bilinear"
+        assert name in timm.list_models(f"{name.partition('.')[0]}.*", pretrained=True)
+        config = timm.get_pretrained_cfg(name)
+        assert config.mean == mean and config.input_size == (3, 224, 224)
+
+
+def test_pilots_pixels() -> None:
+    for choice in ("vit_b16_in21k", "vit_b16_in1k"):
+        usual, pilot = (configured("backbone", f"{choice}{suffix}").keywords for suffix in ("", "_pilot"))
+        assert pilot == usual | {"normalize": "none", "crop": 0.875, "interpolation": "bicubic"}
+
+
+def test_tokens_are_counted_where_there_are_any(timm: ModuleType) -> None:
+    assert token_count(timm_model("test_vit")) == 101  # 10 x 10 patches and a class token
+    assert token_count(timm_model("test_vit", image_size=64)) == 17
+    assert token_count(timm_model("vit_tiny_r_s16_p8_224", image_size=64)) == 5
+    assert token_count(timm_model("test_resnet")) is None and token_count(lenet((1, 28, 28))) is None
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_maxvit"])
@@ -312,6 +459,45 @@ def test_an_image_size_that_a_model_cannot_take(timm: ModuleType, name: str) -> 
 
 
 def test_sources_that_cannot_be_opened(timm: ModuleType, tmp_path: Path) -> None:
-    for name in (f"local-dir:{tmp_path}", "nowhere:model"):
+    for name in (f"local-dir:{tmp_path}", f"local-dir:{tmp_path}/gone", "nowhere:model"):
         with pytest.raises(ConfigError, match=f"^backbone.name: {name} cannot be opened"):
             timm_model(name)
+
+
+# --- any images on any backbone
+
+BUILT: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "cnn": {},
+    "lenet": {},
+    "alexnet": {},
+    "resnet18": {"width": 4},
+    "resnet18_reduced": {"width": 4},
+    "resnet18_halrp": {"width": 4},
+    "resnet32": {"width": 4},
+    "glyph_vit": {"pretrained": False},
+    "timm": {"name": "test_vit", "pretrained": False, "image_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 64, 64), (4, 20, 33), (2, 28, 28)])
+def test_any_images_fit_any_backbone(timm: ModuleType, name: str, shape: tuple[int, int, int]) -> None:
+    data = configured(
+        "dataset", "synthetic", num_classes=2, image_shape=list(shape), train_rows=2, augment=["crop", "flip"]
+    )
+    module = configured("backbone", name)(shape, **BUILT[name]).eval()
+    transform, _ = fit_transform(data, module)
+    for x in (transform.eval(data.train.images), transform.train(data.train.images, torch.Generator())):
+        assert module(x).shape == (4, module.num_features) and module(x).isfinite().all()
+
+
+def test_large_colour_images_on_a_small_grey_transformer(timm: ModuleType) -> None:
+    shape = dict(img_size=16, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    module = pytest.importorskip("timm.models.vision_transformer").VisionTransformer(**shape)
+    module.input_size = (1, 16, 16)
+    data = configured("dataset", "synthetic", num_classes=2, image_shape=[3, 64, 64], train_rows=2)
+    transform, line = fit_transform(data, module)
+    assert line == "64x64x3 -> 16x16x1: resized, RGB to grey, normalised by the data set"
+    assert module(transform.eval(data.train.images)).shape == (4, 16)
+    assert token_count(module) == 17

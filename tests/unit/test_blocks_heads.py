@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clrun.blocks.heads import CosineHead, GrowingHead, PrototypeHead
+from clrun.blocks.heads import CosineHead, GrowingHead, PrototypeHead, TaskHead
 
 
 @pytest.mark.parametrize("head", [GrowingHead(4, 6), CosineHead(4, 6, scale=3.0)])
@@ -57,3 +57,12 @@ def test_euclidean_scores_rank_by_distance() -> None:
     x = torch.randn(30, 4, dtype=torch.float64)
     distance = torch.cdist(x, head.prototypes)
     torch.testing.assert_close(head(x) - x.square().sum(1, keepdim=True), -distance.square())
+
+
+def test_task_head_fills_the_columns_of_its_classes():
+    head = TaskHead(3, torch.tensor([4, 1]), 6)
+    x = torch.randn(5, 3)
+    logits = head(x)
+    torch.testing.assert_close(logits[:, [4, 1]], F.linear(x, head.weight, head.bias))
+    assert not logits[:, [0, 2, 3, 5]].any()
+    assert head.weight.abs().max() <= 3**-0.5

@@ -126,7 +126,7 @@ def test_simplecil_adds_the_domains_of_a_class() -> None:
     y = torch.cat([t.train.y for t in stream.tasks])
     means = torch.stack([x[y == c].mean(0) for c in range(6)])
     torch.testing.assert_close(method.head.prototypes.double(), means, rtol=1e-6, atol=1e-7)
-    assert method.stats.counts().tolist() == [15] * 6
+    assert method.stats("features").counts().tolist() == [15] * 6
     assert not list(method.parameters())
 
 

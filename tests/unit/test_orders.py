@@ -72,6 +72,20 @@ def test_williams_is_balanced(n_tasks: int) -> None:
     assert set(neighbours.values()) == {rows // n_tasks} and len(neighbours) == n_tasks * (n_tasks - 1)
 
 
+def test_presets_are_named() -> None:
+    found = {"A": [0, 1, 2], "B": [2, 0, 1]}
+    assert orders.preset(3, order="B", orders=found) == [2, 0, 1]
+    for tasks, order, said in (
+        (3, "C", "task_order.order: no order 'C' (available: A, B)"),
+        (4, "B", "task_order.order: order 'B' is one of 3 tasks, the stream has 4"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            orders.preset(tasks, order=order, orders=found)
+        assert str(error.value) == said
+    with pytest.raises(ConfigError, match="^task_order.orders.A: must name each .* repeated: 1"):
+        orders.preset(2, order="A", orders={"A": [1, 1]})
+
+
 def test_williams_of_four_is_the_published_square() -> None:
     square = [orders.williams(4, row=row) for row in range(4)]
     assert square == [[0, 1, 3, 2], [1, 2, 0, 3], [2, 3, 1, 0], [3, 0, 2, 1]]

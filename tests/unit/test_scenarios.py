@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from clrun.data import orders
-from clrun.data.scenarios import class_split, domain_shift, fixed_groups, task_name
-from clrun.data.shifts import Rotation, pixel_permutation
+from clrun.data.scenarios import class_split, dataset_sequence, domain_shift, fixed_groups, task_name
+from clrun.data.shifts import Rotation, Standardised, pixel_permutation
 from clrun.data.sources.embedded import digits
 from clrun.data.sources.synthetic import synthetic
 from clrun.data.split import Batch, Plain, TensorSplit
 from clrun.data.stream import Dataset, Stream, Task
+from clrun.data.transforms import ImageTransform
 from clrun.errors import ConfigError
 
 DIGITS = digits(val_fraction=0.1, seed=0, augment=[])
-SPLIT = dict(n_tasks=5, first=None, sizes=None, class_seed=None, setting="cil")
+SPLIT = dict(n_tasks=5, first=None, sizes=None, class_seed=None, class_order=None, setting="cil")
 SHIFT = dict(n_tasks=3, kind="rotated", identity_first=True, max_angle=180.0, setting="dil")
 
 
@@ -141,6 +142,29 @@ def test_class_seed_deals_classes() -> None:
 
 def test_class_seed_is_stable() -> None:
     assert split_of(class_seed=0).class_order == (1, 7, 3, 5, 2, 6, 4, 8, 0, 9)
+
+
+def test_class_orders_of_the_literature() -> None:
+    assert split_of(class_order={"numpy_seed": 1993}).class_order == (4, 2, 7, 6, 0, 3, 5, 8, 9, 1)
+    first = split_of(class_order={"numpy_seed": 1993}).tasks[0]
+    assert first.classes.tolist() == [4, 2] and set(first.train.y.tolist()) == {2, 4}
+    assert split_of(class_order={"python_seed": 1}).class_order == (6, 8, 9, 7, 5, 3, 0, 4, 1, 2)
+    assert split_of(class_order=list(range(9, -1, -1))).tasks[0].classes.tolist() == [9, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"class_order": [0, 1]}, "scenario.class_order: must name each of the classes 0 to 9 exactly once"),
+        ({"class_order": {"numpy": 3}}, "scenario.class_order: a list of class ids or one of numpy_seed, python_seed"),
+        ({"class_order": {}}, "scenario.class_order: a list of class ids or one of numpy_seed, python_seed"),
+        ({"class_order": {"numpy_seed": -1}}, "scenario.class_order.numpy_seed: must be between 0 and 4294967295"),
+        ({"class_order": {"numpy_seed": 1}, "class_seed": 0}, "scenario.class_seed: .* scenario.class_order"),
+    ],
+)
+def test_class_orders_that_are_none_are_refused(changes: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        split_of(**changes)
 
 
 def test_candidates_of_a_split() -> None:
@@ -285,11 +309,100 @@ def test_shifts_are_small_and_picklable() -> None:
 
 
 def test_impossible_shifts_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^scenario.setting: domain_shift cannot be 'cil' \(possible: dil\)"):
+    with pytest.raises(ConfigError, match=r"^scenario.setting: domain_shift cannot be 'cil' \(possible: dil, til\)"):
         shift_of(setting="cil")
     features = replace(DIGITS, train=TensorSplit(torch.zeros(4, 9), torch.arange(4)), image_shape=(9,))
     with pytest.raises(ConfigError, match="^scenario=domain_shift: needs images"):
         shift_of(features)
+
+
+def test_task_incremental_domains_have_classes_of_their_own() -> None:
+    shared, own = shift_of(kind="permuted"), shift_of(kind="permuted", setting="til", order=orders.reverse)
+    assert own.num_classes == 30 and len(own.class_names) == 30 and own.class_names[13] == "3"
+    for task in own.tasks:
+        twin = shared.tasks[task.id]
+        assert task.classes.tolist() == [10 * task.id + k for k in range(10)]
+        assert torch.equal(task.train.y, twin.train.y + 10 * task.id) and torch.equal(
+            images(task.val), images(twin.val)
+        )
+    assert own.candidates(2)[0].nonzero()[:, 0].tolist() == list(range(20, 30))
+    assert own.class_order == tuple(range(30))
+
+
+# --- dataset_sequence
+
+
+def part(name: str, rows: list[int], mean: float = 0.0, std: float = 1.0, offset: int = 0) -> Dataset:
+    """Some rows of the digits as a part of a larger data set, its labels moved by `offset`."""
+    splits = {
+        which: replace(split := getattr(DIGITS, which), labels=split.labels + offset).select(torch.tensor(rows))
+        for which in ("train", "test", "val")
+    }
+    return replace(DIGITS, name=name, mean=(mean,), std=(std,), num_classes=10 + offset, **splits)
+
+
+def whole_of(*parts: Dataset) -> Dataset:
+    size = max(p.num_classes for p in parts)
+    facts = {"mean": (0.5,), "std": (0.25,), "class_names": tuple(map(str, range(size)))}
+    return replace(DIGITS, name="whole", num_classes=size, parts=parts, **facts)
+
+
+DOMAINS = whole_of(part("day", list(range(40))), part("night", list(range(40, 90))))
+SETS = whole_of(part("digits", list(range(60)), 0.3, 0.4), part("more", list(range(60)), 0.1, 0.2, offset=10))
+
+
+def test_a_sequence_of_domains() -> None:
+    stream = dataset_sequence(DOMAINS, orders.reverse, Plain(), setting="dil")
+    assert [(task.id, task.name, len(task.train)) for task in stream.tasks] == [(1, "night", 50), (0, "day", 40)]
+    assert stream.num_classes == 10 and all(task.classes.tolist() == list(range(10)) for task in stream.tasks)
+    assert torch.equal(images(stream.tasks[1].train), images(DIGITS.train)[:40])
+    assert stream.tasks[0].train.images is DIGITS.train.images
+    assert all(set(whole.t.tolist()) == {0} for whole in stream.tasks[0].val.batches(64, view="raw"))
+    own = dataset_sequence(DOMAINS, orders.canonical, Plain(), setting="til")
+    assert own.num_classes == 20 and own.tasks[1].classes.tolist() == list(range(10, 20))
+    assert torch.equal(own.tasks[1].test.y, DOMAINS.parts[1].test.y + 10)
+
+
+@pytest.mark.parametrize("setting", ["til", "cil"])
+def test_a_sequence_of_data_sets(setting: str) -> None:
+    stream = dataset_sequence(SETS, orders.canonical, Plain(), setting=setting)
+    assert [task.classes.tolist() for task in stream.tasks] == [list(range(10)), list(range(10, 20))]
+    assert stream.num_classes == 20 and stream.class_order == tuple(range(20))
+    assert set(stream.tasks[1].train.y.tolist()) == set(range(10, 20))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "setting", "said"),
+    [
+        (DIGITS, "cil", "scenario=dataset_sequence: digits does not consist of several data sets or domains"),
+        (DOMAINS, "cil", r"scenario.setting: whole consists of domains .* cannot be 'cil' \(possible: til, dil\)"),
+        (SETS, "dil", r"scenario.setting: whole consists of data sets .* cannot be 'dil' \(possible: til, cil\)"),
+    ],
+)
+def test_sequences_of_the_other_kind_are_refused(dataset: Dataset, setting: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        dataset_sequence(dataset, orders.canonical, Plain(), setting=setting)
+
+
+def test_each_data_set_is_normalised_by_its_own_constants() -> None:
+    def eval_of(by_dataset: bool, k: int) -> torch.Tensor:
+        transform = ImageTransform(
+            (1, 8, 8), (1, 8, 8), mean=(0.5,), std=(0.25,), augmentations=(), by_dataset=by_dataset
+        )
+        stream = dataset_sequence(SETS, orders.canonical, transform, setting="cil")
+        return next(stream.tasks[k].test.batches(60)).x
+
+    pixels = images(SETS.parts[0].test).double() / 255
+    for k, (mean, std) in enumerate(((0.3, 0.4), (0.1, 0.2))):
+        expected = ((pixels - mean) / std).float()
+        torch.testing.assert_close(eval_of(True, k), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(eval_of(False, 1), ((pixels - 0.5) / 0.25).float(), atol=1e-5, rtol=0)
+
+
+def test_standardised_images_pickle_and_stay_unchanged_when_nothing_differs() -> None:
+    image = torch.randint(256, (2, 1, 4, 4), dtype=torch.uint8)
+    same = Standardised.of((0.3,), (0.2,), (0.3,), (0.2,))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(same))(image), image.float())
 
 
 # --- names

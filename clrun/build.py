@@ -1,0 +1,164 @@
+"""What a configuration names, built: data set, stream, backbone, method and budget, fitted to each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from torch import nn
+
+from clrun.config import Job
+from clrun.data.feature_cache import FeatureCache
+from clrun.data.features import frozen_features, module_digest
+from clrun.data.split import Plain, Split, TensorSplit
+from clrun.data.stream import Dataset, Stream, Task
+from clrun.data.transforms import fit_transform
+from clrun.errors import ConfigError
+from clrun.frozen import fact, open_cache, reuse
+from clrun.hardware import Hardware
+from clrun.method import Method
+from clrun.seeding import seed_all
+from clrun.training import Budget
+
+Config = Mapping[str, Any]
+
+
+@dataclass
+class Built:
+    """What a configuration names, built.
+
+    Attributes:
+        images: the stream of images.
+        stream: what the method learns from: `images`, or the features of the frozen backbone.
+        backbone: the backbone as loaded.
+        method: the learner before its first task.
+        budget: what a fit may spend.
+        input: what was done to fit the images to the backbone, one line.
+        cache: where the features of the frozen backbone came from; None for none.
+    """
+
+    images: Stream
+    stream: Stream
+    backbone: nn.Module
+    method: Method
+    budget: Budget
+    input: str
+    cache: FeatureCache | None = None
+
+
+def make(node: Config) -> Any:
+    """Instantiate a `_target_` node with plain containers; a user's mistake found on the way stays a `ConfigError`."""
+    try:
+        return instantiate(dict(node), _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built:
+    """Build data set, stream, backbone, method and budget on the device.
+
+    Args:
+        config: resolved and checked.
+        hardware: the device.
+        features: compute or look up the features of a frozen backbone for a learner that reads them; else it is given
+            backbone and images, which is the same to it but for the time.
+
+    Raises:
+        ConfigError: the parts do not fit together, or data or weights are missing.
+    """
+    backbone, images, text = build_images(config, hardware)
+    stream, seen = images, backbone
+    learner: type[Method] = get_class(config["method"]["_target_"])
+    cache: FeatureCache | None = None
+    if learner.uses_frozen_features and features:
+        job: Job = make(config["job"])
+        cache = open_cache(job.feature_cache, hardware, _names(config, text))
+        digest = fact(backbone, "digest", lambda: module_digest(backbone))
+        stream, seen = frozen_features(images, backbone, hardware, cache, digest=digest, show=job.progress)
+    seed_all(config["seed"], "init", "method")
+    method = make(config["method"])(seen, stream.num_classes)
+    return Built(images, stream, backbone, method, make(config["budget"]), text, cache)
+
+
+def _names(config: Config, text: str) -> dict[str, str]:
+    """Return the names under which features are listed."""
+    short = {group: config[group]["_target_"].rpartition(".")[2] for group in ("dataset", "backbone")}
+    return {**short, "backbone": config["backbone"].get("name") or short["backbone"], "input": text}
+
+
+def build_images(config: Config, hardware: Hardware | None) -> tuple[nn.Module, Stream, str]:
+    """Build the backbone, the stream of images fitted to it, and the line that says how; on the device, if any."""
+    dataset: Dataset = make(config["dataset"])
+
+    def new() -> nn.Module:
+        seed_all(config["seed"], "init", "backbone")
+        backbone: nn.Module = make(config["backbone"])(dataset.image_shape)
+        if hardware is not None:
+            hardware.place(backbone)
+        return backbone
+
+    key = repr([config["backbone"], dataset.image_shape, config["seed"], hardware])
+    learner: type[Method] = get_class(config["method"]["_target_"])
+    backbone = reuse(key, new) if learner.uses_frozen_features else new()
+    transform, text = fit_transform(dataset, backbone)
+    stream = make(config["scenario"])(dataset, make(config["task_order"]), transform)
+    return backbone, _limited(stream, make(config["job"]), hardware), text
+
+
+def preflight(config: Config) -> None:
+    """Find mistakes that need the data (too many tasks, an order that is no permutation) or the machine.
+
+    The backbone is not built; a factory that can tell cheaply what would go wrong has an attribute `preflight`, which
+    is called with its options.
+
+    Raises:
+        ConfigError: one was found; nothing was written.
+    """
+    hardware: Hardware = make(config["hardware"])
+    hardware.setup()
+    dataset: Dataset = make(config["dataset"])
+    stream = make(config["scenario"])(dataset, make(config["task_order"]), Plain())
+    job: Job = make(config["job"])
+    _limited(stream, job, None)
+    backbone = make(config["backbone"])
+    ready = getattr(getattr(backbone, "func", backbone), "preflight", None)
+    if ready is not None and job.mode != "preview":
+        ready(**getattr(backbone, "keywords", {}))
+
+
+def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
+    """Return the first `job.max_tasks` tasks, with their rows on the device."""
+    tasks = stream.tasks[: job.max_tasks]
+    if job.eval_split == "val" and any(task.val is None for task in tasks):
+        raise ConfigError("job.eval_split=val: there are no validation rows; set dataset.val_fraction above 0")
+    if hardware is not None:
+        tasks = _Placed(hardware.device, hardware.workers or 0).tasks(tasks)
+    return Stream(tasks, stream.num_classes, stream.setting, stream.class_names, stream.class_order, stream.transform)
+
+
+class _Placed:
+    """Moves splits to the device; images that several splits share are moved once."""
+
+    def __init__(self, device: str, workers: int) -> None:
+        self.device, self.workers = device, workers
+        self.moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tasks(self, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        """Return the tasks with every in-memory split on the device."""
+        return tuple(
+            Task(t.index, t.id, t.name, t.classes, self.split(t.train), self.split(t.test), t.val and self.split(t.val))
+            for t in tasks
+        )
+
+    def split(self, split: Split) -> Split:
+        """Return the split on the device; one that reads files is told how many workers decode them."""
+        if not isinstance(split, TensorSplit):
+            return split.to(self.device, workers=self.workers)
+        images = self.moved.setdefault(id(split.images), (split.images, split.images.to(self.device)))[1]
+        return TensorSplit(images, split.labels, split.rows, split.positions, split.transform, split.shift).to(
+            self.device
+        )

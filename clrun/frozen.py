@@ -1,0 +1,126 @@
+"""What a run on frozen features records beside its results: where the features came from, and how good they are."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from clrun.blocks.logme import logme
+from clrun.blocks.statistics import ClassStats, together
+from clrun.data.feature_cache import FeatureCache, default_folder
+from clrun.data.split import Split
+from clrun.data.stream import Stream
+from clrun.errors import ConfigError
+from clrun.hardware import Hardware
+
+Fact = TypeVar("Fact")
+
+
+@dataclass
+class _Kept:
+    """The frozen backbone that this process built last: the next run of a sweep most often wants the same.
+
+    Attributes:
+        key: what it was built from.
+        backbone: never trained, hence as it was built.
+        facts: what was found out about it.
+    """
+
+    key: str
+    backbone: nn.Module
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+_kept: list[_Kept] = []  # at most one
+WIDEST = 8192  # features beyond which the D x D matrices of LogME are not worth their time
+_known: dict[str, dict[str, Any]] = {}  # scores of this process's earlier runs: the order of tasks does not matter
+
+
+def reuse(key: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the backbone that was built from the same `key` last, else a new one, for a learner that freezes it."""
+    if not _kept or _kept[0].key != key:
+        _kept[:] = [_Kept(key, build())]
+    return _kept[0].backbone
+
+
+def fact(backbone: nn.Module, name: str, find_out: Callable[[], Fact]) -> Fact:
+    """Return something about a backbone that may take a while to find out, once for one that is reused."""
+    if not _kept or _kept[0].backbone is not backbone:
+        return find_out()
+    if name not in _kept[0].facts:
+        _kept[0].facts[name] = find_out()
+    found: Fact = _kept[0].facts[name]
+    return found
+
+
+def open_cache(option: bool | str, hardware: Hardware, about: Mapping[str, Any]) -> FeatureCache | None:
+    """Return the cache that `job.feature_cache` names; None for false.
+
+    Args:
+        option: true is the default folder.
+        hardware: the features' last bits may depend on it.
+        about: what to record with new features.
+
+    Raises:
+        ConfigError: an empty name.
+    """
+    if option is False:
+        return None
+    if option == "":
+        raise ConfigError("job.feature_cache: give a folder, true (the default folder) or false")
+    folder = default_folder() if option is True else Path(str(option)).expanduser()
+    circumstances = f"torch {torch.__version__} on {hardware.device.partition(':')[0]}"
+    return FeatureCache(folder, about={**about, "circumstances": circumstances})
+
+
+def cache_report(cache: FeatureCache | None) -> dict[str, Any]:
+    """Return what run.json says of the features: the folder, and of each file its key, size, and if it was there."""
+    if cache is None:
+        return {"folder": None, "files": [], "bytes": 0}
+    files = [
+        {"key": found.key, "bytes": found.size, "reused": found.reused, "kept": found.kept} for found in cache.opened
+    ]
+    return {"folder": str(cache.folder), "files": files, "bytes": sum(file["bytes"] for file in files)}
+
+
+def feature_notes(cache: FeatureCache | None, images: Stream) -> list[str]:
+    """Return what a reader of the results should know about the features of `images`."""
+    notes = [note for found in cache.opened for note in found.notes] if cache else []
+    if images.transform.augments:
+        notes.append("dataset.augment is without effect: features are those of the images as they are")
+    return notes
+
+
+def transferability(stream: Stream) -> dict[str, Any] | None:
+    """Return LogME of the training rows of each task, by id, and of all together; None for very wide features.
+
+    Args:
+        stream: of features.
+    """
+    splits = {task.id: task.train for task in sorted(stream.tasks, key=lambda task: task.id)}
+    width = next(iter(splits.values())).batches(1).__next__().x.shape[1]
+    if width > WIDEST:
+        return None
+    key = repr([(task, _identity(split)) for task, split in splits.items()])
+    if key not in _known:
+        parts = {task: _sums(split, width, stream.num_classes) for task, split in splits.items()}
+        scores = {str(task): logme(part) for task, part in parts.items()}
+        _known[key] = {"all": logme(together(*parts.values())), "tasks": scores}
+    return _known[key]
+
+
+def _identity(split: Split) -> tuple[str, ...]:
+    """Return what tells apart rows and labels of splits."""
+    rows = torch.arange(len(split)) if split.rows is None else split.rows
+    return split.fingerprint(), *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in (rows, split.y))
+
+
+def _sums(split: Split, width: int, num_classes: int) -> ClassStats:
+    stats = ClassStats(width, num_classes, moments="pooled")
+    for batch in split.batches(1024):
+        stats.update(batch.x, batch.y)
+    return stats

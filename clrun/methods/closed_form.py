@@ -1,0 +1,138 @@
+"""What learners have in common whose state is sums over features: learning adds, forgetting subtracts."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from clrun.blocks.params import eval_mode
+from clrun.blocks.statistics import ClassStats
+from clrun.data.split import Split
+from clrun.data.stream import Task
+from clrun.errors import ConfigError, Count
+from clrun.method import Method
+from clrun.training import Context
+
+ROWS = 1024  # of a pass over features; the last bits of a sum depend on it
+FAR_BELOW = 1e4  # how far the score of a forgotten class lies below all others
+
+
+class ClosedForm(Method):
+    """Each task is one pass over its features: its statistics are added to those of the tasks before, and solved.
+
+    Sums over tasks do not depend on the order of the tasks, not even in the last bit (see `ExactSum`). A class that
+    comes in several domains has the sums of all of them. Features are read through `self.backbone`, as the engine
+    feeds them or, for a subclass that adapts a backbone and sets `uses_frozen_features` to False, from images.
+
+    After the last task the tasks in `forget_tasks` are unlearned: their statistics, measured again or kept, are taken
+    off, and what is left is as if they had never been seen. A class without rows then loses to every other.
+
+    Args:
+        backbone: identity of width D; the engine feeds features.
+        num_classes: C.
+        forget_tasks: ids of tasks to unlearn at the end.
+        keep_task_statistics: keep the statistics of each task as well, T times the memory of all: unlearning then
+            needs no data and what is left is added up anew, equal bit for bit.
+    """
+
+    uses_frozen_features = True
+    order_invariant = True
+
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, *, forget_tasks: list[Count], keep_task_statistics: bool
+    ) -> None:
+        super().__init__(backbone, num_classes)
+        self.width = int(backbone.num_features)  # type: ignore[arg-type]
+        self.forget_tasks, self.keep_task_statistics = list(forget_tasks), keep_task_statistics
+        self.kept = nn.ModuleDict()
+        self.statistics = nn.ModuleDict()
+        self.lost: list[int] = []  # classes of forgotten tasks without any row left
+
+    # --- what a subclass says
+
+    def empty(self) -> dict[str, ClassStats]:
+        """Return the statistics of no rows, by name."""
+        raise NotImplementedError
+
+    def lift(self, features: Tensor) -> Tensor:
+        """Return what the head scores [N, M] of features [N, D]."""
+        return features
+
+    def update(self, statistics: dict[str, ClassStats], features: Tensor, y: Tensor, rows: Tensor) -> None:
+        """Add features [N, D] with labels [N] of stored `rows` [N] to the statistics of a task."""
+        statistics["features"].update(self.lift(features), y)
+
+    def solve(self, task: Task, ctx: Context) -> None:
+        """Make the head from `self.statistics`; `task` was learned last."""
+        raise NotImplementedError
+
+    # --- learning and unlearning
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        if not self.statistics:
+            self.statistics = nn.ModuleDict(self.empty())
+        known = set(ctx.stream.order)
+        if missing := sorted(set(self.forget_tasks) - known):
+            raise ConfigError(f"method.forget_tasks: no task {missing[0]} (the stream has {sorted(known)})")
+        if known == set(self.forget_tasks):
+            raise ConfigError("method.forget_tasks: names every task; at least one must remain")
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        own = self.measure(task.train)
+        self._merge(own)
+        if self.keep_task_statistics:
+            self.kept[str(task.id)] = nn.ModuleDict(own)
+        self.solve(task, ctx)
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        if self.forget_tasks and task.index == len(ctx.stream.tasks) - 1:
+            self._forget(ctx)
+            self.solve(task, ctx)
+
+    def measure(self, split: Split) -> dict[str, ClassStats]:
+        """Return the statistics of the rows of a split."""
+        own = self.empty()
+        with torch.no_grad(), eval_mode(self.backbone):
+            for batch in split.batches(ROWS):
+                rows = batch.i if split.rows is None else split.rows[batch.i]
+                self.update(own, self.backbone(batch.x).float(), batch.y, rows)
+        return own
+
+    def stats(self, name: str) -> ClassStats:
+        """Return the statistics of all rows so far."""
+        found = self.statistics[name]
+        assert isinstance(found, ClassStats)
+        return found
+
+    def _merge(self, own: Mapping[str, ClassStats] | nn.ModuleDict, *, sign: int = 1) -> None:
+        """Add the statistics of a task or, for sign -1, take them back."""
+        for name in self.statistics:
+            part = own[name]
+            assert isinstance(part, ClassStats)
+            self.stats(name).merge(part, sign=sign)
+
+    def _forget(self, ctx: Context) -> None:
+        """Take the statistics of the forgotten tasks off, or add up those of the others anew."""
+        tasks = {task.id: task for task in ctx.stream.tasks}
+        if self.keep_task_statistics:
+            for gone in set(self.forget_tasks):
+                del self.kept[str(gone)]
+            self.statistics = nn.ModuleDict(self.empty())
+            ctx.hardware.place(self)
+            for own in self.kept.values():
+                assert isinstance(own, nn.ModuleDict)
+                self._merge(own)
+        else:
+            for gone in sorted(set(self.forget_tasks)):
+                self._merge(self.measure(tasks[gone].train), sign=-1)
+        counts = torch.stack([self.stats(name).counts() for name in self.statistics]).sum(dim=0)
+        self.lost = [c for gone in self.forget_tasks for c in tasks[gone].classes.tolist() if not counts[c]]
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        """Return scores [B, C], never in reduced precision; those of forgotten classes lie far below all others."""
+        features = self.backbone(x)
+        with torch.autocast(x.device.type, enabled=False):
+            scores: Tensor = self.head(self.lift(features.float()))
+        if self.lost:
+            scores[:, self.lost] = scores.min(dim=1, keepdim=True).values - FAR_BELOW
+        return scores

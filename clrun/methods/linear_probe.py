@@ -1,0 +1,20 @@
+"""Linear probe: a linear classifier trained by gradient descent on frozen features (Kornblith et al., CVPR 2019).
+
+Memory between tasks: 4 C (D + 1) bytes, the classifier. Task id: not needed.
+"""
+
+from clrun.methods.finetune import Finetune
+
+
+class LinearProbe(Finetune):
+    """Finetuning of the head alone: the budget, the loss and the forgetting are those of `Finetune`.
+
+    Features are those of the eval view: `dataset.augment` has no effect.
+
+    Args:
+        backbone: identity of width D; the engine feeds features.
+        num_classes: C.
+        heads: classes in the training loss, see `Finetune`.
+    """
+
+    uses_frozen_features = True

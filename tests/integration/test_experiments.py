@@ -1,0 +1,250 @@
+"""Every `experiment=NAME`: it composes, passes the checks, cuts the published tasks, and runs on stand-in data."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONF
+from running import configuration
+
+from clrun.build import make
+from clrun.config import JobInfo, check
+from clrun.data.sources.assemble import Domains, assemble
+from clrun.data.sources.sequences import sequence
+from clrun.data.split import Plain
+from clrun.data.stream import Dataset, Stream
+from clrun.run import run_config
+
+EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
+EMBEDDED = ("digits", "glyphs", "synthetic")  # run as they are
+ALPHABETS = (24, 14, *([32] * 48))  # characters; sizes differ, as the real ones do
+
+
+def stand_in(
+    name: str,
+    classes: int,
+    *,
+    channels: int = 3,
+    side: int = 8,
+    domains: tuple[str, ...] = (),
+    shared_test: bool = False,
+    groups: dict[str, tuple[tuple[int, ...], ...]] | None = None,
+) -> Callable[..., Dataset]:
+    """Return a loader of random images: two training rows and a test row of each class (of each domain)."""
+
+    def load(*, seed: int, augment: list[Any], val_fraction: float, **others: Any) -> Dataset:
+        number = max(1, len(domains))
+        labels = torch.arange(classes).repeat(number)
+        train, test = labels.repeat_interleave(2), torch.arange(classes) if shared_test else labels
+        draw = torch.Generator().manual_seed(0)
+        rows = [
+            (torch.randint(256, (len(y), channels, side, side), dtype=torch.uint8, generator=draw), y)
+            for y in (train, test)
+        ]
+        known = None
+        if domains:
+            of_row = torch.arange(number).repeat_interleave(classes)
+            known = Domains(domains, of_row.repeat_interleave(2), None if shared_test else of_row)
+        return assemble(
+            name,
+            *rows,
+            class_names=[f"c{label}" for label in range(classes)],
+            mean=(0.5,) * channels,
+            std=(0.25,) * channels,
+            groups=groups or {},
+            val_fraction=val_fraction and 0.5,
+            seed=seed,
+            augment=augment,
+            domains=known,
+        )
+
+    return load
+
+
+def sets(name: str, **classes: int) -> Callable[..., Dataset]:
+    """Return a loader of several data sets with classes of their own."""
+
+    def load(**options: Any) -> Dataset:
+        return sequence(name, [stand_in(part, count)(**options) for part, count in classes.items()])
+
+    return load
+
+
+def alphabets() -> tuple[tuple[int, ...], ...]:
+    stops = [sum(ALPHABETS[: k + 1]) for k in range(len(ALPHABETS))]
+    return tuple(tuple(range(stop - size, stop)) for stop, size in zip(stops, ALPHABETS, strict=True))
+
+
+SUPERCLASS = tuple(tuple(range(k, 100, 20)) for k in range(20))
+SESSIONS = ("s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11")
+DOMAINS = ("real", "quickdraw", "painting", "sketch", "infograph", "clipart")
+FIVE = {"cifar10": 10, "mnist": 10, "svhn": 10, "fashion_mnist": 10, "notmnist": 10}
+RECOGSEQ = {"flowers": 102, "scenes": 67, "birds": 200, "cars": 196, "aircraft": 100}
+RECOGSEQ |= {"actions": 11, "letters": 52, "svhn": 10}
+LOADERS = {
+    "mnist": stand_in("mnist", 10, channels=1),
+    "cifar10": stand_in("cifar10", 10),
+    "cifar100": stand_in("cifar100", 100, groups={"superclass": SUPERCLASS}),
+    "tiny_imagenet": stand_in("tiny_imagenet", 200),
+    "five_datasets": sets("five_datasets", **FIVE),
+    "omniglot": stand_in("omniglot", sum(ALPHABETS), channels=1, groups={"alphabet": alphabets()}),
+    "omniglot_rotation": stand_in("omniglot_rotation", 1200, channels=1),
+    "imagenet_r": stand_in("imagenet_r", 200),
+    "imagenet_a": stand_in("imagenet_a", 200),
+    "cub200": stand_in("cub200", 200),
+    "folder": stand_in("vtab", 50),
+    "core50": stand_in("core50", 50, domains=SESSIONS, shared_test=True),
+    "domainnet": stand_in("domainnet", 345, domains=DOMAINS),
+    "folder_sequence": sets("recogseq", **RECOGSEQ),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an experiment must make of its data set.
+
+    Attributes:
+        setting: til, cil or dil.
+        sizes: classes of each task, by id.
+        order: task ids by position; None for ascending.
+        first: the classes of task id 0; None for the lowest ones.
+        names: names of the tasks by id; None where they do not matter.
+    """
+
+    setting: str
+    sizes: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+    first: tuple[int, ...] | None = None
+    names: tuple[str, ...] | None = None
+
+
+TINY_20 = (10, 18, 16, 14, 0, 17, 11, 2, 3, 9, 5, 7, 4, 19, 6, 15, 8, 1, 13, 12)
+CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
+EXPECTED = {
+    "split_mnist": Expected("cil", (2,) * 5),
+    "permuted_mnist": Expected("dil", (10,) * 20),
+    "permuted_mnist_til": Expected("til", (10,) * 10, (2, 8, 4, 9, 1, 6, 7, 3, 0, 5)),
+    "rotated_mnist": Expected("dil", (10,) * 20),
+    "split_cifar10": Expected("cil", (2,) * 5),
+    "split_cifar100_10": Expected("cil", (10,) * 10),
+    "split_cifar100_20": Expected("cil", (5,) * 20),
+    "cifar100_split": Expected("til", (10,) * 10),
+    "cifar100_superclass": Expected("til", (5,) * 20, first=(0, 20, 40, 60, 80)),
+    "cifar224": Expected("cil", (10,) * 10, first=(68, 56, 78, 8, 23, 84, 90, 65, 74, 76)),
+    "ranpac_cifar224": Expected("cil", (10,) * 10, first=(68, 56, 78, 8, 23, 84, 90, 65, 74, 76)),
+    "fecam_cifar224": Expected("cil", (10,) * 10, first=(68, 56, 78, 8, 23, 84, 90, 65, 74, 76)),
+    "tiny_imagenet_20": Expected("til", (10,) * 20, TINY_20),
+    "tiny_imagenet_40": Expected("til", (5,) * 40),
+    "five_datasets": Expected("til", (10,) * 5, (2, 0, 1, 3, 4), names=tuple(FIVE)),
+    "omniglot_rotation": Expected("til", (12,) * 100),
+    "omniglot_alphabets": Expected("til", ALPHABETS),
+    "imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    "imagenet_a": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    "cub200": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    "vtab": Expected("cil", (10,) * 5),
+    "core50_ni": Expected("dil", (50,) * 8, names=SESSIONS),
+    "core50_nc": Expected("cil", (10, *([5] * 8))),
+    "domainnet": Expected("dil", (345,) * 6, names=DOMAINS),
+    "recogseq": Expected("til", tuple(RECOGSEQ.values()), names=tuple(RECOGSEQ)),
+}
+
+
+@cache
+def composed(name: str) -> dict[str, Any]:
+    """Return the configuration of an experiment."""
+    return configuration(f"experiment={name}", "hydra.mode=RUN")[0]
+
+
+@cache
+def small() -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the configuration of a run that takes no time."""
+    quiet = ("job=smoke", "job.progress=false", "job.picture=false", "hardware.threads=1")
+    return configuration("method=finetune", "backbone=mlp", "backbone.hidden=[8]", *quiet)
+
+
+def loader(config: dict[str, Any]) -> tuple[str, str]:
+    """Return module and name of the loader that a configuration names."""
+    module, _, name = config["dataset"]["_target_"].rpartition(".")
+    return module, name
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    """Put a stand-in into the place of the loader that a configuration names."""
+
+    def place(config: dict[str, Any]) -> None:
+        module, name = loader(config)
+        if name not in EMBEDDED:
+            monkeypatch.setattr(importlib.import_module(module), name, LOADERS[name])
+
+    return place
+
+
+def test_every_experiment_is_expected() -> None:
+    others = {name for name in EXPERIMENTS if loader(composed(name))[1] not in EMBEDDED}
+    assert {*EXPECTED} == others
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_published_tasks(name: str, data: Callable[[dict[str, Any]], None]) -> None:
+    config, expected = composed(name), EXPECTED[name]
+    data(config)
+    stream: Stream = make(config["scenario"])(make(config["dataset"]), make(config["task_order"]), Plain())
+    assert stream.setting == expected.setting
+    assert list(stream.order[: len(expected.order or ())]) == list(expected.order or ())
+    tasks = {task.id: task for task in stream.tasks}
+    assert tuple(len(tasks[k].classes) for k in sorted(tasks)) == expected.sizes
+    first = expected.first or tuple(range(expected.sizes[0]))
+    assert tuple(tasks[0].classes.tolist()[: len(first)]) == first
+    assert expected.names is None or tuple(tasks[k].name for k in sorted(tasks)) == expected.names
+    assert all(len(task.train) and len(task.test) for task in stream.tasks)
+    assert all((task.val is None) == (config["dataset"]["val_fraction"] == 0) for task in stream.tasks)
+    if expected.setting != "dil":
+        assert sorted(label for task in stream.tasks for label in task.classes.tolist()) == list(
+            range(stream.num_classes)
+        )
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_runs(name: str, data: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    base, choices = small()
+    config = composed(name) | {group: base[group] for group in ("backbone", "method", "hardware", "job")}
+    if name == "recogseq":  # cuts 224 pixels out of its images
+        config["dataset"] = config["dataset"] | {"augment": ["flip"]}
+    check(config, choices)
+    data(config)
+    value = run_config(config, tmp_path / "run", job=JobInfo(None, 1, choices, False, [], {}))
+    assert 0 <= value <= 1
+
+
+def test_width_tokens_and_parameters_are_recorded(tmp_path: Path) -> None:
+    base, choices = small()
+    vit = {"_target_": "clrun.backbones.glyph.glyph_vit", "_partial_": True, "pretrained": False}
+    for name, node in (("mlp", base["backbone"]), ("vit", vit)):
+        run_config(base | {"backbone": node}, tmp_path / name, job=JobInfo(None, 1, choices, False, [], {}))
+    found = {name: json.loads((tmp_path / name / "run.json").read_text())["backbone"] for name in ("mlp", "vit")}
+    assert found["mlp"] == {"features": 8, "tokens": None, "total": 520, "trainable": 520}
+    assert found["vit"]["features"] == 96 and found["vit"]["tokens"] == 50 and found["vit"]["total"] == 379_968
+
+
+def test_all_orders_of_a_preset_in_one_sweep() -> None:
+    node = composed("cifar100_superclass")["task_order"]
+    found = {order: make(node | {"order": order})(20) for order in "ABCDE"}
+    assert found["A"] == list(range(20)) and found["C"][:4] == [17, 1, 19, 18]
+    assert len({tuple(order) for order in found.values()}) == 5
+
+
+def test_pixels_of_the_order_robust_studies_are_not_augmented_and_those_of_vits_are() -> None:
+    for name in ("cifar100_split", "cifar100_superclass"):
+        assert composed(name)["dataset"]["augment"] == []
+    for name in ("cifar224", "imagenet_r", "imagenet_a", "cub200", "vtab"):
+        config = composed(name)
+        assert config["dataset"]["augment"] == [{"random_resized_crop": {"scale": [0.05, 1.0]}}, "flip"]
+        assert config["backbone"]["normalize"] == "none" and config["backbone"]["crop"] == 0.875
+        assert config["backbone"]["interpolation"] == "bicubic"
