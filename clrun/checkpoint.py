@@ -77,11 +77,12 @@ def save(
     buffer = io.BytesIO()
     with _by_reference(method, backbone) as referenced:
         torch.save(method, buffer)
-    methods = hardware.gather(buffer.getvalue())
+    alone = hardware.world == 1
+    methods = [buffer.getbuffer()] if alone else [bytearray(data) for data in hardware.gather(buffer.getvalue())]
     if not hardware.main:
         return
     # As tensors, which are written as they are: bytes would be pickled, copied and checked twice.
-    stored = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in methods]
+    stored = [torch.frombuffer(data, dtype=torch.uint8) for data in methods]
     content = {"schema": SCHEMA, "config_hash": config_hash, "learned": life.learned, "steps": life.steps}
     content |= {"rows": life.rows, "costs": life.costs, "referenced": referenced, "methods": stored}
     buffer = io.BytesIO()

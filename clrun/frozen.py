@@ -12,6 +12,7 @@ from torch import nn
 from clrun.blocks.logme import logme
 from clrun.blocks.statistics import ClassStats, together
 from clrun.data.feature_cache import FeatureCache, default_folder
+from clrun.data.features import fingerprint
 from clrun.data.split import Split
 from clrun.data.stream import Stream
 from clrun.errors import ConfigError
@@ -36,7 +37,7 @@ class _Kept:
 
 
 _kept: list[_Kept] = []  # at most one
-WIDEST = 8192  # features beyond which the D x D matrices of LogME are not worth their time
+WIDEST = 4096  # features beyond which decomposing D x D matrices is not worth its time
 _known: dict[str, dict[str, Any]] = {}  # scores of this process's earlier runs: the order of tasks does not matter
 
 
@@ -116,7 +117,7 @@ def transferability(stream: Stream) -> dict[str, Any] | None:
 def _identity(split: Split) -> tuple[str, ...]:
     """Return what tells apart rows and labels of splits."""
     rows = torch.arange(len(split)) if split.rows is None else split.rows
-    return split.fingerprint(), *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in (rows, split.y))
+    return fingerprint(split), *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in (rows, split.y))
 
 
 def _sums(split: Split, width: int, num_classes: int) -> ClassStats:

@@ -56,11 +56,11 @@ class Spectrum:
     @classmethod
     def of(cls, stats: ClassStats) -> Self:
         """Decompose pooled statistics of n rows; the cost is that of M x M or, for n well below M, n x n."""
-        gram, rows = stats.gram(), stats.total()
-        basis = _range(gram, rows)
-        if basis is not None:
-            gram = basis.t() @ (gram @ basis)
-        values, vectors = torch.linalg.eigh(gram)
+        gram, rows = stats.lower_gram(), stats.total()
+        basis = None
+        if 2 * rows < len(gram):
+            gram, basis = _within_range(stats.gram(), rows)
+        values, vectors = torch.linalg.eigh(gram, UPLO="L")
         vectors = vectors if basis is None else basis @ vectors
         return cls(values.clamp_(min=0), vectors, vectors.t() @ stats.sums.value().t(), rows)
 
@@ -96,27 +96,28 @@ class Spectrum:
         return self.residual(strength) / self.rows / left**2 if left > 0 else float("inf")
 
 
-def _range(gram: Tensor, rows: int) -> Tensor | None:
-    """Return an orthonormal basis [M, n] of the range of G = H'H; None where n is not well below M.
+def _within_range(gram: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return G = H'H within its range [n, n], and an orthonormal basis of the range [M, n].
 
-    What the dual form gains by n x n matrices is gained within the range without the rows, which nobody kept: G has
-    rank n, and n random combinations of its columns span its range (Halko, Martinsson and Tropp, SIAM Review 2011).
+    What the dual form gains by n x n matrices is gained so without the rows, which nobody kept: G has rank n, and n
+    random combinations of its columns span its range (Halko, Martinsson and Tropp, SIAM Review 2011).
     """
-    if 2 * rows >= len(gram):
-        return None
     draw = torch.randn(len(gram), rows, generator=generator(0, "range"), dtype=gram.dtype)
     basis: Tensor = torch.linalg.qr(gram @ draw.to(gram.device)).Q
-    return basis
+    return basis.t() @ (gram @ basis), basis
 
 
 def ridge(strength: float, *parts: ClassStats) -> Tensor:
     """Return W [M, C] float64 from the pooled statistics of all rows in `parts`, by Cholesky."""
-    gram, sums, rows = parts[0].gram(), parts[0].sums.value().t(), sum(part.total() for part in parts)
+    rows, sums = sum(part.total() for part in parts), parts[0].sums.value().t()
     for part in parts[1:]:
-        gram, sums = gram.add_(part.gram()), sums + part.sums.value().t()
-    basis = _range(gram, rows)
-    if basis is not None:
-        gram, sums = basis.t() @ (gram @ basis), basis.t() @ sums
+        sums = sums + part.sums.value().t()
+    basis, few = None, 2 * rows < sums.shape[0]
+    grams = [part.gram() if few else part.lower_gram() for part in parts]
+    gram = torch.stack(grams).sum(dim=0) if len(grams) > 1 else grams[0].clone()
+    if few:
+        gram, basis = _within_range(gram, rows)
+        sums = basis.t() @ sums
     gram.diagonal().add_(strength)
     weights = solve_positive(gram, sums)
     return weights if basis is None else basis @ weights

@@ -113,21 +113,22 @@ class SymmetricSum(Carrier):
         """Return a copy of the sum [D, D], float64."""
         return self.matrix.tril() + self.matrix.tril(-1).t()
 
-    def errors(self) -> Tensor:
-        """Return a copy of the rounding errors [D, D]."""
-        if not self.error.numel():
-            return torch.zeros_like(self.matrix)
-        upper = self.matrix.triu(1)
-        return upper + upper.t() + self.error.diag()
-
     def add(self, other: "SymmetricSum", *, sign: int = 1) -> None:
         """Add (or, for sign -1, subtract) another sum."""
-        high, low = self.value(), self.errors()
-        _add_exactly(high, low, sign * other.value().to(high.device))
+        high, low = self.matrix, self._errors()
+        _add_exactly(high, low, sign * other.matrix.to(high.device))  # what lies above the diagonal does not matter
         if other.error.numel():
-            _add_exactly(high, low, sign * other.errors().to(high.device))
+            _add_exactly(high, low, sign * other._errors().to(high.device))
         self.error = low.diagonal().clone()
-        self.matrix = high.tril_().add_(low.triu_(1))
+        high.tril_().add_(low.tril_(-1).t())
+
+    def _errors(self) -> Tensor:
+        """Return a copy of the rounding errors, [D, D] on and below the diagonal."""
+        if not self.error.numel():
+            return torch.zeros_like(self.matrix)
+        errors = self.matrix.t().contiguous()
+        errors.diagonal().copy_(self.error)
+        return errors
 
 
 def _add_exactly(high: Tensor, low: Tensor, term: Tensor) -> None:
@@ -222,6 +223,10 @@ class ClassStats(Carrier):
     def gram(self) -> Tensor:
         """Return [D, D] float64, the sum of f f' over all rows, as a copy."""
         return self.pooled.value()
+
+    def lower_gram(self) -> Tensor:
+        """Return the state itself, [D, D], which up to the diagonal is the Gram matrix: not to be changed."""
+        return self.pooled.matrix
 
     def scatter(self) -> Tensor:
         """Return [D, D] float64, the scatter of all rows about the means of their classes."""

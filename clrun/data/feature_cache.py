@@ -192,18 +192,18 @@ class FeatureCache:
         return sorted(found, key=lambda entry: -entry.used)
 
     def make_room(self, size: int = 0) -> bool:
-        """Remove entries until `size` more bytes fit; return whether they do."""
-        now, total = time.time(), size
-        for path in self.folder.glob("*.tmp"):
+        """Remove what crashed processes left, then entries until `size` more bytes fit; return whether they do."""
+        total = size
+        for path in [*self.folder.glob("*.tmp"), *self.folder.glob("*.lock")]:
             with _missing_is_fine():
-                stored = path.stat()
-                if now - stored.st_mtime > ABANDONED:
+                stored, useless = path.stat(), path.suffix == ".tmp" or not path.with_suffix(".npy").exists()
+                if useless and time.time() - stored.st_mtime > ABANDONED:
                     path.unlink()
                 else:
                     total += stored.st_size
         entries = self.entries()
         total += sum(entry.size for entry in entries)
-        while total > self.limit and entries:
+        while total > self.limit >= size and entries:
             entry = entries.pop()
             with _missing_is_fine():
                 total -= entry.size if entry.remove() else 0

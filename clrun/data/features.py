@@ -138,7 +138,7 @@ class _Extractor:
         """Return what the features depend on: content of the data, weights, what is done to images, arithmetic."""
         self.digest = self.digest or module_digest(self.backbone)
         return {
-            "data": _fingerprint(whole),
+            "data": fingerprint(whole),
             "shift": described(whole.shift),
             "transform": described(whole.transform),
             "backbone": self.digest,
@@ -197,8 +197,8 @@ def _same_rows(a: Split, b: Split) -> bool:
 _fingerprints: dict[int, tuple[Callable[[], Any], str]] = {}
 
 
-def _fingerprint(split: Split) -> str:
-    """Return the fingerprint of the stored images, computed once a process."""
+def fingerprint(split: Split) -> str:
+    """Return the fingerprint of the stored images, or features, computed once a process."""
     known = _fingerprints.get(id(split.images))
     if known is None or known[0]() is not split.images:
         known = _fingerprints[id(split.images)] = (weakref.ref(split.images), split.fingerprint())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,3 +174,12 @@ def test_backbones_are_reused_by_frozen_learners_alone(tmp_path: Path) -> None:
     assert frozen.fact(torch.nn.Linear(2, 2), "x", lambda: 2) == 2
     assert frozen.reuse("b", new) is not first
     assert frozen.fact(first, "x", lambda: 3) == 3
+
+
+def test_a_short_run_waits_for_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "first", "method=simplecil", "backbone=mlp")  # computes the features
+    waits = []
+    wait = os.fsync
+    monkeypatch.setattr("clrun.files.os.fsync", lambda file: waits.append(file) or wait(file))
+    run(tmp_path / "second", "method=simplecil", "backbone=mlp")
+    assert len(waits) == 1, "how the run ended"

@@ -147,23 +147,23 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert not (out / "accuracy.csv").exists()
 
 
-@pytest.mark.parametrize("failing", ["fsync", "write"])
+@pytest.mark.parametrize("failing", ["replace", "write"])
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     out, options = tmp_path / "run", ("method=finetune", *SHORT)
     run(tmp_path / "whole", *options)
     calls = 0
-    fsync, append = os.fsync, files.append
+    replace, append = os.replace, files.append
 
     def full(*args: object) -> None:
         nonlocal calls
         calls += 1
-        if calls > (6 if failing == "fsync" else 2):
+        if calls > (6 if failing == "replace" else 2):
             raise OSError(28, "No space left on device")
-        (fsync if failing == "fsync" else append)(*args)  # type: ignore[arg-type]
+        (replace if failing == "replace" else append)(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left on device") as error:
-        if failing == "fsync":
-            patch.setattr("clrun.files.os.fsync", full)
+        if failing == "replace":
+            patch.setattr("clrun.files.os.replace", full)
         else:
             patch.setattr("clrun.records.append", lambda path, text: _written(path, text, full))
         run(out, *options)

@@ -185,11 +185,17 @@ def test_the_least_recently_used_make_room_but_none_in_use(tmp_path: Path) -> No
 
 
 def test_features_beyond_the_limit_are_used_and_not_kept(tmp_path: Path) -> None:
+    ask(FeatureCache(tmp_path), "small", rows=ROWS[:, :1])
     cache = FeatureCache(tmp_path, limit=128 + ROWS.nbytes - 1)
     found = ask(cache)
     assert np.array_equal(found.rows, ROWS) and not found.kept
     assert "not kept" in found.notes[0]
-    assert not files(tmp_path, ".npy") and not files(tmp_path, ".tmp")
+    assert len(files(tmp_path, ".npy")) == 1, "nothing had to go for them"
+    assert not files(tmp_path, ".tmp")
+    for path in files(tmp_path, ".lock"):
+        os.utime(path, (0, 0))
+    cache.make_room()
+    assert len(files(tmp_path, ".lock")) == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

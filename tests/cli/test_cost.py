@@ -1,0 +1,42 @@
+"""What a sweep does once and not for every job."""
+
+from pathlib import Path
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from test_runs import given
+
+from clrun import config
+
+
+def test_every_job_is_composed_once(clrun, stub_run, folder, monkeypatch: pytest.MonkeyPatch):
+    composed = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counting(self, master, overrides):
+        composed.append(tuple(overrides))
+        return compose(self, master, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counting)
+    assert clrun(*stub_run, "-m", "seed=0,1,2", "hydra.sweep.dir=s").code == 0
+    assert sorted(c[-1] for c in composed) == ["seed=0", "seed=1", "seed=2"]
+    jobs = given(Path("s"))
+    assert sorted(job["config"]["seed"] for job in jobs) == sorted(job["job"]["number"] for job in jobs) == [0, 1, 2]
+    assert all("job:" in job["job"]["hydra"]["hydra.yaml"] for job in jobs)
+
+
+def test_nodes_that_runs_share_are_checked_once(monkeypatch: pytest.MonkeyPatch):
+    looked_at = []
+    problems = config._group_problems
+
+    def counting(group, node, choice):
+        looked_at.append((group, str(node)))
+        return problems(group, node, choice)
+
+    monkeypatch.setattr(config, "_group_problems", counting)
+    monkeypatch.setattr(config, "_known", {})
+    node = {"_target_": "clrun.training.cosine", "_partial_": True, "warmup": 0.5}
+    others = [{**node, "warmup": warmup} for warmup in (0.5, 2.0)]
+    found = [config._known_problems("budget", other, None) for other in (node, *others, *others)]
+    assert len(looked_at) == 2
+    assert found[0] == found[1] == found[3] == [] and found[2] == found[4] and "at most 1" in found[2][0]
