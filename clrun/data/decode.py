@@ -225,7 +225,7 @@ def _stored(pixels: Pixels, options: Decoding) -> Pixels:
 
 def _resized(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixels:
     """Return pixels [H, W, C] resized, antialiased, rounded to uint8."""
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, also in the eyes of torch
     resized: Tensor = F.interpolate(planes, (height, width), mode=interpolation, antialias=True)
     found: Pixels = resized[0].permute(1, 2, 0).numpy()
     return found

@@ -100,7 +100,7 @@ def test_one_failing_process_ends_all_with_its_message() -> None:
 
 
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
-    options = ("method=finetune", *OPTIONS, "hardware.threads=1", "job.picture=false")
+    options = ("method=finetune", "backbone=cnn", *OPTIONS, "hardware.threads=1", "job.picture=false")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     torchrun = [
         sys.executable,
