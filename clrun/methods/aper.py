@@ -4,25 +4,18 @@ Memory between tasks: what adapts (L D, n L D, 22 D n + 4 D or n (2 D r + r + D)
 C (16 D + 8) bytes of sums (twice that once a class comes in a second domain), 8 C D of prototypes. Task id: not needed.
 """
 
-import copy
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.heads import CosineHead, PrototypeHead
-from clrun.blocks.inject import Plan, ScaleShift, mlp_adapters, scale_shift_sites
-from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.adaptation import Adaptation, Kind
+from clrun.blocks.heads import PrototypeHead
 from clrun.blocks.params import eval_mode
 from clrun.blocks.statistics import ClassStats
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.errors import Count, Fraction, NonNegative, Positive, PositiveInt
-from clrun.method import freeze
 from clrun.methods.prompted import Prompted, scaled
 from clrun.training import Context, fit
-
-Adaptation = Literal["finetune", "vpt_shallow", "vpt_deep", "ssf", "adapter"]
 
 
 class Aper(Prompted):
@@ -38,7 +31,7 @@ class Aper(Prompted):
         backbone: a timm vision transformer (without prompts: any of timm's with `blocks`), frozen; "finetune" trains a
             copy.
         num_classes: C.
-        adaptation: what the first task trains.
+        adaptation: what the first task trains, see `Adaptation`.
         length: L, prompts of VPT, which begin at 0.
         bottleneck: r of adapters.
         adapter_scale: factor of an adapter's output, not trained.
@@ -53,7 +46,7 @@ class Aper(Prompted):
         backbone: nn.Module,
         num_classes: int,
         *,
-        adaptation: Adaptation,
+        adaptation: Kind,
         length: Count,
         bottleneck: PositiveInt,
         adapter_scale: float,
@@ -62,73 +55,57 @@ class Aper(Prompted):
         cosine_scale: Positive,
         lr_scale: Positive,
     ) -> None:
-        tokens = adaptation in ("vpt_shallow", "vpt_deep")
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss="current", tokens=tokens)
-        depth = len(backbone.blocks)  # type: ignore[arg-type]
-        self.adaptation, self.cosine_scale = adaptation, float(cosine_scale)
-        self.adapters, self.scales, self.prompts = nn.ModuleDict(), nn.ModuleDict(), nn.ParameterList()
-        self.sites: list[str] = []
-        self.copied = nn.ModuleList()
-        if adaptation == "finetune":
-            self.copied.append(copy.deepcopy(backbone).requires_grad_(True))
-        elif adaptation == "adapter":
-            self.adapters = mlp_adapters(depth, self.width, bottleneck, scale=adapter_scale, dropout=dropout)
-        elif adaptation == "ssf":
-            widths = scale_shift_sites(backbone)
-            self.sites = list(widths)
-            self.scales = nn.ModuleDict({p.replace(".", "_"): ScaleShift(w, std=ssf_std) for p, w in widths.items()})
-        else:
-            blocks = depth if adaptation == "vpt_deep" else 1
-            self.prompts.extend(nn.Parameter(torch.zeros(length, self.width)) for _ in range(blocks))
-        self.head = CosineHead(self.width, num_classes, scale=self.cosine_scale)
-        self.prototypes = PrototypeHead(2 * self.width, num_classes, metric="cosine")
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss="current", tokens=False)
+        self.adaptation = Adaptation(
+            backbone,
+            num_classes,
+            adaptation,
+            length=length,
+            bottleneck=bottleneck,
+            adapter_scale=adapter_scale,
+            dropout=dropout,
+            ssf_std=ssf_std,
+            cosine_scale=cosine_scale,
+            method=type(self).__name__,
+        )
+        self.head: PrototypeHead = PrototypeHead(2 * self.width, num_classes, metric="cosine")
         self.stats = ClassStats(2 * self.width, num_classes)
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         if task.index == 0:
-            super().begin_task(task, ctx)
+            self.adaptation.begin(task.classes)
 
     def learn(self, task: Task, ctx: Context) -> None:
         if task.index == 0:
             fit(self, task.train, ctx, budget=scaled(ctx.budget, self.lr_scale))
-            for module in self.children():
-                freeze(module)
+            self.adaptation.end()
         with torch.no_grad(), eval_mode(self):
             own = self.stats.empty()
             for batch in task.train.batches(256):
                 own.update(self.both(batch.x), batch.y)
         self.stats.merge(own)
-        self.prototypes.prototypes.copy_(self.stats.means())
-
-    def end_task(self, task: Task, ctx: Context) -> None:
-        if task.index == 0:  # its rows are of no further use
-            self.head = CosineHead(self.width, self.num_classes, scale=self.cosine_scale).to(ctx.hardware.device)
-            freeze(self.head)
+        self.head.prototypes.copy_(self.stats.means())
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        return masked_cross_entropy(self.head(self.adapted(batch.x)), batch.y, ctx.mask(batch.t, "til"))
+        return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "til"))
+
+    def after_step(self, ctx: Context) -> None:
+        self.adaptation.release()
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        features = self.both(x)
-        with torch.autocast(x.device.type, enabled=False):
-            scores: Tensor = self.prototypes(features)
+        return self._scores(self.both(x))
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return self.both(x) if self.adaptation.done else None
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        return self._scores(constant)
+
+    def _scores(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            scores: Tensor = self.head(features)
         return scores
 
     def both(self, x: Tensor) -> Tensor:
         """Return [B, 2 D], the features of the plain and of the adapted model, fp32."""
-        return torch.cat([self.query(x), self.adapted(x).float()], dim=1)
-
-    def adapted(self, x: Tensor) -> Tensor:
-        """Return the features [B, D] of the adapted model."""
-        if self.copied:
-            features: Tensor = self.copied[0](x)
-            return features
-        return self.features(x, self.plan())
-
-    def plan(self) -> Plan:
-        """Return what is injected."""
-        return Plan(
-            tokens=dict(enumerate(self.prompts)),
-            beside_mlp={int(block): module for block, module in self.adapters.items()},
-            scaled=dict(zip(self.sites, self.scales.values(), strict=True)),
-        )
+        return torch.cat([self.query(x), self.adaptation.features(self.backbone, x).float()], dim=1)

@@ -1,19 +1,20 @@
 """What learners have in common whose state is sums over features: learning adds, forgetting subtracts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from clrun.blocks.params import eval_mode
 from clrun.blocks.statistics import ClassStats
-from clrun.data.split import Split
-from clrun.data.stream import Task
+from clrun.data.split import Batch, Split
+from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError, Count
 from clrun.method import Method
 from clrun.training import Context
 
 ROWS = 1024  # of a pass over features; the last bits of a sum depend on it
+IMAGES = 256  # of a pass over images
 FAR_BELOW = 1e4  # how far the score of a forgotten class lies below all others
 
 
@@ -21,8 +22,8 @@ class ClosedForm(Method):
     """Each task is one pass over its features: its statistics are added to those of the tasks before, and solved.
 
     Sums over tasks do not depend on the order of the tasks, not even in the last bit (see `ExactSum`). A class that
-    comes in several domains has the sums of all of them. Features are read through `self.backbone`, as the engine
-    feeds them or, for a subclass that adapts a backbone and sets `uses_frozen_features` to False, from images.
+    comes in several domains has the sums of all of them. The engine feeds features; a subclass that changes the
+    backbone sets `uses_frozen_features` to False and overrides `features`, which then reads images.
 
     After the last task the tasks in `forget_tasks` are unlearned: their statistics, measured again or kept, are taken
     off, and what is left is as if they had never been seen. A class without rows then loses to every other.
@@ -54,6 +55,11 @@ class ClosedForm(Method):
         """Return the statistics of no rows, by name."""
         raise NotImplementedError
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return features [N, D] of what the engine feeds."""
+        features: Tensor = self.backbone(x)
+        return features
+
     def lift(self, features: Tensor) -> Tensor:
         """Return what the head scores [N, M] of features [N, D]."""
         return features
@@ -68,17 +74,19 @@ class ClosedForm(Method):
 
     # --- learning and unlearning
 
-    def begin_task(self, task: Task, ctx: Context) -> None:
-        if not self.statistics:
-            self.statistics = nn.ModuleDict(self.empty())
-        known = set(ctx.stream.order)
+    def check(self, stream: Stream) -> None:
+        known = set(stream.order)
         if missing := sorted(set(self.forget_tasks) - known):
             raise ConfigError(f"method.forget_tasks: no task {missing[0]} (the stream has {sorted(known)})")
         if known == set(self.forget_tasks):
             raise ConfigError("method.forget_tasks: names every task; at least one must remain")
 
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        if not self.statistics:
+            self.statistics = nn.ModuleDict(self.empty())
+
     def learn(self, task: Task, ctx: Context) -> None:
-        own = self.measure(task.train)
+        own = self.measure(task.train, ctx)
         self._merge(own)
         if self.keep_task_statistics:
             self.kept[str(task.id)] = nn.ModuleDict(own)
@@ -89,14 +97,21 @@ class ClosedForm(Method):
             self._forget(ctx)
             self.solve(task, ctx)
 
-    def measure(self, split: Split) -> dict[str, ClassStats]:
+    def measure(self, split: Split, ctx: Context) -> dict[str, ClassStats]:
         """Return the statistics of the rows of a split."""
         own = self.empty()
-        with torch.no_grad(), eval_mode(self.backbone):
-            for batch in split.batches(ROWS):
-                rows = batch.i if split.rows is None else split.rows[batch.i]
-                self.update(own, self.backbone(batch.x).float(), batch.y, rows)
+        for features, batch in self.read(split, ctx):
+            rows = batch.i if split.rows is None else split.rows[batch.i]
+            self.update(own, features, batch.y, rows)
         return own
+
+    def read(self, split: Split, ctx: Context) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield the features [N, D] fp32 of the rows of a split with their batch, in the precision of predictions."""
+        with torch.no_grad(), eval_mode(self):
+            for batch in split.batches(ROWS if self.uses_frozen_features else IMAGES):
+                with ctx.hardware.autocast():
+                    features = self.features(ctx.hardware.layout(batch.x))
+                yield features.float(), batch
 
     def stats(self, name: str) -> ClassStats:
         """Return the statistics of all rows so far."""
@@ -124,14 +139,17 @@ class ClosedForm(Method):
                 self._merge(own)
         else:
             for gone in sorted(set(self.forget_tasks)):
-                self._merge(self.measure(tasks[gone].train), sign=-1)
+                self._merge(self.measure(tasks[gone].train, ctx), sign=-1)
         counts = torch.stack([self.stats(name).counts() for name in self.statistics]).sum(dim=0)
         self.lost = [c for gone in self.forget_tasks for c in tasks[gone].classes.tolist() if not counts[c]]
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
         """Return scores [B, C], never in reduced precision; those of forgotten classes lie far below all others."""
-        features = self.backbone(x)
-        with torch.autocast(x.device.type, enabled=False):
+        return self.scores(self.features(x))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return scores [B, C] of features [B, D]."""
+        with torch.autocast(features.device.type, enabled=False):
             scores: Tensor = self.head(self.lift(features.float()))
         if self.lost:
             scores[:, self.lost] = scores.min(dim=1, keepdim=True).values - FAR_BELOW

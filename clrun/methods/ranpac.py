@@ -1,24 +1,30 @@
 """RanPAC: ridge regression on randomly projected frozen features (McDonnell et al., NeurIPS 2023, arXiv 2307.02251).
 
 Memory between tasks: 4 D M bytes of projection, 8 M^2 + C (8 M + 8) of sums (both twice for the held-out rule), 8 C M
-of weights; kept task statistics T times the sums. Task id: not needed.
+of weights; kept task statistics T times the sums; after phase 1 what adapts, 4 bytes for each of L D, n L D, 22 D n + 4
+D or n (2 D r + r + D) numbers. Task id: not needed.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clrun.blocks.adaptation import Adaptation
 from clrun.blocks.heads import SolvedHead
 from clrun.blocks.ridge import RandomProjection, Spectrum, best_by_gcv, best_held_out, ridge
-from clrun.blocks.statistics import ClassStats, extract
-from clrun.data.stream import Task
-from clrun.errors import ConfigError, Count, Positive, Range
+from clrun.blocks.statistics import ClassStats
+from clrun.data.split import Batch
+from clrun.data.stream import Stream, Task
+from clrun.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt, Range
+from clrun.method import freeze
 from clrun.methods.closed_form import ClosedForm
 from clrun.seeding import generator
-from clrun.training import Context
+from clrun.training import Context, fit
 
+Phase1 = Literal["none", "adapter", "ssf", "vpt_shallow", "vpt_deep"]
 Rule = Literal["heldout", "gcv", "fixed", "author"]
 
 
@@ -29,13 +35,20 @@ class Ranpac(ClosedForm):
     of the tasks matters. By default it is chosen on one fifth of all rows so far, which are told by a hash of their
     place in the data set, with the squared error computed from sums; the weights are then fitted to all rows.
 
-    The published first phase (an adapter, SSF or VPT trained on the first task) is not built; such a subclass would
-    train its backbone in `learn` of the first task, set `uses_frozen_features` and `order_invariant` to False, and
-    inherit all the rest.
+    In the published phase 1 the first task trains adapters, scales and shifts, or prompts with the run's budget, as
+    APER does; everything is frozen from then on, and sums and predictions are those of the adapted model. What the
+    first task holds then decides what is adapted: the order matters through it, and the first task cannot be unlearned.
 
     Args:
-        backbone: identity of width D; the engine feeds features.
+        backbone: identity of width D, the engine feeds features; with a phase 1, a timm vision transformer, frozen.
         num_classes: C.
+        phase1: what the first task trains; "none" leaves the backbone as it is.
+        length: prompts of "vpt_shallow", or of each block for "vpt_deep", which begin at 0.
+        bottleneck: r, width of adapters.
+        adapter_scale: factor of an adapter's output, not trained.
+        dropout: share of an adapter's activations dropped in training.
+        ssf_std: of the initial scales about 1 and shifts about 0.
+        cosine_scale: initial value of the trained factor of the cosine head.
         m: M; 0 is ridge regression on the features themselves.
         projection_seed: of W, independent of the seed of the run.
         rule: how the strength of the ridge is chosen: "heldout"; "gcv" (generalised cross-validation on all rows so
@@ -51,6 +64,13 @@ class Ranpac(ClosedForm):
         backbone: nn.Module,
         num_classes: int,
         *,
+        phase1: Phase1,
+        length: Count,
+        bottleneck: PositiveInt,
+        adapter_scale: float,
+        dropout: Fraction,
+        ssf_std: NonNegative,
+        cosine_scale: Positive,
         m: Count,
         projection_seed: Count,
         rule: Rule,
@@ -64,9 +84,70 @@ class Ranpac(ClosedForm):
             raise ConfigError("method.strengths: must list at least one strength")
         self.rule: Rule = rule
         self.strengths, self.held_out = list(strengths), held_out
-        self.order_invariant = rule != "author"
+        self.adaptation: Adaptation | None = None
+        self.hooks_backbone = phase1 != "none"
+        if phase1 != "none":
+            freeze(backbone)
+            self.adaptation = Adaptation(
+                backbone,
+                num_classes,
+                phase1,
+                length=length,
+                bottleneck=bottleneck,
+                adapter_scale=adapter_scale,
+                dropout=dropout,
+                ssf_std=ssf_std,
+                cosine_scale=cosine_scale,
+                method=f"Ranpac with method.phase1={phase1}",
+            )
+        self.uses_frozen_features = phase1 == "none"
+        self.order_invariant = rule != "author" and phase1 == "none"
         self.projection = RandomProjection(self.width, m, seed=projection_seed)
         self.head: SolvedHead = SolvedHead(self.projection.num_features, num_classes)
+
+    @classmethod
+    def reads_features(cls, options: Mapping[str, Any]) -> bool:
+        return bool(options["phase1"] == "none")
+
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        if self.adaptation is not None and stream.order[0] in self.forget_tasks:
+            raise ConfigError(
+                f"method.forget_tasks: task {stream.order[0]} comes first and shapes the features for all others; "
+                "it can be unlearned with method.phase1=none only"
+            )
+
+    # --- phase 1
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        if self.adaptation is not None and task.index == 0:
+            self.adaptation.begin(task.classes)
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        if self.adaptation is not None and task.index == 0:
+            fit(self, task.train, ctx)
+            self.adaptation.end()
+        super().learn(task, ctx)
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        assert self.adaptation is not None, "nothing else is trained"
+        return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "til"))
+
+    def after_step(self, ctx: Context) -> None:
+        if self.adaptation is not None:
+            self.adaptation.release()
+
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x) if self.adaptation is None else self.adaptation.features(self.backbone, x)
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return self.features(x) if self.adaptation is not None and self.adaptation.done else None
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        return self.scores(constant)
+
+    # --- statistics and their solution
 
     def empty(self) -> dict[str, ClassStats]:
         names = ("fitted", "held_out") if self.rule == "heldout" else ("fitted",)
@@ -104,7 +185,8 @@ class Ranpac(ClosedForm):
 
     def _by_author(self, task: Task, ctx: Context) -> float:
         """Return the strength with the smallest squared error on a share of the current task, fitted on the rest."""
-        features, y = extract(self, task.train)
+        parts = [(features, batch.y) for features, batch in self.read(task.train, ctx)]
+        features, y = (torch.cat(part) for part in zip(*parts, strict=True))
         lifted, targets = self.lift(features).double(), F.one_hot(y, self.num_classes).double()
         order = torch.randperm(len(y), generator=generator(ctx.seed, "task", task.id, "ridge")).to(y.device)
         count = int(self.held_out * len(y))
