@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from clrun.errors import ConfigError
 
 Hook = Callable[..., Any]
+COMPILED = "hardware.compile: a compiled backbone ignores prompts and adapters; set it to false"
 
 
 @runtime_checkable
@@ -110,7 +111,7 @@ class Injector:
         """
         self.release()
         if getattr(vit, "_compiled_call_impl", None) is not None:
-            raise ConfigError("hardware.compile: a compiled backbone ignores prompts and adapters; set it to false")
+            raise ConfigError(COMPILED)
         handles = list(_attached(vit, plan))
         try:
             yield

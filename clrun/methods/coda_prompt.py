@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan, Prefix, require_depth
 from clrun.data.split import Batch
-from clrun.data.stream import Task
+from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError, Count, NonNegative, Positive, PositiveInt
 from clrun.methods.prompted import Compete, Prompted
 from clrun.training import Context
@@ -57,15 +57,22 @@ class CodaPrompt(Prompted):
         self.keys = nn.ParameterList()  # by task: [|blocks|, m, D]
         self.attention = nn.ParameterList()  # by task: [|blocks|, m, D]
 
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        number = len(stream.tasks)
+        if number > self.width:
+            raise ConfigError(
+                f"method.components: {number} tasks need as many orthogonal directions, the features have "
+                f"{self.width}; use fewer tasks or a wider backbone"
+            )
+        if number * self.components > self.width:
+            raise ConfigError(
+                f"method.components: {number} tasks of {self.components} components need {number * self.components} "
+                f"orthogonal directions, the features have {self.width}; take at most {self.width // number}"
+            )
+
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
-        needed = len(ctx.stream.tasks) * self.components
-        if needed > self.width:
-            raise ConfigError(
-                f"method.components: {len(ctx.stream.tasks)} tasks of {self.components} components need "
-                f"{needed} orthogonal directions, the features have {self.width}; take at most "
-                f"{self.width // len(ctx.stream.tasks)}"
-            )
         for pool, width in ((self.prompts, self.length * self.width), (self.keys, self.width)):
             self._extend(pool, width)
         self._extend(self.attention, self.width)

@@ -92,10 +92,9 @@ class Dap(Prompted):
         return self.pull > 0
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        query = self.training_query(batch) if self.pull else None  # before the pass that has a backward pass
         loss = self.classification_loss(self._logits(batch.x, self.embeddings[-1][None]), batch, ctx)
-        if not self.pull:
-            return loss
-        return loss - self.pull * cosines(self.training_query(batch), self.keys[-1][None]).mean()
+        return loss if query is None else loss - self.pull * cosines(query, self.keys[-1][None]).mean()
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
         if self.needs_task_id and task is not None:

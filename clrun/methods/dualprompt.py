@@ -89,10 +89,10 @@ class Dualprompt(Prompted):
         return self.learn_keys and self.pull > 0
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        key = self.keys[-1]
+        query = self.training_query(batch) if key.requires_grad else None  # before the pass that has a backward pass
         loss = self.classification_loss(self._logits(batch.x, self.expert[-1]), batch, ctx)
-        if not self.keys[-1].requires_grad:
-            return loss
-        return loss + self.pull * (1 - cosines(self.training_query(batch), self.keys[-1][None]).mean())
+        return loss if query is None else loss + self.pull * (1 - cosines(query, key[None]).mean())
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
         if self.needs_task_id and task is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clrun.blocks.inject import Plan
 from clrun.blocks.selection import Selection, choose, cosines
 from clrun.data.split import Batch
-from clrun.data.stream import Task
+from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError, NonNegative, Positive, PositiveInt
 from clrun.methods.prompted import Compete, Init, Prompted, drawn
 from clrun.training import Context
@@ -95,6 +95,15 @@ class L2p(Prompted):
             features: Tensor = self.original[0](x)
         return features.float()
 
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        needed = len(stream.tasks) * self.top
+        if self.use_prompt_mask and needed > len(self.keys):
+            raise ConfigError(
+                f"method.use_prompt_mask: {len(stream.tasks)} tasks of {self.top} prompts need "
+                f"method.pool_size={needed}, not {len(self.keys)}"
+            )
+
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
         if self.initial_keys == "queries" and task.index == 0:
@@ -103,12 +112,6 @@ class L2p(Prompted):
             return
         before, self.own = self.own, slice(task.index * self.top, (task.index + 1) * self.top)
         self.available = self.own.stop
-        needed = len(ctx.stream.tasks) * self.top
-        if needed > len(self.keys):
-            raise ConfigError(
-                f"method.use_prompt_mask: {len(ctx.stream.tasks)} tasks of {self.top} prompts need "
-                f"method.pool_size={needed}, not {len(self.keys)}"
-            )
         if self.copy_prompts and task.index:
             with torch.no_grad():
                 self.prompts[self.own] = self.prompts[before]

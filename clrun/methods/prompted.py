@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from clrun.blocks.inject import Injector, Plan, require_blocks, require_vit
 from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
-from clrun.data.stream import Task
+from clrun.data.stream import Stream, Task
+from clrun.errors import ConfigError
 from clrun.method import Method, freeze
 from clrun.training import Budget, Context, fit
 
@@ -35,6 +36,8 @@ class Prompted(Method):
     """
 
     needs_vit: ClassVar[bool] = True  # the backbone must be a timm `VisionTransformer`
+    hooks_backbone = True
+    given_by: ClassVar[str] = "task_id=given"  # the option that makes an instance need the task id
 
     def __init__(
         self, backbone: nn.Module, num_classes: int, *, lr_scale: float, mask_loss: Compete, tokens: bool = True
@@ -47,6 +50,13 @@ class Prompted(Method):
         self.lr_scale, self.mask_loss = lr_scale, mask_loss
         self.injector = Injector()
         self.known: Tensor | None = None  # queries of the task's training rows while it is learned, if they stand still
+
+    def check(self, stream: Stream) -> None:
+        if self.needs_task_id and stream.setting != "til":
+            raise ConfigError(
+                f"method.{self.given_by}: needs the task id at test time; scenario.setting={stream.setting} cannot use "
+                "it (til)"
+            )
 
     def learn(self, task: Task, ctx: Context) -> None:
         if self.asks_while_training() and not ctx.stream.transform.augments:

@@ -4,14 +4,14 @@ Memory between tasks: the prompts, L D floats (deep: n L D), and the head; with 
 needed with `reinit` only.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Count, Fraction, Positive, PositiveInt
+from clrun.errors import Count, Fraction, Positive, PositiveInt
 from clrun.method import freeze
 from clrun.methods.prompted import Compete, Prompted, vpt_prompt
 from clrun.training import Context
@@ -33,6 +33,8 @@ class Vpt(Prompted):
         lr_scale: factor of the budget's learning rate.
         mask_loss: classes in the training loss, see `Prompted`.
     """
+
+    given_by: ClassVar[str] = "reinit"
 
     def __init__(
         self,
@@ -56,8 +58,6 @@ class Vpt(Prompted):
         self.prompts = nn.ParameterList()
 
     def begin_task(self, task: Task, ctx: Context) -> None:
-        if self.reinit and ctx.stream.setting == "dil":
-            raise ConfigError("method.reinit: needs the task id at test time; scenario.setting=dil cannot use it (til)")
         super().begin_task(task, ctx)
         if self.reinit or not len(self.prompts):
             for old in self.prompts:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -125,7 +126,11 @@ class Expected:
 
 
 TINY_20 = (10, 18, 16, 14, 0, 17, 11, 2, 3, 9, 5, 7, 4, 19, 6, 15, 8, 1, 13, 12)
+CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
+AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae")  # class orders of prompts and adapters
+OF_1993 = ("aper", "ease", "vpt")
+PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
     "permuted_mnist": Expected("dil", (10,) * 20),
@@ -145,7 +150,13 @@ EXPECTED = {
     "omniglot_rotation": Expected("til", (12,) * 100),
     "omniglot_alphabets": Expected("til", ALPHABETS),
     "imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    "ranpac_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "imagenet_a": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    **{f"{method}_cifar224": Expected("cil", (10,) * 10) for method in AS_NUMBERED},
+    **{f"{method}_imagenet_r": Expected("cil", (20,) * 10) for method in AS_NUMBERED if method != "l2p"},
+    "l2p_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in OF_1993},
+    **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in OF_1993},
     "cub200": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "vtab": Expected("cil", (10,) * 5),
     "core50_ni": Expected("dil", (50,) * 8, names=SESSIONS),
@@ -186,9 +197,56 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
     return place
 
 
-def test_every_experiment_is_expected() -> None:
+@pytest.mark.parametrize(("name", "phase1"), [("ranpac_cifar224", "adapter"), ("ranpac_imagenet_r", "ssf")])
+def test_ranpac_as_published(name: str, phase1: str) -> None:
+    config = composed(name)
+    method, budget = config["method"], config["budget"]
+    assert (method["phase1"], method["m"], method["rule"]) == (phase1, 10_000, "author")
+    assert method["strengths"] == [10.0**k for k in range(-8, 9)]
+    assert (budget["epochs"], budget["batch_size"], budget["schedule"]["warmup"]) == (20, 48, 0)
+    optimizer = budget["optimizer"]
+    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.01, 0.9, 5e-4)
+
+
+# Learning rate, epochs and batch size of the authors: of CIFAR-100, of ImageNet-R.
+PUBLISHED = {
+    "l2p": ((0.03 * 128 / 256, 5, 128), (0.03 * 16 / 256, 10, 32)),
+    "dualprompt": ((0.03 * 24 / 256, 5, 24), (0.005 * 24 / 256, 50, 24)),
+    "coda_prompt": ((0.001, 20, 128), (0.001, 50, 128)),
+    "dap": ((0.01, 5, 128), (0.25, 20, 128)),
+    "lae": ((0.0028125, 5, 24), (0.00046875, 50, 24)),
+    "aper": ((0.01, 20, 48), (0.05, 20, 24)),
+    "ease": ((0.025, 20, 48), (0.05, 20, 16)),
+    "vpt": ((0.05, 5, 16), (0.05, 5, 16)),
+}
+TAGS = {"orig_in21k": ("l2p", "dualprompt", "dap", "lae"), "augreg_in21k": ("ease", "vpt", "aper_imagenet_r")}
+TAGS["augreg_in21k_ft_in1k"] = ("coda_prompt", "aper_cifar224")
+
+
+def test_every_experiment_is_expected_and_those_of_prompts_and_adapters_are_as_published() -> None:
     others = {name for name in EXPERIMENTS if loader(composed(name))[1] not in EMBEDDED}
     assert {*EXPECTED} == others
+    for tag, names in TAGS.items():
+        for name in (preset for preset in PRESETS if preset.startswith(names)):
+            assert composed(name)["backbone"]["name"] == f"vit_base_patch16_224.{tag}", name
+    for method, of_data in PUBLISHED.items():
+        for name, expected in zip((f"{method}_cifar224", f"{method}_imagenet_r"), of_data, strict=True):
+            config = composed(name)
+            budget, scale = config["budget"], config["method"]["lr_scale"]
+            found = (budget["optimizer"]["lr"] * scale, budget["epochs"], budget["batch_size"])
+            assert found == pytest.approx(expected), name
+            assert config["method"].get("selection", "instance") == "instance"
+
+
+def test_the_learning_rate_of_coda_prompt_falls_along_a_quarter_of_a_cosine() -> None:
+    budget = make(composed("coda_prompt_cifar224")["budget"])
+    optimizer = budget.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    schedule, found = budget.schedule(optimizer, 20), []
+    for _ in range(20):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx([0.001 * math.cos(math.pi / 2 * step / 20) for step in range(20)])
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -211,7 +269,21 @@ def test_the_published_tasks(name: str, data: Callable[[dict[str, Any]], None]) 
         )
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+FIRST = ("coda_prompt_cifar224", "dap_imagenet_r")  # run by default
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PRESETS])
+def test_presets_of_prompts_and_adapters_run(name: str, data: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    base, choices = small()
+    config = composed(name) | {group: base[group] for group in ("hardware", "job")}
+    config["backbone"] |= {"name": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32}  # twelve blocks, too
+    data(config)
+    run_config(config, tmp_path, job=JobInfo(None, 1, choices, False, [], {}))
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "completed" and not any("batch" in note for note in run["notes"])
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in PRESETS])
 def test_every_experiment_runs(name: str, data: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     base, choices = small()
     config = composed(name) | {group: base[group] for group in ("backbone", "method", "hardware", "job")}
