@@ -146,8 +146,9 @@ def _report(words: list[str]) -> int:
     parser = _refusing(ArgumentParser("clrun report", add_help=False))
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--pictures", action="store_true")  # of every single run, however many
     args = parser.parse_intermixed_args(words)
-    result = report(args.dirs, out=args.out)
+    result = report(args.dirs, out=args.out, every_picture=args.pictures)
     print(f"{result.text}\n\nreport: {result.page or 'none of several folders; add --out FOLDER'}")
     return 0
 

@@ -60,7 +60,9 @@ def _estimate(config: Mapping[str, Any], built: Built, hardware: Hardware) -> fl
     if method.uses_frozen_features:  # every image once, unless its features are cached; the rest hardly counts
         return sum(len(task.train) + len(evaluation.rows(task)) for task in tasks) * per_row
     limit = config["job"]["max_steps"] or math.inf
-    steps = sum(min(limit, built.budget.total_steps(len(task.train))) for task in tasks)
+    tuning = make(config["job"]).tuning
+    times = [1 if tuning is None else tuning.trainings(method, task) for task in tasks]
+    steps = sum(n * min(limit, built.budget.total_steps(len(task.train))) for n, task in zip(times, tasks, strict=True))
     fit(method, tasks[0].train, ctx)
     return evaluations + steps * _median_seconds(lambda: fit(method, tasks[0].train, ctx), hardware) / REPEATS
 

@@ -46,23 +46,23 @@ class AccuracyMatrix:
         Raises:
             ValueError: a row contradicts the order or another row, or counts more than there is.
         """
+        names = ("position", "task_position", "task", count, "total")
+        return cls.from_cells(([row[name] for name in names] for row in rows if row["phase"] == "end"), order=order)
+
+    @classmethod
+    def from_cells(cls, cells: Iterable[Sequence[int]], *, order: Sequence[int]) -> Self:
+        """Build the matrix from (position, task position, task, rows right, rows) of each cell; see `from_rows`."""
         tasks = len(order)
-        correct = np.full((tasks + 1, tasks), np.nan)
-        total = np.zeros(tasks, dtype=np.int64)
-        for row in rows:
-            if row["phase"] != "end":
-                continue
-            i, j = row["position"], row["task_position"]
-            if not (0 <= i <= tasks and 0 <= j < tasks) or order[j] != row["task"]:
-                raise ValueError(f"position {i}, task {row['task']} at {j}: not a cell of the order {list(order)}")
-            if (
-                not math.isnan(correct[i, j])
-                or total[j] not in (0, row["total"])
-                or not 0 <= row[count] <= row["total"]
-            ):
-                raise ValueError(f"position {i}, task {row['task']}: counted twice or inconsistently")
-            correct[i, j], total[j] = row[count], row["total"]
-        return cls(correct, total, tuple(order))
+        correct = [[math.nan] * tasks for _ in range(tasks + 1)]  # lists: a report fills a million cells one by one
+        total = [0] * tasks
+        for i, j, task, right, rows in cells:
+            if not (0 <= i <= tasks and 0 <= j < tasks) or order[j] != task:
+                raise ValueError(f"position {i}, task {task} at {j}: not a cell of the order {list(order)}")
+            if not math.isnan(correct[i][j]) or total[j] not in (0, rows) or not 0 <= right <= rows:
+                raise ValueError(f"position {i}, task {task}: counted twice or inconsistently")
+            correct[i][j], total[j] = right, rows
+        counts = np.array(correct, dtype=np.float64).reshape(tasks + 1, tasks)
+        return cls(counts, np.array(total, dtype=np.int64), tuple(order))
 
     def by_position(self) -> Floats:
         """Return [T+1, T] accuracies; column j is the j-th task learned."""

@@ -35,6 +35,7 @@ COLUMNS = (
     "nll",
     "phase",
 )
+CELL = ("position", "task_position", "task", "correct", "total")
 INTEGERS = ("step", "position", "after", "task", "task_position", "correct", "total", "task_correct")
 
 
@@ -153,11 +154,15 @@ class RunRecord:
         run = read_run(run_dir)
         order = tuple(run["task_order"] or ())
         path = run_dir / "accuracy.csv"
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in read_rows(path) if order and path.exists() else []:
-            groups.setdefault((row["split"], row["setting"]), []).append(row)
+        groups: dict[tuple[str, str], list[list[int]]] = {}
+        if order and path.exists():
+            columns = _columns(path)
+            cells = zip(*(columns[name] for name in ("split", "setting", "phase", *CELL)), strict=True)
+            for split, setting, phase, *cell in cells:
+                if phase == "end":
+                    groups.setdefault((split, setting), []).append(cell)
         try:
-            matrices = {key: AccuracyMatrix.from_rows(rows, order=order) for key, rows in groups.items()}
+            matrices = {key: AccuracyMatrix.from_cells(found, order=order) for key, found in groups.items()}
         except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
         return cls(
@@ -204,22 +209,22 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: the file cannot be read or has other columns.
     """
+    columns = _columns(path)
+    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
+
+
+def _columns(path: Path) -> dict[str, list[Any]]:
+    """Return the columns of an accuracy.csv; see `read_rows`. A report reads a million lines, too many for mappings."""
     try:
         text = _regular(path).read_bytes().decode()
         lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
         if not lines or tuple(lines[0]) != COLUMNS:
             raise ValueError("its first line is not the header of accuracy.csv")
-        return [_parsed(line) for line in lines[1:]]
+        values = list(zip(*lines[1:], strict=True)) or [()] * len(COLUMNS)
+        kinds = [int if name in INTEGERS else float if name == "nll" else str for name in COLUMNS]
+        return {name: list(map(kind, column)) for name, kind, column in zip(COLUMNS, kinds, values, strict=True)}
     except (OSError, ValueError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read ({_reason(error)})") from error
-
-
-def _parsed(line: list[str]) -> Row:
-    row: dict[str, Any] = dict(zip(COLUMNS, line, strict=True))
-    for name in INTEGERS:
-        row[name] = int(row[name])
-    row["nll"] = float(row["nll"])
-    return row
 
 
 def _header() -> str:

@@ -231,6 +231,22 @@ def by_position(cells: Sequence[tuple[int, float, str]], slope: float, title: st
     return svg(body, 228, title)
 
 
+def path_of_search(trials: Sequence[tuple[int, float, str, bool]], title: str) -> str:
+    """Return accuracy (points) over the orders of a search, (number, points, text, by a move), and the lowest yet."""
+    last = max(place for place, *_ in trials)
+    x, y = Axis(0.4, last + 0.6, 36, WIDTH - 8), Axis.of([value for _, value, _, _ in trials], 190, 8)
+    lowest, steps = trials[0][1], [f"M{x(trials[0][0])} {y(trials[0][1])}"]
+    for place, value, _, _ in trials[1:]:
+        lowest = min(lowest, value)
+        steps.append(f"H{x(place)}V{y(lowest)}")
+    body = [*_y_axis(y, 36, WIDTH - 8), f'<path class="mean" d="{"".join(steps)}"/>']
+    body += [_dot(x(place), y(value), tip, "dot" if moved else "faint") for place, value, tip, moved in trials]
+    for place in range(1, last + 1, -(-last // 10)):
+        body.append(f'<text x="{x(place)}" y="206" class="mid">{place}</text>')
+    body.append(f'<text x="{(36 + WIDTH) / 2}" y="222" class="mid title">{text(title)}</text>')
+    return svg(body, 228, title)
+
+
 def scatter(dots: Sequence[tuple[float, float, str, str]], title: str) -> str:
     """Return accuracy against a cost on a logarithmic axis; dots are (cost, points, label, text)."""
     x = Axis.of([dot[0] for dot in dots], 40, WIDTH - 14, log=True)

@@ -41,6 +41,7 @@ class Run:
         state_bytes: after the last task; None when unknown.
         train_seconds: of all tasks; None when unknown.
         logme: of the frozen features, over all training rows; None where it is not recorded.
+        searched: a search for the worst order chose the order.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Run:
     state_bytes: int | None
     train_seconds: float | None
     logme: float | None = None
+    searched: bool = False
 
 
 def run_folders(root: Path) -> Iterator[Path]:
@@ -126,6 +128,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         state_bytes=state_bytes,
         train_seconds=train_seconds,
         logme=record.logme,
+        searched=record.choices.get("task_order") == "adversarial",
     )
 
 

@@ -26,6 +26,8 @@ def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
     names = dict(zip(map(id, groups), labels(groups), strict=True))
     arenas: dict[str, list[Group]] = {}
     for group in groups:
+        if group.searched:
+            continue  # orders that are bad for one method are no sample for two
         config = group.runs[0].config
         shared = config_hash({key: value for key, value in config.items() if below(key, ARENA)})
         arenas.setdefault(shared, []).append(group)

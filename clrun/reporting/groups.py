@@ -17,6 +17,10 @@ from clrun.reporting.collect import Run
 from clrun.reporting.tables import SETTINGS
 
 WITHIN_GROUP = ("seed", "task_order", "name")  # may vary inside a group, as may the keys outside the hash
+SEARCHED = (
+    "orders were chosen by a search for the worst one: mean, deviation, interval and AOPD describe the search, not "
+    "orders at random."
+)
 Pair = tuple[tuple[int, ...], int]  # (order, seed)
 
 
@@ -46,6 +50,11 @@ class Group:
         return self.runs[0].method, self.runs[0].backbone, self.runs[0].dataset
 
     @property
+    def searched(self) -> bool:
+        """Whether a search for the worst order chose its orders."""
+        return self.runs[0].searched
+
+    @property
     def title(self) -> str:
         """Hash and differing keys."""
         return " ".join([self.key, *(f"{key}={value}" for key, value in self.differing.items())])
@@ -56,6 +65,12 @@ class Group:
         configured = self.runs[0].config.get("scenario.setting")
         present = [setting for setting in SETTINGS if any(setting in run.finals for run in self.runs)]
         return present or [setting for setting in SETTINGS if setting == configured]
+
+    @property
+    def logme(self) -> float | None:
+        """Mean score of the frozen features over the runs that carry one; None without any."""
+        known = [run.logme for run in self.runs if run.logme is not None]
+        return sum(known) / len(known) if known else None
 
     def complete(self, setting: str) -> dict[Pair, Run]:
         """Return the runs that count in `setting`: completed, every final cell there; the first of equals."""
@@ -111,6 +126,7 @@ class Group:
             "orders": orders,
             "missing": self.missing(setting),
             **_further(orders, tasks, finals),
+            **({"caveats": [SEARCHED[0].upper() + SEARCHED[1:]]} if self.searched else {}),
         }
 
     def finals(self, setting: str) -> tuple[list[tuple[int, ...]], list[int], Floats]:
@@ -182,16 +198,21 @@ def finals_of(complete: Mapping[Pair, Run], setting: str) -> tuple[list[tuple[in
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Sort runs into experiment groups, in order of first appearance."""
+    """Sort runs into experiment groups, in order of first appearance; orders chosen by a search are on their own."""
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        members.setdefault((run.method, run.backbone, run.dataset, group_key(run.config)), []).append(run)
+        chosen = "searched" if run.searched else ""
+        members.setdefault((run.method, run.backbone, run.dataset, group_key(run.config), chosen), []).append(run)
     alike: dict[tuple[str, ...], list[Mapping[str, object]]] = {}
     for key, group in members.items():
         alike.setdefault(key[:3], []).append(group[0].config)
     names = {key: differing(configs, WITHIN_GROUP) for key, configs in alike.items()}
     return [
-        Group(key[3], {name: group[0].config.get(name) for name in names[key[:3]]}, group)
+        Group(
+            key[3],
+            {name: group[0].config.get(name) for name in names[key[:3]]} | ({"orders": key[4]} if key[4] else {}),
+            group,
+        )
         for key, group in members.items()
     ]
 

@@ -27,7 +27,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Cell]], *, kind: str = "
     Args:
         heads: of the columns.
         rows: cells.
-        kind: "sortable" makes the headings buttons.
+        kind: CSS classes; "sortable" makes the headings buttons.
         titles: explanation of each heading.
     """
     titles = titles or [""] * len(heads)
@@ -42,7 +42,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Cell]], *, kind: str = "
 
 def _head(head: str, title: str, kind: str) -> str:
     tip = f' data-t="{text(title)}"' if title else ""
-    inner = f'<button type="button"{tip}>{text(head)}</button>' if kind == "sortable" else text(head)
+    inner = f'<button type="button"{tip}>{text(head)}</button>' if "sortable" in kind else text(head)
     return f'<th scope="col">{inner}</th>'
 
 

@@ -15,6 +15,7 @@ from clrun.reporting.charts import text
 from clrun.reporting.groups import Group, labels
 from clrun.reporting.markup import Cell, count, details, number, section, table
 from clrun.reporting.panels import Standings, method, overview
+from clrun.reporting.searches import Search, sections
 from clrun.reporting.tables import SETTINGS
 
 PAIRS = 60  # comparisons shown at once
@@ -31,6 +32,7 @@ class Page:
         comparisons: content of method_comparison.json.
         skipped: (folder, reason) of folders that cannot be read.
         notes: what a reader of the comparison must know.
+        searches: content of each order_search.json.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Page:
     comparisons: Sequence[Mapping[str, Any]]
     skipped: Sequence[tuple[str, str]]
     notes: Sequence[str]
+    searches: Sequence[Search] = ()
 
     def settings(self) -> list[str]:
         """Return the settings of any entry; the one that the first group was trained in comes first."""
@@ -68,6 +71,7 @@ def render(page: Page) -> str:
         body = [_comparison(page, setting, entries), overview(entries), _pairs(page, setting)]
         body += [method(label, group, entry) for label, group, entry in entries if entry["n_orders"]]
         parts.append(f'<div class="in-{setting}">{"".join(body)}</div>')
+    parts.append(sections(page.searches))
     parts += [appendix.differences(page.groups), appendix.runs(page.groups), appendix.reproduce(page.groups)]
     here = files("clrun.reporting")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
@@ -132,15 +136,29 @@ HEADINGS = (
 )
 
 
+LOGME = (
+    "LogME",
+    "log evidence per training image of a linear model on the frozen features, in nats; higher is better, comparable "
+    "for the same images and labels",
+)
+
+
 def _comparison(page: Page, setting: str, entries: Standings) -> str:
     rows = [_standing(label, group, entry) for label, group, entry in entries]
+    headings = list(HEADINGS)
+    if any(group.logme is not None for _, group, _ in entries):
+        place = [name for name, _ in HEADINGS].index("parameters")
+        headings.insert(place, LOGME)
+        for row, (_, group, _) in zip(rows, entries, strict=True):
+            row.insert(place, Cell("–" if group.logme is None else f"{group.logme:.3f}", group.logme))
     known = [caveat for _, _, entry in entries for caveat in entry["caveats"]]
     said = list(dict.fromkeys(known))
     notes = [*(note.removeprefix("note: ") for note in page.notes), *said]
     listed = "".join(f"<li>{text(_whose(note[:1].upper() + note[1:], entries))}</li>" for note in notes)
     warning = f'<aside class="caveats"><h3>What these runs cannot say</h3><ul>{listed}</ul></aside>' if notes else ""
-    terms = "".join(f"<dt>{name}</dt><dd>{text(meaning)}</dd>" for name, meaning in HEADINGS if meaning)
-    body = table([name for name, _ in HEADINGS], rows, kind="sortable", titles=[meaning for _, meaning in HEADINGS])
+    terms = "".join(f"<dt>{name}</dt><dd>{text(meaning)}</dd>" for name, meaning in headings if meaning)
+    names, meanings = zip(*headings, strict=True)
+    body = table(names, rows, kind="sortable", titles=meanings)
     body += warning + details("What the columns mean", f"<dl>{terms}</dl>")
     return section(f"Comparison, {SETTINGS[setting]}", body)
 

@@ -91,12 +91,21 @@ def _put(path: Path, content: str | bytes) -> None:
 
 
 def _tables(folder: Path, setting: str, entries: Standings) -> None:
-    heads = ["method", *(name for name, _ in TABLE), "orders", "seeds"]
+    scored = any(group.logme is not None for _, group, _ in entries)
+    heads = ["method", *(name for name, _ in TABLE), "orders", "seeds", *(["LogME"] if scored else [])]
     full = [
-        [label, *(entry[key] for _, key in TABLE), entry["n_orders"], entry["n_seeds"]] for label, _, entry in entries
+        [
+            label,
+            *(entry[key] for _, key in TABLE),
+            entry["n_orders"],
+            entry["n_seeds"],
+            *([group.logme] if scored else []),
+        ]
+        for label, group, entry in entries
     ]
     _put(folder / f"comparison_{setting}.csv", csv_text([heads, *full]))
-    shown = [[row[0], *(points(v) for v in row[1:-2]), str(row[-2]), str(row[-1])] for row in full]
+    measured = len(TABLE) + 1
+    shown = [[row[0], *map(points, row[1:measured]), *map(_plain, row[measured:])] for row in full]
     caption = (
         f"Final {SETTINGS[setting]} accuracy in points: mean and standard deviation over task orders (seeds averaged "
         "first), disparity over orders (AOPD, MOPD) and its seed-only floor (AOPD0)."
@@ -106,6 +115,10 @@ def _tables(folder: Path, setting: str, entries: Standings) -> None:
     rows = [[label, *((entry["opd"] or {}).get(task) for task in tasks)] for label, _, entry in entries]
     if tasks:
         _put(folder / f"opd_{setting}.csv", csv_text([["method", *(f"task {task}" for task in tasks)], *rows]))
+
+
+def _plain(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _pairs(folder: Path, setting: str, comparisons: Sequence[Mapping[str, Any]]) -> None:
@@ -134,24 +147,30 @@ def _save(path: Path, figure: "Figure | None") -> None:
     """Write a figure as PNG and SVG."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     if figure is None:
         return
     FigureCanvasAgg(figure)
-    figure.draw_without_rendering()
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
     figure.set_layout_engine("none")  # laid out once, not once more for each file
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        picture = io.BytesIO()
-        with warnings.catch_warnings(), rc_context({"svg.hashsalt": "clrun", "svg.fonttype": "none"}):
-            warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
-            figure.savefig(picture, format=kind, dpi=DPI, metadata=metadata)
+    png, svg = io.BytesIO(), io.BytesIO()
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "clrun", "svg.fonttype": "none"}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        as_png: Any = FigureCanvasAgg(figure)
+        as_png.print_png(png, metadata={"Software": None})  # savefig would draw each twice
+        as_svg: Any = FigureCanvasSVG(figure)
+        as_svg.print_svg(svg, metadata={"Date": None, "Creator": None})
+    for kind, picture in (("png", png), ("svg", svg)):
         _put(path.with_suffix(f".{kind}"), picture.getvalue())
 
 
 def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="compressed")
+    return Figure(figsize=(width, height), dpi=DPI, layout="compressed")
 
 
 def _clean(axes: "Axes") -> None:
@@ -238,17 +257,33 @@ def _cost(entries: Standings) -> "Figure | None":
     return figure if found else None
 
 
-def _panels(entries: Standings, draw: Callable[["Axes", Group, str], None], side: float) -> "Figure":
-    """Return a figure with a panel a method, of the best ones."""
+def _panels(
+    entries: Standings, draw: Callable[["Axes", Group, str], None], side: float, *, shared: str = "none"
+) -> "Figure":
+    """Return a figure with a panel a method, of the best ones; axes that panels share are labelled at the edge alone.
+
+    Args:
+        entries: best first.
+        draw: fills a panel.
+        side: of a panel, inches.
+        shared: "none", "x" or "both".
+    """
     shown = entries[:PANELS]
     columns = min(COLUMNS, len(shown))
     lines = -(-len(shown) // columns)
     figure = _figure(side * columns + 0.6, side * lines + 0.4)
-    for axes in (grid := figure.subplots(lines, columns, squeeze=False).ravel())[len(shown) :]:
+    subplots = figure.subplots(lines, columns, squeeze=False, sharex=shared != "none", sharey=shared == "both")
+    grid = subplots.ravel()
+    for axes in grid[len(shown) :]:
         axes.set_axis_off()
     for axes, (label, group, entry) in zip(grid, shown, strict=False):
         draw(axes, group, entry["setting"])
         axes.set_title(printable(label)[:36], fontsize=9).set_parse_math(False)
+    for index, axes in enumerate(grid[: len(shown)]):
+        below = index + columns < len(shown)
+        axes.tick_params(labelbottom=not below or shared == "none")
+        axes.set_xlabel("" if below else axes.get_xlabel(), fontsize=8)
+        axes.set_ylabel(axes.get_ylabel() if index % columns == 0 else "", fontsize=8)
     if images := [image for axes in grid for image in axes.images]:
         bar = figure.colorbar(images[0], ax=list(grid), shrink=0.8, pad=0.02)
         bar.set_label("accuracy (points)", fontsize=8)
@@ -296,8 +331,10 @@ def _draw_opd(axes: "Axes", group: Group, setting: str) -> None:
     axes.plot(means.ravel(), np.tile(np.arange(means.shape[1]), len(means)), "o", color=BLUE, ms=3.5, alpha=0.8)
     axes.set_ylabel("task", fontsize=8)
     step = -(-len(tasks) // 12) or 1
-    _rows(axes, [str(task) for task in tasks], "final accuracy (points)")
     axes.set_yticks(range(0, len(tasks), step), [str(task) for task in tasks[::step]])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlabel("final accuracy (points)", fontsize=9)
+    _clean(axes)
 
 
 def _draw_position(axes: "Axes", group: Group, setting: str) -> None:
@@ -320,7 +357,7 @@ FIGURES: dict[str, Callable[[Standings], "Figure | None"]] = {
     "order_and_seed": _variance,
     "cost": _cost,
     "accuracy_matrices": lambda entries: _panels(entries, _draw_matrix, 1.9),
-    "accuracy_curves": lambda entries: _panels(entries, _draw_curve, 2.3),
-    "opd_by_task": lambda entries: _panels(entries, _draw_opd, 2.3),
-    "position_effect": lambda entries: _panels(entries, _draw_position, 2.3),
+    "accuracy_curves": lambda entries: _panels(entries, _draw_curve, 2.3, shared="both"),
+    "opd_by_task": lambda entries: _panels(entries, _draw_opd, 2.3, shared="x"),
+    "position_effect": lambda entries: _panels(entries, _draw_position, 2.3, shared="both"),
 }

@@ -3,6 +3,7 @@
 Their runs are sorted into experiment groups first (`clrun.reporting.groups`).
 """
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,15 @@ from clrun.errors import ConfigError
 from clrun.files import csv_text, exclusive, json_text, replacing, writing
 from clrun.metrics import METRICS
 from clrun.records import read_run
+from clrun.reporting import searches as order_searches
 from clrun.reporting.collect import Run, collect, run_folders
 from clrun.reporting.compare import compare
-from clrun.reporting.groups import Group, differing, group_runs, labels
+from clrun.reporting.groups import SEARCHED, Group, differing, group_runs, labels
 from clrun.reporting.page import Page, render
-from clrun.reporting.tables import SETTINGS, Line, Standing, comparison_table, listing, printable
+from clrun.reporting.tables import SETTINGS, WIDTH, Line, Standing, comparison_table, listing, printable
 
+PICTURE = "accuracy_matrix.png"
+FEW = 50  # pictures of single runs that a report draws unasked
 COLUMNS = ("folder", "name", "status", "method", "backbone", "dataset", "setting", "seed", "order")
 UNFINISHED = {
     "failed": "no error was recorded",
@@ -36,6 +40,7 @@ class SweepResult:
         robustness: content of order_robustness.json.
         comparisons: content of method_comparison.json.
         skipped: (folder, reason) of folders that cannot be read.
+        searches: content of each order_search.json.
         text: comparison table, then failed, interrupted and skipped folders; "" when there is nothing.
         page: the report.html that was written; None when none was.
     """
@@ -45,6 +50,7 @@ class SweepResult:
     robustness: list[dict[str, Any]]
     comparisons: list[dict[str, Any]]
     skipped: list[tuple[str, str]]
+    searches: list[order_searches.Search]
     text: str
     page: Path | None = None
 
@@ -62,14 +68,16 @@ def refresh(sweep_dir: Path) -> SweepResult:
         ConfigError: the folder cannot be written.
     """
     if next(run_folders(sweep_dir), None) is None:
-        return _result([], [])
+        return _result([])
     with exclusive(sweep_dir / ".lock"):
-        result = _result(*collect([sweep_dir]))
+        result = _result([sweep_dir])
         _write(result, sweep_dir)
     return replace(result, page=sweep_dir / "report.html")
 
 
-def report(dirs: Sequence[Path], *, out: Path | None = None, pictures: bool = True) -> SweepResult:
+def report(
+    dirs: Sequence[Path], *, out: Path | None = None, pictures: bool = True, every_picture: bool = False
+) -> SweepResult:
     """Rebuild tables and pictures from run folders alone.
 
     For one folder its tables and report.html are rewritten in place; a single run's gets report.html alone. Several
@@ -80,7 +88,8 @@ def report(dirs: Sequence[Path], *, out: Path | None = None, pictures: bool = Tr
         dirs: sweeps' or runs' folders, or folders above them.
         out: where to write the tables instead; made when needed.
         pictures: also write figures and tables for papers into the folder `report` beside the tables, and draw
-            accuracy_matrix.png where a completed run has none.
+            accuracy_matrix.png where a completed run has none, for at most FEW runs.
+        every_picture: draw it for more runs, too, which takes about a second for three.
 
     Raises:
         ConfigError: a folder does not exist, holds no run, or cannot be written.
@@ -88,16 +97,25 @@ def report(dirs: Sequence[Path], *, out: Path | None = None, pictures: bool = Tr
     for folder in dirs:
         if not folder.is_dir():
             raise ConfigError(f"report: no such folder: {folder}")
-    result = _result(*collect(dirs))
+    result = _result(dirs)
     if not result.runs and not result.skipped:
         raise ConfigError(f"report: no run (run.json) in {', '.join(map(str, dirs))}")
     target = out if out or len(dirs) > 1 else dirs[0]
     if target is not None:
         _rebuild(result, target, alone=(target / "run.json").exists(), pictures=pictures)
         result = replace(result, page=target / "report.html")
-    if pictures and (undrawn := draw_missing(result.runs)):
-        result = replace(result, text=f"{result.text}\n\n{listing('no picture drawn', undrawn)}")
+    if pictures and (note := _draw(result.runs, every=every_picture)):
+        result = replace(result, text=f"{result.text}\n\n{note}")
     return result
+
+
+def _draw(runs: Sequence[Run], *, every: bool) -> str:
+    """Draw what `report` draws of single runs; return what to say of pictures that are still missing, "" for none."""
+    missing = [run for run in runs if run.status == "completed" and not (run.folder / PICTURE).exists()]
+    if len(missing) > FEW and not every:
+        return f"{len(missing)} runs have no {PICTURE} (job.picture=false); clrun report --pictures draws them."
+    undrawn = _drawn(missing)
+    return listing("no picture drawn", undrawn) if undrawn else ""
 
 
 def _rebuild(result: SweepResult, target: Path, *, alone: bool, pictures: bool) -> None:
@@ -117,33 +135,37 @@ def _rebuild(result: SweepResult, target: Path, *, alone: bool, pictures: bool) 
             paper.write(target / "report", standings, result.comparisons)
 
 
-def draw_missing(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """Draw accuracy_matrix.png of every completed run that has none; return (folder, reason) where that failed."""
+def _drawn(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    """Draw the accuracy matrices of these runs; return (folder, reason) where that failed."""
     from clrun.reporting.figures import draw_accuracy_matrix
 
     undrawn = []
     for run in runs:
-        path = run.folder / "accuracy_matrix.png"
-        if run.status == "completed" and not path.exists():
-            try:
-                draw_accuracy_matrix(read_run(run.folder), path)
-            except ConfigError as error:
-                undrawn.append((run.label, str(error)))
+        try:
+            draw_accuracy_matrix(read_run(run.folder), run.folder / PICTURE)
+        except ConfigError as error:
+            undrawn.append((run.label, str(error)))
     return undrawn
 
 
-def _result(runs: list[Run], skipped: list[tuple[str, str]]) -> SweepResult:
+def _result(roots: Sequence[Path]) -> SweepResult:
+    runs, skipped = collect(roots)
+    searches, unreadable = order_searches.find(roots)
+    skipped += unreadable
     groups = group_runs(runs)
     entries = [group.entries() for group in groups]
     parts = [comparison_table(_lines(groups, entries))] if groups else []
     parts += _notes(groups)
+    if any(group.searched for group in groups):
+        parts.append("\n".join(textwrap.wrap(f"note: orders=searched: {SEARCHED}", WIDTH)))
+    parts += map(order_searches.told, searches)
     for status, why in UNFINISHED.items():
         if listed := [(run.label, run.error or why) for run in runs if run.status == status]:
             parts.append(listing(status, listed))
     if skipped:
         parts.append(listing("skipped: not readable as runs", skipped))
     robustness = [entry for each in entries for entry in each]
-    return SweepResult(runs, groups, robustness, compare(groups), skipped, "\n\n".join(parts))
+    return SweepResult(runs, groups, robustness, compare(groups), skipped, searches, "\n\n".join(parts))
 
 
 def _write(result: SweepResult, folder: Path) -> None:
@@ -163,7 +185,8 @@ def _write_page(result: SweepResult, folder: Path) -> None:
 
 def page_of(result: SweepResult, title: str) -> Page:
     """Return the content of report.html."""
-    return Page(title, result.groups, result.robustness, result.comparisons, result.skipped, _notes(result.groups))
+    notes = _notes(result.groups)
+    return Page(title, result.groups, result.robustness, result.comparisons, result.skipped, notes, result.searches)
 
 
 def sweep_csv(runs: Sequence[Run]) -> str:
@@ -201,14 +224,8 @@ def _lines(groups: Sequence[Group], entries: Sequence[list[dict[str, Any]]]) -> 
         }
         orders, seeds = (max((entry[key] for entry in each), default=0) for key in ("n_orders", "n_seeds"))
         missing = max((len(entry["missing"]) for entry in each), default=len(group.runs))
-        lines.append(Line(label, standings, orders, seeds, missing, _mean([run.logme for run in group.runs])))
+        lines.append(Line(label, standings, orders, seeds, missing, group.logme))
     return lines
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the known values; None without any."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:

@@ -80,7 +80,28 @@ def final_table(run: Mapping[str, Any]) -> str:
     lines.append(f"{'parameters':<30}{_count(parameters):>20}")
     lines.append(f"{'stored bytes':<30}{_count(stored):>20}")
     lines.append(f"{'train seconds':<30}{'-' if seconds is None else f'{seconds:.1f}':>20}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_tuning_lines(run)])
+
+
+def _tuning_lines(run: Mapping[str, Any]) -> list[str]:
+    """Return what `job.tuning` chose for each task, accuracies on validation rows; nothing without it."""
+    tasks, width = [cost for cost in (run.get("cost") or {}).get("tasks") or [] if "tuning" in cost], _label_width(run)
+    lines = [
+        "",
+        "hyper-parameters chosen on validation rows; * accuracy not reached, knobs decayed once more for the next task",
+        f"{'':<{width}}{'lr':>8}{'finetuned':>11}{'wanted':>8}{'reached':>9}{'trainings':>11}{'seconds':>9}  knobs",
+    ]
+    for label, cost in zip(_labels(run), tasks, strict=False):
+        first, second = cost["tuning"]["plasticity"], cost["tuning"]["stability"]
+        line = f"{_shortened(label, width).ljust(width)}{first['lr']:>8g}{points(first['accuracy'], 11)}"
+        attempts = second["attempts"] if second else []
+        wanted = points(second["threshold"], 8) + points(attempts[-1]["accuracy"], 9) if second else f"{'-':>8}{'-':>9}"
+        seconds = first["seconds"] + (second["seconds"] if second else 0.0)
+        knobs = ", ".join(f"{name} {value:g}" for name, value in second["trained"].items()) if second else "none"
+        mark = "" if not second or second["converged"] else " *"
+        trainings = f"{len(first['grid'])}+{len(attempts)}"
+        lines.append(f"{line}{wanted}{trainings:>11}{seconds:>9.1f}  {knobs}{mark}")
+    return lines if tasks else []
 
 
 def cost_totals(cost: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
-from test_report_page import HOSTILE, full
+from test_report_page import HOSTILE, full, search_record
 from test_reporting import config_of, write_run
 
 from clrun.reporting import refresh
@@ -73,6 +73,8 @@ def page(tmp_path_factory):
         write_run(
             folder / f"long-{seed}", config=config, choices=choices, settings=("cil", "til"), task_names=[HOSTILE] * 4
         )
+    write_run(folder / "closed", config=config_of("simplecil"), logme={"all": -0.25})
+    search_record(folder / "search", trials=9)
     refresh(folder)
     return (folder / "report.html").as_uri()
 

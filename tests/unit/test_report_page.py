@@ -59,6 +59,30 @@ def full(folder):
             write_run(folder / f"ewc-{r}-{seed}", order=order, finals=finals, config=config_of("ewc", seed, r))
 
 
+def search_record(folder, method="er", trials=3):
+    """Write the record of a search whose last order is the worst."""
+    orders = [[0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0]]
+    found = [
+        {
+            "number": k + 1,
+            "order": orders[k % 3],
+            "accuracy": None if k == 1 else 0.9 - k / 100,
+            "source": "move" if k else "design",
+            "parent": k or None,
+            "move": "tasks at 1 and 2 swapped" if k else "",
+            "reused": k == 0,
+            "status": "failed" if k == 1 else "completed",
+            "folder": f"orders/{k}",
+        }
+        for k in range(trials)
+    ]
+    record = {"schema": 1, "name": "x", "choices": {"method": method}, "config_hash": "0", "setting": "cil"}
+    record |= {"budget": 5, "started": trials - 1, "status": "running", "trials": found}
+    record |= {"again": "clrun -m task_order=listed", "worst": {"order": orders[(trials - 1) % 3], "accuracy": 0.88}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "order_search.json").write_text(json.dumps(record))
+
+
 # --- statistics of a sweep
 
 
@@ -255,3 +279,47 @@ def test_refresh_draws_nothing_for_papers(tmp_path):
     full(tmp_path)
     refresh(tmp_path)
     assert not (tmp_path / "report").exists()
+
+
+# --- LogME and searches
+
+
+def test_logme_is_a_column_only_where_runs_carry_it(tmp_path):
+    sweep(tmp_path)
+    assert "LogME" not in (refresh(tmp_path).page.read_text())
+    write_run(tmp_path / "closed", config=config_of("simplecil"), logme={"all": -0.25}, order=ORDERS[0])
+    page = report([tmp_path]).page.read_text()
+    heads = re.search("<thead>(.*?)</thead>", page)[1].split("</th>")
+    place = next(k for k, head in enumerate(heads) if ">LogME<" in head)
+    rows = re.search("<tbody>(.*?)</tbody>", page)[1].split("</tr>")
+    cells = {row.split("</th>")[0].rpartition(">")[2]: re.findall("<td.*?>(.*?)</td>", row) for row in rows if row}
+    assert (cells["simplecil"][place - 1], cells["er"][place - 1]) == ("-0.250", "–")
+    header, *lines = (tmp_path / "report" / "comparison_cil.csv").read_text().splitlines()
+    assert header.endswith(",LogME") and {line.rpartition(",")[2] for line in lines} == {"-0.25", ""}
+    assert r"& -0.250 \\" in (tmp_path / "report" / "comparison_cil.tex").read_text()
+
+
+def test_the_path_of_a_search_is_shown(tmp_path):
+    sweep(tmp_path)
+    search_record(tmp_path / "search", method=HOSTILE)
+    result = refresh(tmp_path)
+    page = result.page.read_text()
+    section = page[page.index("<h2>Search for the worst order: ") :].split("</section>")[0]
+    assert HOSTILE not in page and "Worst of 2 orders (1 of them reused): 88.0 in order 3 2 1 0" in section
+    assert "clrun -m task_order=listed" in section and "task_order.tasks=[3,2,1,0]" in section
+    assert section.count("<circle") == 2 and "#2: tasks at 1 and 2 swapped" in section and "failed" in section
+    assert "search for the worst order" in result.text and max(map(len, result.text.splitlines())) <= 100
+
+
+def test_a_search_that_ties_or_has_nothing_yet_says_so(tmp_path):
+    sweep(tmp_path)
+    search_record(tmp_path / "one", trials=1)
+    search_record(tmp_path / "two", trials=2)
+    search_record(tmp_path / "none", trials=0)
+    (tmp_path / "one/old").mkdir()
+    (tmp_path / "one/old/order_search.json").write_text('{"schema": 0}')
+    result = refresh(tmp_path)
+    text = " ".join(result.text.split())
+    assert text.count("one order so far: 90.0.") == 2, "the second one failed"
+    assert "no order has an accuracy yet." in text
+    assert [folder for folder, _ in result.skipped] == ["one/old"]

@@ -347,6 +347,16 @@ def test_report_draws_the_pictures_that_are_missing(tmp_path):
     assert "no picture drawn (1)" in result.text
 
 
+def test_many_missing_pictures_are_drawn_only_when_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("clrun.reporting.sweep.FEW", 1)
+    sweep(tmp_path, orders=[0, 1])
+    text = report([tmp_path]).text
+    assert "2 runs have no accuracy_matrix.png (job.picture=false); clrun report --pictures draws them." in text
+    assert list(tmp_path.glob("*/accuracy_matrix.png")) == []
+    assert "accuracy_matrix.png" not in report([tmp_path], every_picture=True).text
+    assert len(list(tmp_path.glob("*/accuracy_matrix.png"))) == 2
+
+
 def test_report_of_a_single_run_leaves_no_tables_in_it(tmp_path):
     write_run(tmp_path / "run")
     result = report([tmp_path / "run"])

@@ -1,0 +1,131 @@
+"""The path of a search for the worst order (order_search.json): read, told in words, and shown on report.html."""
+
+import json
+import os
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clrun.errors import ConfigError
+from clrun.reporting.charts import path_of_search, text
+from clrun.reporting.markup import Cell, details, figure, number, order_text, section, table
+from clrun.reporting.tables import SETTINGS, WIDTH, points, printable
+
+RECORD = "order_search.json"
+SCHEMA = 1
+LISTED = 40  # orders up to which the table of a search is unfolded
+KEYS = {"name", "choices", "config_hash", "setting", "budget", "started", "status", "worst", "trials", "again"}
+TRIAL = {"number", "order", "accuracy", "source", "parent", "move", "reused", "status", "folder"}
+Search = Mapping[str, Any]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the content of an order_search.json.
+
+    Raises:
+        ConfigError: it cannot be read or was not written by this version of clrun.
+    """
+    try:
+        search = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); remove it to search anew") from error
+    sound = isinstance(search, dict) and search.get("schema") == SCHEMA and search.keys() >= KEYS
+    if not sound or not all(isinstance(trial, dict) and trial.keys() >= TRIAL for trial in search["trials"]):
+        raise ConfigError(f"{path}: not written by this version of clrun")
+    return dict(search)
+
+
+def find(roots: Sequence[Path]) -> tuple[list[Search], list[tuple[str, str]]]:
+    """Return the searches at or below `roots`, and (file, reason) of those that cannot be read."""
+    found: list[Search] = []
+    skipped = []
+    for root in roots:
+        for folder, folders, files in os.walk(root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if RECORD in files:
+                try:
+                    found.append(read(Path(folder) / RECORD))
+                except ConfigError as error:
+                    skipped.append((os.path.relpath(folder, root), str(error)))
+    return found, skipped
+
+
+def conclusion(search: Search) -> str:
+    """Return what a search found, in one line, and in another the command that runs its worst order again."""
+    known = [trial for trial in search["trials"] if trial["accuracy"] is not None]
+    known = [trial for trial in known if trial["accuracy"] == trial["accuracy"]]
+    if not known:
+        return "no order has an accuracy yet."
+    if len(known) == 1:
+        return f"one order so far: {points(known[0]['accuracy'])}."
+    low, high = (pick(trial["accuracy"] for trial in known) for pick in (min, max))
+    counted = f"{len(known)} orders ({sum(trial['reused'] for trial in known)} of them reused)"
+    if low == high:
+        return f"all {counted} tie at {points(low)}: the order makes no difference."
+    worst = search["worst"]
+    listed = ",".join(map(str, worst["order"]))
+    return (
+        f"worst of {counted}: {points(low)} in order {order_text(worst['order'])}; the best has {points(high)}. The "
+        f"lowest of many is low in part by chance; other seeds of it:\n{search['again']} "
+        f"{shlex.quote(f'task_order.tasks=[{listed}]')}"
+    )
+
+
+def told(search: Search) -> str:
+    """Return the conclusion as it is printed; the command stays on one line."""
+    found, _, command = conclusion(search).partition("\n")
+    lines = textwrap.wrap(f"search for the worst order, {method_of(search)}: {printable(found)}", WIDTH)
+    return "\n".join([*lines, *([command] if command else [])])
+
+
+def method_of(search: Search) -> str:
+    """Return the method that was searched with."""
+    return printable(str(search["choices"].get("method") or search["name"]))
+
+
+def sections(searches: Sequence[Search]) -> str:
+    """Return a section of report.html for each search."""
+    return "".join(map(_section, searches))
+
+
+def _section(search: Search) -> str:
+    title = f"Search for the worst order: {method_of(search)}"
+    first, _, command = conclusion(search).partition("\n")
+    rows = [
+        [
+            Cell(f"{trial['number']}", trial["number"]),
+            Cell(number(trial["accuracy"]) if trial["accuracy"] is not None else trial["status"], trial["accuracy"]),
+            Cell(order_text(trial["order"]), None, "whole"),
+            Cell(_origin(trial), _origin(trial), "whole"),
+            Cell("reused" if trial["reused"] else trial["status"], trial["status"]),
+            Cell(trial["folder"], trial["folder"], "long"),
+        ]
+        for trial in search["trials"]
+    ]
+    heads = ["#", "accuracy", "order", "made from", "state", "folder"]
+    listed = details("all orders tried", table(heads, rows, kind="sortable text path"), opened=len(rows) <= LISTED)
+    dots = [
+        (trial["number"], 100 * trial["accuracy"], _tip(trial), trial["source"] == "move")
+        for trial in search["trials"]
+        if trial["accuracy"] is not None
+    ]
+    setting = SETTINGS[search["setting"]]
+    caption = (
+        f"Final {setting} accuracy of every order tried: earlier runs and designed orders (pale), moves from the worst "
+        f"(dark), and the lowest so far (line). {search['started']} of {search['budget']} runs; "
+        f"{search['status']}."
+    )
+    picture = figure(path_of_search(dots, "order tried"), caption) if dots else ""
+    again = f"<pre>{text(command)}</pre>" if command else ""
+    said = f"<p>{text(first[0].upper() + first[1:])}</p>{again}"
+    return section(title, f'{said}<div class="figures">{picture}</div>{listed}')
+
+
+def _origin(trial: Mapping[str, Any]) -> str:
+    return f"#{trial['parent']}: {trial['move']}" if trial["parent"] else str(trial["source"])
+
+
+def _tip(trial: Mapping[str, Any]) -> str:
+    return f"#{trial['number']}, {100 * trial['accuracy']:.1f}: {order_text(trial['order'])}, {_origin(trial)}"
