@@ -5,11 +5,13 @@ and 8 bytes of bookkeeping a row (label and task position as int32): M (s + 8) b
 where a method keeps them, add 4 C.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from clrun.blocks.params import Carrier
-from clrun.data.split import Batch
+from clrun.data.split import Batch, TensorSplit, Transform
 
 
 def share(total: int, *, rank: int, world: int) -> int:
@@ -168,3 +170,68 @@ class ClassBalancedBuffer(Buffer):
         slot = victim.pop(int(which * len(victim)))
         own.append(slot)
         return slot
+
+
+class Exemplars(Buffer):
+    """Ordered sets of rows, one a class or one a task: of each set the first rows can be kept and the others dropped.
+
+    Nothing is drawn: a method says which rows, in which order. With several processes each holds all of them.
+
+    Args:
+        by: what makes a set, the label ("y") or the task ("t").
+    """
+
+    def __init__(self, by: Literal["y", "t"]) -> None:
+        super().__init__(2**62)
+        self.by = by
+
+    def append(self, batch: Batch) -> None:
+        """Put raw rows behind those of their sets, in order."""
+        if not self.filled:
+            self.x, self.y, self.t = batch.x[:0], batch.y[:0].int(), batch.t[:0].int()
+        self.x = torch.cat([self.x, batch.x])
+        self.y, self.t = torch.cat([self.y, batch.y.int()]), torch.cat([self.t, batch.t.int()])
+        self.filled = len(self.y)
+
+    def truncate(self, limit: int) -> None:
+        """Keep the first `limit` rows of each set."""
+        if not self.filled:
+            return
+        keep = torch.cat([self.set(int(group))[:limit] for group in torch.unique(self.groups())]).sort().values
+        self.x, self.y, self.t, self.filled = self.x[keep], self.y[keep], self.t[keep], len(keep)
+
+    def set(self, group: int) -> Tensor:
+        """Return [k] long, the slots of a class or a task, in order."""
+        return (self.groups() == group).nonzero()[:, 0]
+
+    def groups(self) -> Tensor:
+        """Return [n], the class or the task of every row."""
+        return self.y if self.by == "y" else self.t
+
+    def split(self, transform: Transform) -> TensorSplit:
+        """Return the rows as a split."""
+        return TensorSplit(self.x, self.y.long(), positions=self.t.long(), transform=transform)
+
+
+def herd(features: Tensor, count: int) -> Tensor:
+    """Return [m] long, m = min(count, n): rows whose mean, after each further one, is closest to the mean of all.
+
+    Herding without replacement (Welling 2009; iCaRL, Rebuffi et al., CVPR 2017, algorithm 4): row k minimises
+    |mu - (f_j + sum of the rows before) / k|. The choice for a smaller count is the beginning of that for a larger one.
+
+    Args:
+        features: f [n, D].
+        count: rows to choose.
+    """
+    features = features.double()
+    mean, square = features.mean(dim=0), features.square().sum(dim=1)
+    chosen: list[int] = []
+    total = torch.zeros_like(mean)
+    open_ = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    for k in range(1, min(count, len(features)) + 1):
+        score = 2 * features @ (k * mean - total) - square  # |f_j|^2 - 2 <f_j, k mu - sum>, negated
+        best = int(score.masked_fill(~open_, float("-inf")).argmax())
+        chosen.append(best)
+        total = total + features[best]
+        open_[best] = False
+    return torch.tensor(chosen, dtype=torch.long, device=features.device)

@@ -253,8 +253,9 @@ class Residual:
 
 def decompose(base: Tensor, target: Tensor, *, sweeps: int, unfold: bool) -> Residual:
     """Return what rescaling `base` leaves of `target` (both [m, n, ...]); `unfold` keeps each place of the window."""
+    base, target = _window(base), _window(target)  # converted once: a large layer is mostly memory traffic
     rows, columns = rescaling(base, target, sweeps=sweeps)
-    error = _window(target) - rows[:, None, None] * _window(base) * columns[:, None]  # [m, n, cells]
+    error = target - rows[:, None, None] * base * columns[:, None]  # [m, n, cells]
     matrix = error.flatten(1) if unfold else error.mean(dim=2)
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
     energy, vectors = torch.linalg.eigh(gram)

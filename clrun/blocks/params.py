@@ -100,6 +100,19 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = mode
 
 
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Stop the training of every parameter of `modules`; afterwards each trains as it did."""
+    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def hold_statistics(module: nn.Module) -> None:
     """Put the batch normalisation layers of `module` in eval mode, so that their running statistics stand still."""
     for submodule in module.modules():
@@ -131,6 +144,7 @@ __all__ = [
     "dot",
     "eval_mode",
     "flatten",
+    "frozen",
     "gradients",
     "hold_statistics",
     "lincomb",

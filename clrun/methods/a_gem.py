@@ -4,31 +4,24 @@ Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; one
 not needed.
 """
 
-from typing import Literal
-
 from torch import nn
 
-from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, share
+from clrun.blocks.buffers import share
 from clrun.blocks.gradients import project_halfspace
 from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import eval_mode, gradients, select
-from clrun.data.stream import Task
-from clrun.errors import ConfigError, Count, PositiveInt
-from clrun.method import Method
+from clrun.errors import Count, PositiveInt
+from clrun.methods.episodic import Episodic, Rule
 from clrun.training import Context
 
-RULES = {"reservoir": ReservoirBuffer, "ring": RingBuffer, "class_balanced": ClassBalancedBuffer}
 
-
-class AGem(Method):
+class AGem(Episodic):
     """g <- g - min(<g, r>, 0) / |r|^2 r, with r the gradient on a batch of the memory of earlier tasks.
 
     A row of the memory is judged among the classes that compete for its own task. r is taken in eval mode, the mode
     the loss is measured in: running statistics and dropout know nothing of the memory pass. The step obeys the
     constraint with plain SGD; momentum, adaptive rates and weight decay come after the projection. So does
     budget.clip_norm, which shortens the step but keeps its direction.
-
-    The memory is filled when a task ends, in one pass over its rows in random order.
 
     Args:
         backbone: maps prepared images to features [B, D].
@@ -45,22 +38,11 @@ class AGem(Method):
         num_classes: int,
         *,
         capacity: Count,
-        memory: Literal["ring", "reservoir", "class_balanced"],
+        memory: Rule,
         memory_batch_size: PositiveInt,
     ) -> None:
-        super().__init__(backbone, num_classes)
-        self.capacity, self.memory_batch_size = capacity, memory_batch_size
-        self.memory: Buffer = RULES[memory](capacity)
-
-    def begin_task(self, task: Task, ctx: Context) -> None:
-        super().begin_task(task, ctx)
-        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
-        self.memory.tasks = len(ctx.stream.tasks)
-        if isinstance(self.memory, RingBuffer) and 0 < self.memory.capacity < self.memory.tasks:
-            raise ConfigError(
-                f"method.capacity={self.capacity}: a ring needs a row for each of {self.memory.tasks} tasks in each of "
-                f"{ctx.hardware.world} processes; use more or method.memory=reservoir"
-            )
+        super().__init__(backbone, num_classes, capacity=capacity, memory=memory)
+        self.memory_batch_size = memory_batch_size
 
     def adjust_gradients(self, ctx: Context) -> None:
         if not self.capacity or ctx.task.index == 0:
@@ -82,8 +64,3 @@ class AGem(Method):
                 loss = masked_cross_entropy(self(ctx.augment(old.x)), old.y, ctx.mask(old.t))
             loss.backward()  # type: ignore[no-untyped-call]
         ctx.hardware.average_gradients(list(params.values()))
-
-    def end_task(self, task: Task, ctx: Context) -> None:
-        shard = (ctx.hardware.rank, ctx.hardware.world)
-        for batch in task.train.batches(256, view="raw", shuffle=ctx.generator("memory"), shard=shard):
-            self.memory.add(batch, generator=ctx.generator("reservoir", ctx.hardware.rank))

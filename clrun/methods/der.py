@@ -14,6 +14,7 @@ from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.errors import Count, NonNegative
+from clrun.knobs import Knob
 from clrun.method import Method
 from clrun.training import Context
 
@@ -40,6 +41,7 @@ class Der(Method):
             those seen when the row was stored. The mean is over the compared elements.
     """
 
+    knobs = (Knob("alpha"), Knob("beta"))
     seen: Tensor  # [tasks so far, C]
 
     def __init__(

@@ -3,21 +3,18 @@
 Memory between tasks: 2 P floats (importance, anchor), P = backbone parameters. Task id: not needed.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from clrun.blocks.curvature import Labels, QuadraticPenalty, diagonal_fisher, normalised
-from clrun.blocks.params import hold_statistics
-from clrun.data.split import Batch
+from clrun.blocks.curvature import Curvature, Diagonal, Labels, QuadraticPenalty, estimate, normalised
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Fraction, NonNegative, PositiveInt
-from clrun.method import Method
+from clrun.errors import Fraction, NonNegative, PositiveInt
+from clrun.methods.anchored import Anchored
 from clrun.training import Context
 
 
-class Ewc(Method):
+class Ewc(Anchored):
     """loss = CE + strength * 1/2 sum_i F_i (theta_i - theta*_i)^2 on the backbone; the head is free.
 
     Args:
@@ -29,7 +26,7 @@ class Ewc(Method):
             online EWC (Schwarz et al., ICML 2018, arXiv 1805.06370).
         mode: "online": all tasks are anchored at the latest weights. "separate": each at its own (the original;
             counts earlier tasks twice, see Huszar, PNAS 2018). Both take 2 P floats.
-        labels: how the Fisher's labels are chosen: exact, sampled, true, predicted or batched; see `diagonal_fisher`.
+        labels: how the Fisher's labels are chosen: exact, sampled, true, predicted or batched; see `estimate`.
         samples: rows of the task used for the estimate; null for all.
         top_k: with labels=exact, the most probable classes summed over; null for all.
         normalise: divide each task's F by its "mean" or "max" (Progress & Compress), or leave it ("none").
@@ -55,35 +52,21 @@ class Ewc(Method):
         solver: Literal["grad", "proximal"],
         norm: Literal["train", "freeze_after_first"],
     ) -> None:
-        super().__init__(backbone, num_classes)
-        self.strength, self.solver, self.norm = strength, solver, norm
+        penalty = QuadraticPenalty(decay, mode)
+        super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
         self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
         self.samples, self.top_k, self.normalise = samples, top_k, normalise
-        self.penalty = QuadraticPenalty(decay, mode)
 
-    def begin_task(self, task: Task, ctx: Context) -> None:
-        super().begin_task(task, ctx)
-        optimizer = getattr(ctx.budget.optimizer, "func", ctx.budget.optimizer)
-        if self.solver == "proximal" and optimizer is not torch.optim.SGD:
-            name = getattr(optimizer, "__name__", optimizer)
-            raise ConfigError(f"method.solver=proximal: needs budget.optimizer=torch.optim.SGD, not {name}; use grad")
-
-    def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        loss = super().loss(batch, ctx)
-        return loss if self.solver == "proximal" else loss + self.strength * self.penalty(self.backbone)
-
-    def after_step(self, ctx: Context) -> None:
-        if self.solver == "proximal":
-            self.penalty.proximal_(self.backbone, ctx.progress.lr * self.strength)
-
-    def end_task(self, task: Task, ctx: Context) -> None:
-        fisher = diagonal_fisher(
-            self, task.train, ctx, of=self.backbone, labels=self.labels, samples=self.samples, top_k=self.top_k
+    def curvature(self, task: Task, ctx: Context) -> Curvature:
+        found = estimate(
+            "diag",
+            self,
+            task.train,
+            ctx,
+            of=self.backbone,
+            labels=self.labels,
+            samples=self.samples,
+            top_k=self.top_k,
         )
-        self.penalty.update(self.backbone, normalised(fisher, self.normalise))
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if mode and self.norm == "freeze_after_first" and self.penalty.shapes:
-            hold_statistics(self.backbone)
-        return self
+        assert isinstance(found, Diagonal)
+        return normalised(found, self.normalise)

@@ -26,10 +26,27 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("der", {"alpha": 0.0, "beta": 0.0}),
     ("der", {"capacity": 0, "beta": 1.0}),
     ("a_gem", {"capacity": 0}),
+    ("gem", {"capacity": 0}),
+    ("icarl", {"capacity": 0, "loss": "ce", "strength": 0.0}),
+    ("replay_finetune", {"per_task": 0}),
+    ("replay_finetune", {"per_task": 0, "memory": "partial"}),
+    ("dgc", {"zeta": 0.0, "host": {"capacity": 0}}),
     ("ewc", {"strength": 0.0}),
     ("ewc", {"strength": 0.0, "solver": "proximal", "labels": "exact", "mode": "separate"}),
     ("ewc", {"strength": 0.0, "labels": "batched"}),
-    ("l2_transfer", {"strength": 0.0}),
+    ("l2", {"strength": 0.0}),
+    ("l2", {"strength": 0.0, "solver": "proximal"}),
+    ("kfac_ewc", {"strength": 0.0}),
+    ("kfac_ewc", {"strength": 0.0, "solver": "grad", "add": "list", "prior": 1.0, "sharing": "reduce"}),
+    ("lwf", {"strength": 0.0, "heads": "all"}),
+    ("lwf", {"strength": 0.0, "heads": "all", "per_head": False}),
+    ("ebll", {"strength": 0.0, "heads": "all", "code_strength": 0.0}),
+    ("si", {"strength": 0.0}),
+    ("mas", {"strength": 0.0}),
+    ("mas", {"strength": 0.0, "per_sample": False}),
+    ("qr", {"strength": 0.0}),
+    ("qr", {"strength": 0.0, "importance": "mas"}),
+    ("qr", {"strength": 0.0, "importance": "si"}),
 ]
 # Other options under which a learner claims that the order of the tasks does not matter.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
@@ -50,7 +67,7 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
 
 
 # Options that make a learner cheap enough for its many lives here; no promise depends on them.
-SMALL: dict[str, dict[str, Any]] = {"ranpac": {"m": 100}}
+SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}}
 
 
 def small(name: str, **options: Any) -> Callable[..., Method]:
@@ -214,7 +231,11 @@ def test_neutral_option_is_finetuning(name: str, options: dict[str, Any]) -> Non
     assert_same(state(plain), {key: weights[key] for key in state(plain)})
 
 
-@pytest.mark.parametrize("name", ["er", "der", "a_gem", "ewc", "joint"])
+REPLAY = ("er", "der", "a_gem", "gem", "icarl", "mer", "replay_finetune", "joint")
+MEMORY_FREE = ("l2", "ewc", "kfac_ewc", "ncl", "si", "mas", "qr", "blip", "lwf", "ebll", "progress_compress")
+
+
+@pytest.mark.parametrize("name", [*REPLAY, *MEMORY_FREE])
 def test_a_real_option_is_not_finetuning(name: str) -> None:
     ends = []
     for chosen in ("finetune", name):

@@ -7,8 +7,7 @@ import torch
 from helpers import Identity, Net, context, image_stream, row_stream, sgd
 from torch import Tensor, nn
 
-from clrun.blocks import curvature
-from clrun.blocks.curvature import QuadraticPenalty, diagonal_fisher, normalised
+from clrun.blocks.curvature import Diagonal, QuadraticPenalty, diagonal_fisher, gradients, normalised
 from clrun.data.stream import Stream
 from clrun.method import Method
 
@@ -143,8 +142,8 @@ def test_batch_size_and_memory_limit_do_not_matter(labels: str, monkeypatch: pyt
     method, stream = net()
     reference = fisher(method, stream, of=method.backbone, index=1, labels=labels)
     for count, numbers in ((1, 2**24), (3, 2**24), (5, 2**24), (64, 3000), (64, 1)):
-        monkeypatch.setattr(curvature, "GRADIENTS", {"cpu": count})
-        monkeypatch.setattr(curvature, "NUMBERS", {"cpu": numbers})
+        monkeypatch.setattr(gradients, "GRADIENTS", {"cpu": count})
+        monkeypatch.setattr(gradients, "NUMBERS", {"cpu": numbers})
         other = fisher(method, stream, of=method.backbone, index=1, labels=labels)
         for name in reference:
             torch.testing.assert_close(other[name], reference[name], rtol=1e-4, atol=1e-9)
@@ -193,12 +192,12 @@ def test_frozen_parameters_have_no_importance() -> None:
 
 
 def test_normalised() -> None:
-    f = {"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([8.0])}
-    assert normalised(f, "none")["a"].tolist() == [1, 3]
-    assert normalised(f, "mean")["a"].tolist() == [0.25, 0.75]
-    assert normalised(f, "max")["b"].tolist() == [1]
-    zero = normalised({"a": torch.zeros(2)}, "mean")
-    assert zero["a"].tolist() == [0, 0]
+    f = Diagonal.of({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([8.0])})
+    assert normalised(f, "none").values.tolist() == [1, 3, 8]
+    assert normalised(f, "mean").values.tolist() == [0.25, 0.75, 2]
+    assert normalised(f, "max").values.tolist() == [0.125, 0.375, 1]
+    zero = normalised(Diagonal.of({"a": torch.zeros(2)}), "mean")
+    assert zero.values.tolist() == [0, 0]
 
 
 class Vector(nn.Module):
@@ -214,8 +213,8 @@ class Vector(nn.Module):
         return self
 
 
-def importance(*f: float) -> dict[str, Tensor]:
-    return {"theta": torch.tensor(f, dtype=torch.float64)}
+def importance(*f: float) -> Diagonal:
+    return Diagonal.of({"theta": torch.tensor(f, dtype=torch.float64)})
 
 
 def test_penalty_and_its_gradient() -> None:
@@ -254,7 +253,7 @@ def test_separate_equals_the_sum_of_penalties_up_to_a_constant() -> None:
         module = Vector(*theta)
         together.update(module, importance(*f))
         one = QuadraticPenalty(1.0)
-        one.update(module, {"theta": importance(*f)["theta"] * 0.5 ** (2 - age)})
+        one.update(module, importance(*f).scale(0.5 ** (2 - age)))
         alone.append(one)
     probes = [Vector(*torch.randn(3).tolist()) for _ in range(4)]
     differences = [sum(one(p) for one in alone) - together(p) for p in probes]
@@ -263,12 +262,11 @@ def test_separate_equals_the_sum_of_penalties_up_to_a_constant() -> None:
 
 def test_grown_parameters_are_matched_by_name_and_corner() -> None:
     small, large, penalty = nn.Linear(2, 2), nn.Linear(2, 3), QuadraticPenalty(1.0)
-    ones = {name: torch.ones_like(p) for name, p in small.named_parameters()}
-    penalty.update(small, ones)
+    penalty.update(small, Diagonal.of({name: torch.ones_like(p) for name, p in small.named_parameters()}))
     with torch.no_grad():
         large.weight[:2], large.bias[:2] = small.weight + 1, small.bias
     assert penalty(large).item() == pytest.approx(0.5 * 4)
-    penalty.update(large, {name: torch.zeros_like(p) for name, p in large.named_parameters()})
+    penalty.update(large, Diagonal.of({name: torch.zeros_like(p) for name, p in large.named_parameters()}))
     assert penalty.importance.tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 0]
     assert penalty(large).item() == 0
 
@@ -290,7 +288,7 @@ def test_gaussian_linear_regression_equals_joint_least_squares() -> None:
     x1 = basis * torch.tensor([3.0, 1.0, 0.2])
     x2, y1, y2 = torch.randn(5, 3).double(), torch.randn(12).double(), torch.randn(5).double()
     module, penalty = Vector(*torch.linalg.lstsq(x1, y1[:, None]).solution[:, 0].tolist()), QuadraticPenalty(1.0)
-    penalty.update(module, {"theta": x1.square().sum(0) / 12})
+    penalty.update(module, Diagonal.of({"theta": x1.square().sum(0) / 12}))
     optimizer = torch.optim.LBFGS(
         module.parameters(), max_iter=500, tolerance_grad=1e-14, tolerance_change=0, line_search_fn="strong_wolfe"
     )

@@ -314,25 +314,6 @@ def test_batchensemble_is_an_outer_product():
             assert layer.rank == 0
 
 
-def test_l2_transfer_pulls_to_the_task_before():
-    method, stream = born(factory("l2_transfer", strength=2.0), image_stream("til"))
-    live(method, stream, until=1)
-    ctx = context(stream, 1)
-    method.begin_task(stream.tasks[1], ctx)
-    method.eval()
-    batch = next(stream.tasks[1].train.batches(4))
-    near = method.loss(batch, ctx)
-    method.strength = 0.0
-    assert near == method.loss(batch, ctx), "nothing moved yet"
-    with torch.no_grad():
-        method.backbone.linear.bias += 0.5
-    far = method.loss(batch, ctx)
-    method.strength = 2.0
-    torch.testing.assert_close(method.loss(batch, ctx), far + 12 * 0.25)
-    live(method, stream, learned=2)
-    assert all(torch.equal(method.anchor[n], p) for n, p in method.backbone.named_parameters())
-
-
 # --- checkpoints
 
 

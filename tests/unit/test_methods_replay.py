@@ -109,7 +109,7 @@ def der_loss(method: Method, stream: Stream, ctx: Context, index: int) -> Tensor
 
 @pytest.mark.parametrize("match", ["fixed", "seen"])
 def test_der_logit_term_is_zero_while_the_network_stands_still(match: str) -> None:
-    method, stream = plain("der", alpha=1.0, match=match)
+    method, stream = plain("der", alpha=1.0, beta=0.0, match=match)
     ctx = begun(method, stream, 0)
     alone = der_loss(method, stream, ctx, 0)
     assert len(method.memory) == 6
@@ -139,7 +139,7 @@ def test_der_terms_by_hand() -> None:
 def test_der_seen_compares_only_columns_of_the_time() -> None:
     losses = {}
     for match in ("fixed", "seen"):
-        method, stream = plain("der", alpha=1.0, match=match, replay_size=50)
+        method, stream = plain("der", alpha=1.0, beta=0.0, match=match, replay_size=50)
         der_loss(method, stream, begun(method, stream, 0), 0)
         ctx = begun(method, stream, 1)
         new = first_batch(stream, 1)

@@ -1,0 +1,98 @@
+"""One entry to every estimate of curvature."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from clrun.blocks.curvature.forms import Curvature, Diagonal
+from clrun.blocks.curvature.gradients import diagonal, gram
+from clrun.blocks.curvature.kfac import kronecker
+from clrun.blocks.curvature.layers import Groups
+from clrun.blocks.curvature.target import Labels, Target
+from clrun.blocks.params import Params
+from clrun.data.split import Split
+
+if TYPE_CHECKING:
+    from clrun.method import Method
+    from clrun.training import Context
+
+Kind = Literal["diag", "kfac_expand", "kfac_reduce", "gram", "abs_output"]
+
+
+def estimate(
+    kind: Kind,
+    method: "Method",
+    split: Split,
+    ctx: "Context",
+    *,
+    of: nn.Module,
+    labels: Labels,
+    samples: int | None,
+    top_k: int | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    modules: Sequence[str] = ("*",),
+    largest: int | None = None,
+    groups: Groups = "skip",
+    limit: int | None = None,
+) -> Curvature:
+    """Return an estimate of the Fisher information F, per-sample mean, for the trainable parameters of `of`.
+
+    Every label policy is a set of columns s [C] in logit space, F = 1/N sum_n sum_s (J_n' s)(J_n' s)' with J_n the
+    Jacobian of the logits. Only classes that compete in the run's setting have probability.
+
+    Args:
+        kind: "diag": the diagonal. "kfac_expand", "kfac_reduce": a Kronecker product for each linear and convolutional
+            layer, and the diagonal for every other parameter (norms, tokens, position embeddings); expand is the safe
+            choice and that of class tokens, reduce that of networks that average over positions. "gram": the matrix
+            itself, as one row a gradient. "abs_output": no Fisher but the diagonal 1/N sum_n |d |f(x_n)|^2 / d theta|
+            of the logits of competing classes, which needs no labels (MAS, Aljundi et al., ECCV 2018, 1711.09601).
+        method: the learner; afterwards it is bitwise what it was.
+        split: rows to estimate on; every process reads the same ones.
+        ctx: context of the current task; its generator "fisher" chooses rows and labels.
+        of: submodule of `method`; the names of the result are its own.
+        labels: "exact": sqrt(p_c) (e_c - p) for every class c, the closed form of the expectation over y ~ p; all
+            others take one e_y - p: "sampled", one y ~ p a row, unbiased; "true", the row's label (empirical Fisher:
+            biased, 0 where the model fits); "predicted", the most probable class (biased); "batched", y ~ p for a
+            whole batch (of the budget's size) and B times the square of the mean gradient: unbiased, because the B
+            gradients are independent with mean 0, at the cost of one backward a batch, with more variance. For
+            Kronecker factors "batched" is "sampled". For "abs_output" it stands for the published codes, whose
+            gradients of one batch cancel before the absolute value is taken; anything else takes it row by row.
+        samples: rows used, drawn without replacement; None for all.
+        top_k: with "exact", sum over the k most probable classes of a row and add nothing for the rest; None for all.
+        include: patterns of the shell for the names of parameters that count; one must match.
+        exclude: patterns none of which may match.
+        modules: patterns for the names of layers with Kronecker factors; one must match.
+        largest: most inputs or outputs of such a layer, whose factors have that many squared numbers; None: no limit.
+        groups: of convolutions: "skip" gives them a diagonal, "average" takes groups as positions.
+        limit: most rows of "gram".
+    """
+    columns = "output" if kind == "abs_output" else labels
+    target = Target.of(
+        method, split, ctx, of, columns=columns, samples=samples, top_k=top_k, include=include, exclude=exclude
+    )
+    batched = labels == "batched"
+    if kind in ("diag", "abs_output"):
+        return diagonal(target, batched=batched, magnitude=torch.square if kind == "diag" else torch.abs)
+    if kind == "gram":
+        return gram(target, batched=batched, limit=limit)
+    sharing = "expand" if kind == "kfac_expand" else "reduce"
+    return kronecker(target, of, sharing, modules=modules, largest=largest, groups=groups)  # type: ignore[arg-type]
+
+
+def diagonal_fisher(
+    method: "Method",
+    split: Split,
+    ctx: "Context",
+    *,
+    of: nn.Module,
+    labels: Labels,
+    samples: int | None,
+    top_k: int | None = None,
+) -> Params:
+    """Return the diagonal estimate by parameter name; see `estimate`."""
+    found = estimate("diag", method, split, ctx, of=of, labels=labels, samples=samples, top_k=top_k)
+    assert isinstance(found, Diagonal)
+    return found.params(found.values)

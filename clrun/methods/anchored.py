@@ -1,0 +1,71 @@
+"""What methods share that hold the backbone near the weights of earlier tasks by one quadratic penalty."""
+
+from abc import abstractmethod
+from typing import Literal, Self
+
+from torch import Tensor, nn
+
+from clrun.blocks.curvature import Curvature, QuadraticPenalty
+from clrun.blocks.params import hold_statistics
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.knobs import Knob
+from clrun.method import Method
+from clrun.optimizers import needs_sgd
+from clrun.training import Budget, Context
+
+
+class Anchored(Method):
+    """loss = CE + strength / 2 (theta - a)' K (theta - a) on the backbone; the head is free.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        strength: lambda; 0 is finetuning.
+        solver: "grad": the penalty is part of the loss; diverges when learning rate * strength * K exceeds 2.
+            "proximal": after the step on CE alone, the exact step on the penalty: stable for any strength; needs
+            torch.optim.SGD.
+        norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
+            "freeze_after_first" stops after the first one.
+        penalty: K and a.
+    """
+
+    knobs = (Knob("strength"),)
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        strength: float,
+        solver: Literal["grad", "proximal"],
+        norm: Literal["train", "freeze_after_first"],
+        penalty: QuadraticPenalty,
+    ) -> None:
+        super().__init__(backbone, num_classes)
+        self.strength, self.solver, self.norm, self.penalty = strength, solver, norm, penalty
+
+    @abstractmethod
+    def curvature(self, task: Task, ctx: Context) -> Curvature:
+        """Return what `task` adds to K, named as the parameters of the backbone."""
+
+    def check_budget(self, budget: Budget) -> None:
+        if self.solver == "proximal":
+            needs_sgd(budget.optimizer, "method.solver=proximal", instead="use budget=sgd or method.solver=grad")
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        loss = super().loss(batch, ctx)
+        return loss if self.solver == "proximal" else loss + self.strength * self.penalty(self.backbone)
+
+    def after_step(self, ctx: Context) -> None:
+        if self.solver == "proximal":
+            self.penalty.proximal_(self.backbone, ctx.progress.lr * self.strength)
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        self.penalty.update(self.backbone, self.curvature(task, ctx))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode and self.norm == "freeze_after_first" and self.penalty.shapes:
+            hold_statistics(self.backbone)
+        return self

@@ -1,0 +1,106 @@
+"""EBLL: LwF that also keeps codes of the features (Rannen Triki et al., ICCV 2017, arXiv 1704.01920).
+
+Memory between tasks: an encoder a task, 4 T h (D + 1) bytes; a frozen copy of the network during a task, a decoder
+while a code is learned. Task id: not needed.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clrun.blocks.distillation import CodeAutoencoder, code_loss
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.params import frozen
+from clrun.blocks.statistics import extract
+from clrun.data.split import Batch, TensorSplit
+from clrun.data.stream import Task
+from clrun.errors import ConfigError, NonNegative, Positive, PositiveInt
+from clrun.knobs import Knob
+from clrun.method import freeze
+from clrun.methods.lwf import Lwf
+from clrun.seeding import seed_all
+from clrun.training import Budget, Context, fit
+
+
+class Ebll(Lwf):
+    """loss = LwF's + code_strength / 2 sum_k |code_k(f) - code_k(f_old)|^2, k over the tasks before.
+
+    When a task ends, an undercomplete autoencoder of its features f [D] (after the backbone's pooling), the network
+    frozen, learns to keep what the head reads off them: alpha |r - f|^2 + CE(head(r)), r the reconstruction; its
+    encoder sigmoid(E f + e) [h] is kept, untouched from then on. Norms are sums over units; code that takes the mean
+    over them, without the 1/2 (CLsurvey, a = 1, alpha = 0.01 to 0.1), corresponds to code_strength = 2 a / h and
+    alpha / D.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        strength: see `Lwf`.
+        tau: see `Lwf`.
+        per_head: see `Lwf`.
+        heads: see `Lwf`.
+        warmup: see `Lwf`.
+        code_strength: a; 0 is LwF.
+        code_size: h.
+        alpha: weight of the reconstruction against the cross-entropy.
+        encoding: budget of each autoencoder.
+    """
+
+    knobs = (Knob("strength"), Knob("code_strength"))
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        strength: NonNegative,
+        tau: Positive,
+        per_head: bool,
+        heads: Literal["all", "current"],
+        warmup: Budget,
+        code_strength: NonNegative,
+        code_size: PositiveInt,
+        alpha: NonNegative,
+        encoding: Budget,
+    ) -> None:
+        super().__init__(
+            backbone, num_classes, strength=strength, tau=tau, per_head=per_head, heads=heads, warmup=warmup
+        )
+        if code_strength and not (encoding.epochs or encoding.steps):
+            raise ConfigError("method.encoding: codes are learned; give it at least one epoch or step")
+        self.code_strength, self.code_size, self.alpha, self.encoding = code_strength, code_size, alpha, encoding
+        self.encoders = nn.ModuleList()
+
+    def wants_teacher(self) -> bool:
+        return super().wants_teacher() or self.code_strength > 0
+
+    def preservation(self, x: Tensor, features: Tensor, logits: Tensor) -> Tensor:
+        assert self.teacher is not None
+        then, target = self.teacher(x)
+        loss = self.distilled(logits, target)
+        if self.code_strength:
+            distances = [code_loss(encoder(features), encoder(then)) for encoder in self.encoders]
+            loss = loss + self.code_strength / 2 * torch.stack(distances).sum()
+        return loss
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        super().end_task(task, ctx)
+        if self.code_strength:
+            self.encoders.append(self._encoder(task, ctx))
+
+    def _encoder(self, task: Task, ctx: Context) -> nn.Module:
+        """Return a trained encoder of the task's features."""
+        rows = TensorSplit(*extract(self, task.train), positions=task.index)
+        seed_all(ctx.seed, "task", task.id, "autoencoder")
+        autoencoder = CodeAutoencoder(rows.images.shape[1], self.code_size).to(ctx.hardware.device)
+
+        def loss(batch: Batch, ctx: Context) -> Tensor:
+            reconstruction = autoencoder(batch.x)
+            distance = code_loss(reconstruction, batch.x)
+            return self.alpha * distance + masked_cross_entropy(self.head(reconstruction), batch.y, ctx.mask(batch.t))
+
+        with frozen(self.backbone, self.head):
+            parameters = autoencoder.parameters()
+            fit(self, rows, ctx, loss=loss, params=parameters, budget=self.encoding, name="autoencoder")
+        freeze(autoencoder.encoder)
+        return autoencoder.encoder

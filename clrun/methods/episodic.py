@@ -1,0 +1,56 @@
+"""What learners have in common that keep rows of every task in a memory which is filled when the task ends."""
+
+from typing import Literal
+
+from torch import nn
+
+from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, share
+from clrun.data.stream import Stream, Task
+from clrun.errors import ConfigError
+from clrun.method import Method
+from clrun.training import Context
+
+Rule = Literal["ring", "reservoir", "class_balanced"]
+RULES = {"reservoir": ReservoirBuffer, "ring": RingBuffer, "class_balanced": ClassBalancedBuffer}
+
+
+class Episodic(Method):
+    """The memory is filled in one pass over the rows of the task, in random order, after the task is learned.
+
+    While a task is learned the memory therefore holds rows of earlier tasks only. With several processes each keeps its
+    share.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        capacity: M, rows in memory over all processes.
+        memory: "ring": the last M / T rows of each of T tasks. "reservoir": a uniform sample of all rows.
+            "class_balanced": as many rows of each class as of any other.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, capacity: int, memory: Rule) -> None:
+        super().__init__(backbone, num_classes)
+        self.capacity = capacity
+        self.memory: Buffer = RULES[memory](capacity)
+
+    def check(self, stream: Stream) -> None:
+        self._check_ring(self.capacity, len(stream.tasks), 1)
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
+        self.memory.tasks = len(ctx.stream.tasks)
+        self._check_ring(self.memory.capacity, self.memory.tasks, ctx.hardware.world)
+
+    def _check_ring(self, rows: int, tasks: int, world: int) -> None:
+        """Refuse a ring without a row for each task in each process."""
+        if isinstance(self.memory, RingBuffer) and 0 < rows < tasks:
+            raise ConfigError(
+                f"method.capacity={self.capacity}: a ring needs a row for each of {tasks} tasks in each of {world} "
+                "processes; use more or method.memory=reservoir"
+            )
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        shard = (ctx.hardware.rank, ctx.hardware.world)
+        for batch in task.train.batches(256, view="raw", shuffle=ctx.generator("memory"), shard=shard):
+            self.memory.add(batch, generator=ctx.generator("reservoir", ctx.hardware.rank))

@@ -1,0 +1,99 @@
+"""What learners have in common that give each task its part of one network and are told the task at test time."""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from clrun.blocks.heads import GrowingHead
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.masks import Guard
+from clrun.blocks.params import hold_statistics
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.method import Method
+from clrun.training import Context
+
+
+class Masked(Method):
+    """A later task cannot change what an earlier one computes: its logits stay bitwise as they were.
+
+    The head has rows of its own for each task; those of earlier tasks are put back after every step. Logits of a task
+    that has not begun are 0.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+    """
+
+    needs_task_id = True
+    settings = frozenset({"til"})
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__(backbone, num_classes)
+        self.begun = 0  # tasks
+        self.guard: Guard | None = None  # during a fit
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        self.begun = task.index + 1
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        self.guard = None
+
+    def protect(self, masks: Mapping[str, Tensor], task: Task) -> None:
+        """Let the fits that follow change only some entries of the backbone, and the head's rows of `task`.
+
+        Args:
+            masks: by name in the backbone; a parameter without a mask moves freely.
+            task: the current task.
+        """
+        assert isinstance(self.head, GrowingHead)
+        rows = torch.zeros_like(self.head.seen)
+        rows[task.classes] = True
+        heads = {
+            f"head.{name}": (rows if p.dim() == 1 else rows[:, None]).expand_as(p)
+            for name, p in self.head.named_parameters()
+        }
+        named = {f"backbone.{name}": mask for name, mask in masks.items()}
+        self.guard = Guard(dict(self.named_parameters()), named | heads)
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        logits: Tensor = self.head(self.training_features(batch.x))
+        return masked_cross_entropy(logits, batch.y, ctx.mask(batch.t))
+
+    def adjust_gradients(self, ctx: Context) -> None:
+        if self.guard is not None:
+            self.guard.mask_gradients()
+
+    def after_step(self, ctx: Context) -> None:
+        if self.guard is not None:
+            self.guard.restore()
+
+    def holds_statistics(self) -> bool:
+        """Whether the running statistics of batch normalisation stand still: they belong to the first task."""
+        return self.begun > 1
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode and self.holds_statistics():
+            hold_statistics(self.backbone)
+        return self
+
+    def training_features(self, x: Tensor) -> Tensor:
+        """Return the features [B, D] that the current task is trained on."""
+        features: Tensor = self.backbone(x)
+        return features
+
+    def features(self, x: Tensor, task: int) -> Tensor:
+        """Return the features [B, D] of the task at position `task`, which has begun."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        """Return logits [B, C] of prepared x, all of the task at position `task`."""
+        assert task is not None, "this learner needs the task id"
+        if task >= self.begun:
+            return x.new_zeros(len(x), self.num_classes)
+        logits: Tensor = self.head(self.features(x, task))
+        return logits

@@ -1,0 +1,113 @@
+"""PackNet: each task trains the free weights, keeps the largest and frees the rest (Mallya & Lazebnik, 1711.05769).
+
+Memory between tasks: P bytes, P = weights of linear and convolutional layers; per task with rest=per_task, the other
+parameters and running statistics. Task id: needed.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from clrun.blocks.masks import MOST_TASKS, OwnershipMask, Snapshot
+from clrun.blocks.params import Params
+from clrun.data.stream import Stream, Task
+from clrun.errors import ConfigError, Fraction
+from clrun.knobs import Knob
+from clrun.methods.masked import Masked
+from clrun.training import Budget, Context, fit
+
+
+class Packnet(Masked):
+    """Train the free weights, release the smallest of each layer, train the survivors again; then they are frozen.
+
+    Task k is answered by the weights that tasks 1 ... k own, exactly as at its end. A transformer's patch embedding is
+    not pruned: it belongs to the rest, with biases, normalisations, class token and positions.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        prune: rho, share of the task's weights that is released in each layer, floor(rho n) of n; 0 releases none, so
+            that the second task finds no free weight, and skips the second phase.
+        retrain: budget of the second phase; published: a tenth of the learning rate, half of the epochs.
+        rest: what is not pruned. "freeze_after_first": trained by the first task only, as published. "per_task": each
+            task trains it on and keeps a copy.
+    """
+
+    knobs = (Knob("prune"),)
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        prune: Fraction,
+        retrain: Budget,
+        rest: Literal["freeze_after_first", "per_task"],
+    ) -> None:
+        super().__init__(backbone, num_classes)
+        self.prune, self.retrain, self.rest = prune, retrain, rest
+        self.mask = OwnershipMask(prunable(backbone))
+        if not self.mask.shapes:
+            raise ConfigError(
+                f"backbone: packnet needs linear or convolutional layers, {type(backbone).__name__} has none"
+            )
+        self.others = [n for n, p in backbone.named_parameters() if p.requires_grad and n not in self.mask.shapes]
+        self.copies = nn.ModuleList()  # of the rest, one a task
+
+    def check(self, stream: Stream) -> None:
+        if len(stream.tasks) > MOST_TASKS:
+            raise ConfigError(f"scenario: packnet keeps at most {MOST_TASKS} tasks apart, not {len(stream.tasks)}")
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        ctx.log({"phase": "capacity", "free_weights": self.mask.free()})
+        self.mask.claim(task.index)
+        self._protect(task)
+        fit(self, task.train, ctx)
+        if self.prune:
+            self.mask.prune(self._weights(), task.index, self.prune)
+            self._protect(task)
+            fit(self, task.train, ctx, budget=self.retrain, name="retrain")
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        super().end_task(task, ctx)
+        if self.rest == "per_task":
+            self.copies.append(Snapshot(self._rest()))
+
+    def holds_statistics(self) -> bool:
+        return self.rest == "freeze_after_first" and super().holds_statistics()
+
+    def features(self, x: Tensor, task: int) -> Tensor:
+        weights = self.mask.view(self._weights(), task)
+        rest: Params = self.copies[task].read() if task < len(self.copies) else {}  # type: ignore[operator]
+        features: Tensor = functional_call(self.backbone, {**weights, **rest}, (x,))
+        return features
+
+    def _protect(self, task: Task) -> None:
+        """Let the next fit move the weights of `task`, and the rest where it may."""
+        masks = self.mask.owned(task.index)
+        if self.holds_statistics():
+            masks |= {name: torch.zeros_like(self.backbone.get_parameter(name)) for name in self.others}
+        self.protect(masks, task)
+
+    def _weights(self) -> dict[str, nn.Parameter]:
+        """Return the weights that tasks own, by name in the backbone."""
+        return {name: self.backbone.get_parameter(name) for name in self.mask.shapes}
+
+    def _rest(self) -> Params:
+        """Return the other parameters, and running statistics."""
+        rest: Params = {name: self.backbone.get_parameter(name) for name in self.others}
+        return rest | {name: b for name, b in self.backbone.named_buffers() if b.is_floating_point()}
+
+
+def prunable(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable weights of linear and convolutional layers, by name; a patch embedding is left out."""
+    layers = (
+        (n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    )
+    return {
+        f"{name}.weight": layer.get_parameter("weight")
+        for name, layer in layers
+        if layer.weight.requires_grad and "patch_embed" not in name.split(".")
+    }

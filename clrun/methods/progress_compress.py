@@ -1,0 +1,276 @@
+"""Progress & Compress: learn beside a knowledge base, then distil into it (Schwarz et al., ICML 2018, 1805.06370).
+
+Memory between tasks: 3 P floats (knowledge base, importance, anchor; P with the head) and a backbone: the initial one
+(column=reset) or the active column (keep), with its head and, for each block of c channels, adaptors of (2 r + 1) c + r
+floats. Task id: not needed.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.blocks.curvature import Diagonal, Labels, QuadraticPenalty, estimate, normalised
+from clrun.blocks.distillation import Teacher, distillation_loss
+from clrun.blocks.heads import GrowingHead
+from clrun.blocks.inject import Injector, Plan
+from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.params import eval_mode, frozen
+from clrun.data.split import Batch
+from clrun.data.stream import Task
+from clrun.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
+from clrun.knobs import Knob
+from clrun.method import Method
+from clrun.optimizers import needs_sgd
+from clrun.seeding import seed_all
+from clrun.training import Budget, Context, fit
+
+
+class ProgressCompress(Method):
+    """Two columns: the knowledge base (backbone and head), which answers, and an active one, which learns the task.
+
+    Progress: the active column learns by cross-entropy among the task's classes, the knowledge base frozen. Each of its
+    blocks reads the same block of the knowledge base: h_i <- h_i + alpha_i * U_i relu(V_i h_i^KB + c_i), the form for
+    any backbone of the published lateral connections, which read the layer below. Compress: the knowledge base learns
+
+        KL(softmax(z_active / tau) || softmax(z_KB / tau)) + strength / 2 sum_i F_i (theta_i - theta*_i)^2
+
+    over the task's rows and classes; the active column reads the knowledge base as progress found it. Then F <- decay F
+    + F_task, estimated on the knowledge base, head included, theta* <- theta.
+
+    Args:
+        backbone: maps prepared images to features [B, D].
+        num_classes: C.
+        strength: lambda; with 0, compress is distillation alone. For F normalised as below.
+        decay: gamma, applied when a task ends, not in the loss: published strengths are decay times as large.
+        normalise: divide each task's F by its "mean" or "max", so that all tasks count equally, or leave it ("none").
+        labels: how the Fisher's labels are chosen; see `clrun.methods.ewc`.
+        samples: rows of the task used for the estimate; null for all.
+        solver: of the penalty. "grad": part of the loss of compress; diverges when learning rate * strength * F exceeds
+            2, and F adds up over tasks with decay 1. "proximal": after each step on the distillation alone, the exact
+            step on the penalty: stable for any number of tasks; compress needs torch.optim.SGD.
+        tau: temperature of the distillation.
+        lateral: alpha begins uniform in [0, lateral]; 0: no lateral connections, tasks are learned independently.
+        bottleneck: r, width of the adaptors.
+        column: "reset": every task begins from the backbone's initial weights and new adaptors. "keep": from those
+            that the task before left.
+        compress: budget of the second phase; the run's is spent on the first.
+    """
+
+    knobs = (Knob("strength"),)
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        strength: NonNegative,
+        decay: Fraction,
+        normalise: Literal["none", "mean", "max"],
+        labels: Literal[Labels, True],
+        samples: PositiveInt | None,
+        solver: Literal["grad", "proximal"],
+        tau: Positive,
+        lateral: Fraction,
+        bottleneck: PositiveInt,
+        column: Literal["reset", "keep"],
+        compress: Budget,
+    ) -> None:
+        super().__init__(backbone, num_classes)
+        if not (compress.epochs or compress.steps):
+            raise ConfigError("method.compress: what is not compressed is lost; give it at least one epoch or step")
+        if solver == "proximal":
+            needs_sgd(compress.optimizer, "method.solver=proximal", instead="use method.solver=grad")
+        self.solver = solver
+        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
+        self.strength, self.normalise, self.samples, self.tau = strength, normalise, samples, tau
+        self.lateral, self.bottleneck, self.kept, self.compress = lateral, bottleneck, column == "keep", compress
+        self.hooks_backbone = lateral > 0
+        self.penalty = QuadraticPenalty(decay)
+        self.initial = None if self.kept else deepcopy(backbone)
+        self.active = Active(deepcopy(backbone), self._new_head()) if self.kept else None
+        self.injectors = Injector(), Injector()  # of the knowledge base and of the active column
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        super().begin_task(task, ctx)
+        if self.initial is not None:
+            self.active = Active(deepcopy(self.initial), self._new_head())
+        assert self.active is not None
+        if self.lateral and not self.active.paths:
+            self._connect(self.active, task, ctx)
+        self.active.head.grow(task.classes, ctx.generator("active"))
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        assert self.active is not None
+        with frozen(self.backbone, self.head):
+            fit(self, task.train, ctx, loss=self.progress_loss, params=trainable(self.active))
+        base = Teacher(self.backbone, self.head)
+
+        def loss(batch: Batch, ctx: Context) -> Tensor:
+            with torch.no_grad():
+                target = self.answer(batch.x, base.backbone)
+            return self.compress_loss(batch, target, ctx)
+
+        with frozen(self.active):
+            params = trainable(self.backbone, self.head)
+            fit(self, task.train, ctx, loss=loss, params=params, budget=self.compress, name="compress")
+
+    def after_step(self, ctx: Context) -> None:
+        if self.solver == "proximal" and ctx.progress.phase == "compress":
+            self.penalty.proximal_(self.knowledge(), ctx.progress.lr * self.strength)
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        if not self.kept:
+            self.active = None
+        base = self.knowledge()
+        fisher = estimate("diag", self, task.train, ctx, of=base, labels=self.labels, samples=self.samples)
+        assert isinstance(fisher, Diagonal)
+        self.penalty.update(base, normalised(fisher, self.normalise))
+
+    def knowledge(self) -> nn.Module:
+        """Return the knowledge base as one module."""
+        return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
+
+    def progress_loss(self, batch: Batch, ctx: Context) -> Tensor:
+        """Return the cross-entropy [] of the active column among the classes of the task."""
+        return masked_cross_entropy(self.answer(batch.x, self.backbone), batch.y, ctx.mask(batch.t, "til"))
+
+    def compress_loss(self, batch: Batch, target: Tensor, ctx: Context) -> Tensor:
+        """Return the distance [] of the knowledge base from `target` [B, C], and what moving it costs."""
+        classes = ctx.task.classes.to(target.device)
+        loss = distillation_loss(self(batch.x), target, [classes], tau=self.tau)
+        if self.solver == "grad" and self.strength:
+            loss = loss + self.strength * self.penalty(self.knowledge())
+        return loss
+
+    def answer(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Return logits [B, C] of the active column, which reads the blocks of `base`, a knowledge base's backbone."""
+        assert self.active is not None
+        paths = dict(zip(self.active.paths, self.active.adaptors, strict=True))
+        if not paths:
+            return self.active(x)  # type: ignore[no-any-return]
+        notes = {path: Note() for path in paths}
+        with torch.no_grad(), self.injectors[0].use(base, Plan(scaled=notes)):
+            base(x)
+        lateral = {path: Reads(adaptor, notes[path].seen) for path, adaptor in paths.items()}
+        with self.injectors[1].use(self.active.column, Plan(sequential=lateral)):
+            return self.active(x)  # type: ignore[no-any-return]
+
+    def _new_head(self) -> GrowingHead:
+        """Return the head of an active column."""
+        return GrowingHead(int(self.backbone.num_features), self.num_classes)  # type: ignore[arg-type]
+
+    def _connect(self, active: "Active", task: Task, ctx: Context) -> None:
+        """Give an active column new adaptors."""
+        widths = block_widths(self.backbone, next(iter(task.train.batches(1))).x)
+        seed_all(ctx.seed, "task", task.id, "adaptors")
+        active.paths = list(widths)
+        active.adaptors.extend([Lateral(width, self.bottleneck, self.lateral) for width in widths.values()])
+
+
+class Active(nn.Module):
+    """The active column.
+
+    Args:
+        column: backbone.
+        head: of the active column alone.
+
+    Attributes:
+        paths: of the blocks with an adaptor.
+        adaptors: one for each path.
+    """
+
+    def __init__(self, column: nn.Module, head: GrowingHead) -> None:
+        super().__init__()
+        self.column, self.head = column, head
+        self.paths: list[str] = []
+        self.adaptors = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits [B, C] of prepared x."""
+        logits: Tensor = self.head(self.column(x))
+        return logits
+
+
+class Lateral(nn.Module):
+    """alpha * U relu(V h + c), for h with its channels in dimension 1 of four, or else in the last.
+
+    Args:
+        width: channels.
+        bottleneck: r.
+        largest: alpha begins uniform in [0, largest].
+    """
+
+    def __init__(self, width: int, bottleneck: int, largest: float) -> None:
+        super().__init__()
+        down, up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width, bias=False)
+        self.down, self.shift, self.up = down.weight, down.bias, up.weight
+        self.alpha = nn.Parameter(torch.rand(width) * largest)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the same shape as h."""
+        last = h.movedim(1, -1) if h.dim() == 4 else h
+        out: Tensor = self.alpha * F.linear(F.linear(last, self.down, self.shift).relu(), self.up)
+        return out.movedim(-1, 1) if h.dim() == 4 else out
+
+
+class Note(nn.Module):
+    """Hands on what it is given, and keeps it."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return h."""
+        self.seen = h
+        return h
+
+
+class Reads(nn.Module):
+    """What an adaptor makes of another network's block, whatever passes here.
+
+    Args:
+        adaptor: of the block.
+        other: output of the other network's block.
+    """
+
+    def __init__(self, adaptor: nn.Module, other: Tensor) -> None:
+        super().__init__()
+        self.adaptor, self.other = adaptor, other
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return what is added to h."""
+        added: Tensor = self.adaptor(self.other)
+        return added
+
+
+def trainable(*modules: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that may learn."""
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+def block_widths(backbone: nn.Module, x: Tensor) -> dict[str, int]:
+    """Return the number of channels that each block of a backbone puts out, by path.
+
+    Blocks are those of a transformer, or the layers with weight matrices in the order of a convolutional network (its
+    `layers`, or itself).
+
+    Args:
+        backbone: not changed.
+        x: [1, ...] prepared row to look with.
+    """
+    notes: dict[str, Any] = {path: Note() for path in block_paths(backbone)}
+    with torch.no_grad(), eval_mode(backbone), Injector().use(backbone, Plan(scaled=notes)):
+        backbone(x)
+    return {path: note.seen.shape[1 if note.seen.dim() == 4 else -1] for path, note in notes.items()}
+
+
+def block_paths(backbone: nn.Module) -> Iterator[str]:
+    """Yield the path of each block."""
+    for home in ("blocks", "layers", ""):
+        module = getattr(backbone, home, None) if home else backbone
+        if isinstance(module, nn.Module) and (not home or isinstance(module, nn.Sequential | nn.ModuleList)):
+            for name, child in module.named_children():
+                if any(p.dim() > 1 for p in child.parameters()):
+                    yield f"{home}.{name}" if home else name
+            return
