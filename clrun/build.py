@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from torch import nn
 
+from clrun.blocks.inject import COMPILED
 from clrun.config import Job
 from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import frozen_features, module_digest
-from clrun.data.split import Plain, Split, TensorSplit
+from clrun.data.orders import canonical
+from clrun.data.split import Plain, Split, TensorSplit, Transform
 from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
+from clrun.edge import edge, task_similarities
 from clrun.errors import ConfigError
 from clrun.frozen import fact, open_cache, reuse
 from clrun.hardware import Hardware
@@ -74,14 +78,21 @@ def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built
     stream, seen = images, backbone
     learner: type[Method] = get_class(config["method"]["_target_"])
     cache: FeatureCache | None = None
-    if learner.uses_frozen_features and features:
+    if learner.reads_features(config["method"]) and features:
         job: Job = make(config["job"])
         cache = open_cache(job.feature_cache, hardware, _names(config, text))
         digest = fact(backbone, "digest", lambda: module_digest(backbone))
         stream, seen = frozen_features(images, backbone, hardware, cache, digest=digest, show=job.progress)
     seed_all(config["seed"], "init", "method")
-    method = make(config["method"])(seen, stream.num_classes)
-    return Built(images, stream, backbone, method, make(config["budget"]), text, cache)
+    method: Method = make(config["method"])(seen, stream.num_classes)
+    method.check(images)
+    if hardware.compile and method.hooks_backbone:
+        raise ConfigError(COMPILED)
+    budget: Budget = make(config["budget"])
+    method.check_budget(budget)
+    if (tuning := make(config["job"]).tuning) is not None:
+        tuning.check(budget)
+    return Built(images, stream, backbone, method, budget, text, cache)
 
 
 def _names(config: Config, text: str) -> dict[str, str]:
@@ -103,10 +114,20 @@ def build_images(config: Config, hardware: Hardware | None) -> tuple[nn.Module, 
 
     key = repr([config["backbone"], dataset.image_shape, config["seed"], hardware])
     learner: type[Method] = get_class(config["method"]["_target_"])
-    backbone = reuse(key, new) if learner.uses_frozen_features else new()
+    backbone = reuse(key, new) if learner.reads_features(config["method"]) else new()
     transform, text = fit_transform(dataset, backbone)
-    stream = make(config["scenario"])(dataset, make(config["task_order"]), transform)
+    stream = make(config["scenario"])(dataset, _order(config, dataset, transform, backbone), transform)
     return backbone, _limited(stream, make(config["job"]), hardware), text
+
+
+def _order(config: Config, dataset: Dataset, transform: Transform, backbone: nn.Module) -> Any:
+    """Return the order of tasks; one by how alike tasks are is told how alike they are."""
+    order = make(config["task_order"])
+    if getattr(order, "func", order) is not edge:
+        return order
+    stream = make(config["scenario"])(dataset, canonical, transform)
+    found = task_similarities(stream, backbone, config["task_order"]["similarity"])
+    return partial(order, similarities=found)
 
 
 def preflight(config: Config) -> None:
@@ -135,6 +156,8 @@ def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
     tasks = stream.tasks[: job.max_tasks]
     if job.eval_split == "val" and any(task.val is None for task in tasks):
         raise ConfigError("job.eval_split=val: there are no validation rows; set dataset.val_fraction above 0")
+    if job.tuning is not None and any(not task.val for task in tasks):
+        raise ConfigError("job.tuning: needs validation rows of every task; set dataset.val_fraction above 0, e.g. 0.1")
     if hardware is not None:
         tasks = _Placed(hardware.device, hardware.workers or 0).tasks(tasks)
     return Stream(tasks, stream.num_classes, stream.setting, stream.class_names, stream.class_order, stream.transform)

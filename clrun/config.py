@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ OUTSIDE_HASH = (
 GROUPS = ("dataset", "scenario", "task_order", "backbone", "method", "budget", "hardware", "logger", "job")
 PLAIN: dict[str, Any] = {"name": str, "seed": Count}
 RESERVED = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})
+CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Job:
         max_tasks: learn only so many tasks; null learns all.
         max_steps: upper limit of the steps of each fit; null for none.
         max_eval_rows: evaluate at most so many rows of each task; null for all.
+        tuning: chooses hyper-parameters task by task (`clrun.tuning`); null learns each task once, as configured.
+
+    Raises:
+        ConfigError: options that exclude each other.
     """
 
     resume: bool
@@ -75,6 +81,12 @@ class Job:
     max_tasks: PositiveInt | None
     max_steps: PositiveInt | None
     max_eval_rows: PositiveInt | None
+    tuning: Callable[..., Any] | None
+
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        if self.tuning is not None and self.eval_every is not None:
+            raise ConfigError("job.eval_every: evaluates one training of a task, job.tuning does many; set it to null")
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,7 @@ def conf_dir() -> Path:
     return next(d for d in (package / "conf", package.parent / "conf") if (d / "config.yaml").is_file())
 
 
+@cache
 def inside_hash(key: str) -> bool:
     """Whether the dotted `key` can change a result."""
     return not any(key == outside or key.startswith(f"{outside}.") for outside in OUTSIDE_HASH)
@@ -143,7 +156,7 @@ def _texts(config: Mapping[str, Any]) -> dict[str, str]:
         return int(x) if isinstance(x, float) and x.is_integer() else x
 
     leaves = flatten(config).items()
-    return {key: json.dumps(canonical(leaf), sort_keys=True, default=repr) for key, leaf in leaves if inside_hash(key)}
+    return {key: CANONICAL.encode(canonical(leaf)) for key, leaf in leaves if inside_hash(key)}
 
 
 def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from clrun.accounting import PeakMemory, parameter_counts, state_bytes
@@ -13,6 +14,7 @@ from clrun.hardware import Hardware
 from clrun.method import Method
 from clrun.seeding import seed_all
 from clrun.training import Budget, Context, Progress
+from clrun.tuning import StabilityDecay
 
 
 class Journal(Protocol):
@@ -49,6 +51,7 @@ class Engine:
             elsewhere the classes of an unseen task do not compete yet).
         eval_every: evaluate every so many optimizer steps too; None does not.
         max_steps: upper limit of the steps of any fit; None for none.
+        tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
         life: what the run has gone through.
     """
 
@@ -61,22 +64,26 @@ class Engine:
     eval_initial: bool = False
     eval_every: int | None = None
     max_steps: int | None = None
+    tuning: StabilityDecay | None = None
     life: Life = field(default_factory=Life)
     _evaluating: float = 0.0
 
-    def run(self, method: Method) -> None:
-        """Let `method` learn the tasks that are not learned yet, in order."""
+    def run(self, method: Method) -> Method:
+        """Let `method` learn the tasks that are not learned yet, in order; return it, or the copy that lived on."""
         self.hardware.place(method)
         if self.hardware.compile:
             method.backbone.compile()
         memory = PeakMemory(self.hardware)
         for task in self.stream.tasks[self.life.learned :]:
-            seed_all(self.seed, "task", task.id)
             self.journal.begin_task(task)
             memory.reset()
-            seconds = self._learn(method, task)
+            search: dict[str, Any] = {}
+            if self.tuning is None:
+                seconds = self.train(method, self.context(method, task))
+            else:
+                method, seconds, search["tuning"] = self.tuning(self, method, task)
             self.life.learned += 1
-            evaluation = self._timed(lambda: self._evaluate(method, self.life.learned))
+            evaluation = self._timed(partial(self._evaluate, method, self.life.learned))
             steps = self.life.costs[-1]["steps"] if self.life.costs else 0
             images = len(task.train)
             self.life.costs.append(
@@ -91,21 +98,26 @@ class Engine:
                     "peak_memory_bytes": memory.read(),
                     "parameters": parameter_counts(method),
                     "state_bytes": state_bytes(method),
+                    **search,
                 }
             )
             self.journal.end_task(task, method, self.life)
+        return method
 
     def _images(self, task: Task, steps: int) -> int:
         """Return the training images that passed through the network: rows of all steps, or one pass without steps."""
         return steps * min(self.budget.batch_size, len(task.train)) if steps else len(task.train)
 
-    def _learn(self, method: Method, task: Task) -> float:
-        """Let `method` learn `task`; return the seconds it took, without evaluations."""
-        self._evaluating = 0.0
-        ctx = self._context(method, task)
+    def train(self, method: Method, ctx: Context, *, initial: bool = True) -> float:
+        """Let `method` learn the task of `ctx`; return the seconds it took, without evaluations.
+
+        `initial`: evaluate before the first task, where the run does so and has not yet.
+        """
+        self._evaluating, task = 0.0, ctx.task
+        seed_all(ctx.seed, "task", task.id)
         method.begin_task(task, ctx)
         self.hardware.place(method)
-        if task.index == 0 and self._initial:
+        if initial and self._initial and not self.life.rows:
             self._record(self.evaluation(method, self.stream, 0, candidates=1, tasks=len(self.stream.tasks)), "end")
 
         def work() -> None:
@@ -119,7 +131,7 @@ class Engine:
         """Whether tasks are evaluated before they are learned."""
         return self.eval_initial and self.stream.setting == "dil"
 
-    def _context(self, method: Method, task: Task) -> Context:
+    def context(self, method: Method, task: Task) -> Context:
         """Return what the method may know while it learns `task`."""
 
         def on_step(progress: Progress) -> None:

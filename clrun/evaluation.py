@@ -127,6 +127,17 @@ class Evaluation:
             method.train()
         return rows
 
+    def accuracy(self, method: Method, stream: Stream, task: Task) -> float:
+        """Return the share of the rows of `task` that `method` has right, as the last task learned, in its setting."""
+        training = method.training
+        method.eval()
+        own = stream.members[task.index].to(self.hardware.device)
+        masks = self._masks(stream, (stream.setting,), task.index + 1)
+        with torch.inference_mode():
+            counts = self._count(method, task, masks[:, task.index], own)
+        method.train(training)
+        return counts[0, 0].item() / len(self.rows(task))
+
     def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor) -> Tensor:
         """Return [S, 3] sums over the task's rows: correct, argmax in the true task, negative log-likelihood.
 

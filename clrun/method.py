@@ -1,6 +1,6 @@
 """The base class of every learner: eight hooks, a backbone, a head."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from clrun.blocks.heads import GrowingHead
 from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
-from clrun.data.stream import Setting, Task
-from clrun.training import Context, fit
+from clrun.data.stream import Setting, Stream, Task
+from clrun.knobs import Knob
+from clrun.training import Budget, Context, fit
 
 ALL_SETTINGS: frozenset[Setting] = frozenset({"til", "cil", "dil"})
 
@@ -25,11 +26,13 @@ class Method(nn.Module):
         num_classes: C, the classes of the whole data set.
     """
 
-    uses_frozen_features: ClassVar[bool] = False  # the engine feeds features of the frozen backbone as batch.x
+    uses_frozen_features: bool = False  # the engine feeds features of the frozen backbone as batch.x
     needs_vit: ClassVar[bool] = False  # the backbone must be a timm vision transformer
     needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
+    hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
     depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
+    knobs: tuple[Knob, ...] = ()  # options that trade plasticity for stability, in the order of their decay
     order_invariant: bool = False  # claim of this instance: final predictions do not depend on the task order
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:
@@ -38,10 +41,30 @@ class Method(nn.Module):
         self.num_classes = num_classes
         self.head: nn.Module = GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
 
+    @classmethod
+    def reads_features(cls, options: Mapping[str, Any]) -> bool:
+        """Return `uses_frozen_features` of an instance with these options."""
+        return cls.uses_frozen_features
+
+    def check(self, stream: Stream) -> None:
+        """Look at the tasks to come, before anything is written.
+
+        Raises:
+            ConfigError: they do not suit the options.
+        """
+
+    def check_budget(self, budget: Budget) -> None:
+        """Look at what a fit may spend, before anything is written.
+
+        Raises:
+            ConfigError: its optimizer does not suit the method.
+        """
+
     # --- once per task
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         """Prepare for `task`: grow, allocate. The engine moves the method to the device afterwards."""
+        self.check_budget(ctx.budget)
         if isinstance(self.head, GrowingHead):
             self.head.grow(task.classes)
 

@@ -25,8 +25,10 @@ from clrun.hardware import Hardware, launch
 from clrun.loggers import Logger, Show
 from clrun.method import Method
 from clrun.metrics import AccuracyMatrix, summary
+from clrun.order_search import adversarial
 from clrun.records import SCHEMA, RunFolder
 from clrun.selection import selection_counts
+from clrun.signature import locate
 from clrun.training import Progress
 
 __all__ = ["Recorder", "preflight", "run_config"]
@@ -56,6 +58,16 @@ def run_config(config: Config, out: Path, *, job: JobInfo) -> float:
         from clrun.preview import preview
 
         return preview(config, out, job)
+    if locate(config["task_order"]["_target_"]) is adversarial:
+        from clrun.worst_order import search_worst_order
+
+        return search_worst_order(config, out, job, run=_run)
+    return _run(config, out, job)
+
+
+def _run(config: Config, out: Path, job: JobInfo) -> float:
+    """Run one configuration, or continue what is there; see `run_config`."""
+    settings: Job = make(config["job"])
     stored = RunFolder(out).read_run() if settings.resume else None
     if stored is not None:
         _refuse_other(stored, config, out)
@@ -201,9 +213,10 @@ class Recorder:
             eval_initial=self.settings.eval_initial,
             eval_every=self.settings.eval_every,
             max_steps=self.settings.max_steps,
+            tuning=self.settings.tuning,  # type: ignore[arg-type]
             life=life,
         )
-        engine.run(method)
+        method = engine.run(method)
         if self.hardware.main:
             self._finish(built, method)
         return _result(self.run)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +35,8 @@ class Budget:
     """What one fit may spend, and with which optimizer.
 
     Attributes:
-        optimizer: called with the parameters (or parameter groups) of each fit.
+        optimizer: called with the parameters (or parameter groups) of each fit. One with a method `watch(method, ctx)`,
+            a context manager, sees the learner too: `fit` holds it open while it runs (`clrun.optimizers`).
         epochs: passes over the split; null when `steps` is given.
         steps: optimizer steps; null when `epochs` is given.
         batch_size: rows of a step, over all processes together.
@@ -73,6 +75,15 @@ def cosine(optimizer: Optimizer, total_steps: int, *, warmup: Annotated[float, R
         if step < rise:
             return (step + 1) / (rise + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def quarter_cosine(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return a schedule that falls to 0 along the first quarter of a cosine, as in the code of CODA-Prompt."""
+
+    def factor(step: int) -> float:
+        return math.cos(0.5 * math.pi * min(1.0, step / max(1, total_steps)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -187,15 +198,17 @@ def fit(
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
     seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
     method.train()
-    for rows, share in _epochs(split, ctx, budget.batch_size, total, name):
-        value = step(rows, share)
-        if schedule is not None:
-            schedule.step()
-        method.after_step(ctx)
-        ctx.progress.step += 1
-        if ctx.progress.step % CHECK_EVERY == 0 or ctx.progress.step == total:
-            _look(value, ctx)
-        ctx.on_step(ctx.progress)
+    watch = getattr(optimizer, "watch", None)  # an optimizer that must see more than gradients
+    with nullcontext() if watch is None else watch(method, ctx):
+        for rows, share in _epochs(split, ctx, budget.batch_size, total, name):
+            value = step(rows, share)
+            if schedule is not None:
+                schedule.step()
+            method.after_step(ctx)
+            ctx.progress.step += 1
+            if ctx.progress.step % CHECK_EVERY == 0 or ctx.progress.step == total:
+                _look(value, ctx)
+            ctx.on_step(ctx.progress)
     optimizer.zero_grad(set_to_none=True)
     ctx.hardware.average_buffers(method)
 

@@ -140,7 +140,7 @@ def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple
     seed_all(seed, "init")
     target: Any = make.func if isinstance(make, partial) else make
     backbone: nn.Module = tiny_vit() if target.needs_vit else Net()
-    if target.uses_frozen_features:
+    if target.reads_features(make.keywords if isinstance(make, partial) else {}):
         stream, backbone = frozen_features(stream, backbone, cpu())
     return make(backbone, stream.num_classes), stream
 

@@ -46,12 +46,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "backbones": ("libraries",),
     "blocks": ("data.split",),
     "training": ("data", "hardware"),
-    "method": ("training", "blocks", "data"),
-    "methods": ("method", "training", "blocks", "data"),
+    "optimizers": ("blocks",),
+    "knobs": (),
+    "method": ("training", "blocks", "data", "knobs"),
+    "methods": ("method", "knobs", "training", "optimizers", "blocks", "data"),
     "metrics": (),
     "robustness": ("metrics",),
     "order_effects": ("metrics", "robustness"),
     "comparison": ("metrics", "order_effects"),
+    "order_search": ("data.orders",),
+    "edge": ("blocks", "data.orders", "data.stream", "metrics"),
     "records": ("files", "metrics"),
     "reporting": ("comparison", "config", "files", "metrics", "order_effects", "records", "robustness"),
     "accounting": ("hardware",),
@@ -60,12 +64,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "selection": ("data", "evaluation", "method"),
     "checkpoint": ("evaluation", "files", "hardware", "method"),
     "loggers": ("data.stream", "files", "training", "reporting.tables"),
-    "engine": ("accounting", "checkpoint", "data", "evaluation", "hardware", "method", "training"),
+    "tuning": ("data", "evaluation", "knobs", "method", "training"),
+    "engine": ("accounting", "checkpoint", "data", "evaluation", "hardware", "method", "training", "tuning"),
     "compose": ("config", "signature"),
     "jobs": ("compose", "config", "files", "signature", "reporting", "run"),
     "cli": ("compose", "data.feature_cache", "jobs", "signature", "reporting"),
 }
-UNRESTRICTED = ("build", "run", "dry_run", "preview")  # they put everything together
+UNRESTRICTED = ("build", "run", "dry_run", "preview", "worst_order")  # they put everything together
 SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 LIGHT = ("records", "metrics", "robustness", "reporting", "errors", "cli", "jobs", "compose", "config", "signature")
 LIGHT += ("files", "data.feature_cache", "data.orders", "order_effects", "comparison")

@@ -249,7 +249,7 @@ def test_help_is_a_page_of_our_own(clrun, folder):
     assert done.code == 0
     for group in ("dataset", "scenario", "task_order", "backbone", "method", "budget", "hardware", "logger", "job"):
         assert f"\n{group}: " in done.out
-    assert "\nexperiment: cifar100_split, " in done.out
+    assert "\nexperiment: aper_cifar224, " in done.out
     examples = done.out.partition("Examples\n")[2].partition("\n\n")[0]
     assert examples.count("clrun") == 5
     assert "powered by Hydra" not in done.out
@@ -286,7 +286,7 @@ def test_completion(clrun, monkeypatch):
     assert "complete" in clrun("-sc", "install=bash").out
     monkeypatch.setenv("COMP_LINE", "clrun method=e")
     monkeypatch.setenv("COMP_POINT", "14")
-    assert clrun("-sc", "query=bash").out.split() == ["method=ease", "method=er", "method=ewc"]
+    assert clrun("-sc", "query=bash").out.split() == ["method=ease", "method=ebll", "method=er", "method=ewc"]
 
 
 def test_the_reader_of_a_pipe_may_leave(folder):

@@ -18,10 +18,16 @@ from clrun.hardware import Hardware, launch
 OPTIONS = ("hardware=cpu", "job.max_tasks=2", "budget.epochs=1", "budget.batch_size=50", "job.save_model=true")
 
 
-@pytest.mark.parametrize("method", ["finetune", pytest.param("ewc", marks=pytest.mark.slow)])
+# These have sums over processes, or networks of their own that all processes must begin alike.
+SLOW = ("ewc", "kfac_ewc", "ncl", "ebll", "si", "qr method.importance=mas", "progress_compress")
+SLOW += ("gem", "icarl", *(f"{name} scenario.setting=til" for name in ("packnet", "hat", "fish")))
+
+
+@pytest.mark.parametrize("method", ["finetune", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_two_processes_reproduce_one(tmp_path: Path, method: str) -> None:
-    one = run(tmp_path / "one", f"method={method}", *OPTIONS)
-    two = run(tmp_path / "two", f"method={method}", *OPTIONS, "hardware.processes=2")
+    options = (*f"method={method}".split(), *OPTIONS)
+    one = run(tmp_path / "one", *options)
+    two = run(tmp_path / "two", *options, "hardware.processes=2")
     assert two == one
     assert cells(tmp_path / "two") == cells(tmp_path / "one")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

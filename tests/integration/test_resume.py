@@ -21,7 +21,7 @@ from clrun.signature import locate
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
 LONG = ("job.max_tasks=3", "budget.epochs=3")
-CHEAP = {"ranpac": ("method.m=100",)}
+CHEAP = {"mer": ("method.draws=1", "method.chunk=10"), "ranpac": ("method.m=100",)}
 
 
 def learner(method: str) -> Any:

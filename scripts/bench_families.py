@@ -1,0 +1,501 @@
+"""What curvature, regularisation, replay, gradient and mask methods cost, against the arithmetic they need.
+
+    python scripts/bench_families.py [--only speed,bytes,flat] [--methods ewc gem ...] [--rounds 5]
+
+CPU time on one thread; shipped options unless the table below says otherwise; images made by the script.
+
+speed: steps of a method in its third task, in clrun's `fit`, beside a loop written out here that does the passes
+through the network and the arithmetic on P parameters which the method's definition counts, nothing else. The two take
+turns; `ratio` is the median of bare / method over the rounds (1: as fast as the bare loop), `cost` that of method /
+bare finetuning. What happens once a task (Fisher information, herding) is not in it: see flat.
+bytes: what run.json says of the state after three tasks, without network and head, beside the definition's formula.
+flat: 50 small tasks; growth of the time of learning a task (consolidation included), median of the last third against
+the first one, the first task left out. Where time grows with the tasks by definition, the table says what grows.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
+import torch
+import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from clrun.backbones import small
+from clrun.data.split import TensorSplit
+from clrun.data.stream import Dataset, Stream, Task
+from clrun.data.transforms import fit_transform
+from clrun.engine import Engine
+from clrun.evaluation import Evaluation
+from clrun.hardware import Hardware
+from clrun.method import Method
+from clrun.methods.packnet import prunable
+from clrun.seeding import seed_all
+from clrun.training import Budget, Context, Progress
+
+CONF = Path(__file__).parents[1] / "conf"
+SHAPE, BATCH, ROWS, M = (3, 16, 16), 32, 128, 200  # ROWS of a task, M in memory
+STORED = prod(SHAPE) + 8  # bytes of a row in memory
+CLASSES = 2  # of a task
+STEPS = 16  # timed
+
+
+@dataclass
+class Sizes:
+    """What formulas of bytes are made of, for a learner after T tasks."""
+
+    method: Method
+    tasks: int
+
+    @property
+    def p(self) -> int:
+        """Parameters of the backbone."""
+        return sum(p.numel() for p in self.method.backbone.parameters())
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head."""
+        return sum(p.numel() for p in self.method.head.parameters())
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return int(self.method.backbone.num_features)  # type: ignore[arg-type]
+
+    @property
+    def layers(self) -> list[tuple[int, int]]:
+        """(outputs, inputs with the constant of a bias) of linear and convolutional layers."""
+        layers = [m for m in self.method.backbone.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        return [(len(m.weight), m.weight[0].numel() + (m.bias is not None)) for m in layers]
+
+    @property
+    def in_layers(self) -> int:
+        """Parameters of these layers."""
+        return sum(a * b for a, b in self.layers)
+
+    @property
+    def kronecker(self) -> int:
+        """Numbers of Kronecker factors, and of a diagonal for the other parameters."""
+        return sum(a * a + b * b for a, b in self.layers) + self.p - self.in_layers
+
+    @property
+    def weights(self) -> int:
+        """Weights that can be pruned."""
+        return sum(p.numel() for p in prunable(self.method.backbone).values())
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a method is and what it costs by its definition.
+
+    Attributes:
+        grad: rows of each forward and backward pass of a step.
+        read: rows of each forward pass without gradient.
+        vector: elementwise operations on all P parameters.
+        products: times that every layer's matrix is multiplied from both sides.
+        steps: optimizer steps that the passes are counted for.
+        state: bytes between tasks, without network and head.
+        grows: what grows with the number of tasks; "" for nothing: time per task is flat.
+        method: file in conf/method; "" for the name of the case.
+        options: changed ones.
+        setting: of the stream.
+        gated: the passes, as "grad 0" or "read 1", whose layers' outputs are multiplied by a gate for each channel, or
+            have an adaptor of another network's outputs added.
+        adaptor: width of these adaptors; 0 for gates.
+        phases: names of the fits that are timed.
+        vit: on a vision transformer.
+    """
+
+    grad: tuple[int, ...] = (BATCH,)
+    read: tuple[int, ...] = ()
+    vector: float = 0
+    products: int = 0
+    steps: int = 1
+    state: Callable[[Sizes], float] = lambda n: 0
+    grows: str = ""
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    setting: str = "cil"
+    gated: tuple[str, ...] = ()
+    adaptor: int = 0
+    phases: tuple[str, ...] = ("fit",)
+    vit: bool = False
+
+
+PENALTY = 3  # differences, their product with the importance, the sum with the gradient
+KEPT = {"capacity": M}
+CASES: dict[str, Case] = {
+    "finetune": Case(),
+    "joint": Case(state=lambda n: 4 * n.p, grows="the data of all tasks are learned again"),
+    "l2": Case(vector=PENALTY, state=lambda n: 4 * n.p),
+    "ewc": Case(vector=PENALTY, state=lambda n: 8 * n.p),
+    "online_ewc": Case(vector=PENALTY, state=lambda n: 8 * n.p, method="ewc", options={"decay": 0.9}),
+    "mas": Case(vector=PENALTY, state=lambda n: 8 * n.p),
+    "si": Case(vector=PENALTY + 2 + 3, state=lambda n: 12 * n.p),  # copies of gradient and weights; path
+    "kfac_ewc": Case(vector=PENALTY, products=2, state=lambda n: 4 * (n.kronecker + n.p)),  # proximal: there and back
+    "kfac_ewc_grad": Case(
+        vector=PENALTY,
+        products=1,
+        state=lambda n: 4 * (n.kronecker + n.p),
+        method="kfac_ewc",
+        options={"solver": "grad", "strength": 0.01},
+    ),
+    "ncl": Case(vector=PENALTY, products=2, state=lambda n: 4 * (n.kronecker + n.p)),  # pull, and preconditioning
+    "qr": Case(vector=4 + 5, state=lambda n: 12 * n.p),  # running importance; interpolation
+    "blip": Case(vector=1, state=lambda n: 9 * n.in_layers, options={"prior": 1e-30}),
+    "progress_compress": Case(  # a step of progress and one of compress
+        grad=(BATCH, BATCH),
+        read=(BATCH, BATCH, BATCH),
+        vector=PENALTY,
+        steps=2,
+        state=lambda n: 4 * (2 * (n.p + n.head) + n.p),
+        gated=("grad 0", "read 1"),
+        adaptor=16,
+        phases=("fit", "compress"),
+        options={"compress": {"epochs": None, "steps": STEPS}, "strength": 0.1},  # 50 tasks add up to a stiff penalty
+    ),
+    "lwf": Case(read=(BATCH,), grows="a softmax for each earlier task"),
+    "ebll": Case(
+        read=(BATCH,), state=lambda n: 4 * n.tasks * 100 * (n.features + 1), grows="a code for each earlier task"
+    ),
+    "vit_pad": Case(read=(BATCH,), grows="a softmax for each earlier task", vit=True),
+    "packnet": Case(
+        vector=1 + 2, state=lambda n: n.weights, setting="til", phases=("fit", "retrain")
+    ),  # masked weights; gradient and restoration
+    "hat": Case(
+        vector=2 + 2, gated=("grad 0",), setting="til", state=lambda n: 4 * (n.tasks + 1) * len(n.method.units.used)
+    ),
+    "fish": Case(
+        vector=2,
+        setting="til",
+        state=lambda n: 8 * sum(len(d.entries) for d in n.method.deltas),
+        options={"warmup": {"steps": 2}, "ratio": 0.5},
+    ),
+    "er": Case(grad=(2 * BATCH,), state=lambda n: M * STORED, options=KEPT),
+    "der": Case(
+        grad=(BATCH, BATCH),
+        state=lambda n: M * (STORED + 4 * n.method.num_classes),
+        options={"beta": 0.0, **KEPT},
+    ),
+    "derpp": Case(
+        grad=(BATCH,) * 3,
+        state=lambda n: M * (STORED + 4 * n.method.num_classes),
+        method="der",
+        options={"beta": 0.5, **KEPT},
+    ),
+    "icarl": Case(
+        read=(BATCH,),
+        state=lambda n: M // (CLASSES * n.tasks) * CLASSES * n.tasks * STORED + 4 * n.method.num_classes * n.features,
+        options=KEPT,
+    ),
+    "gem": Case(
+        grad=(BATCH, M // 3, M // 3),
+        vector=2 * 3,
+        state=lambda n: M // n.tasks * n.tasks * STORED,
+        grows="a gradient for each earlier task",
+        options=KEPT,
+    ),
+    "a_gem": Case(grad=(BATCH, 128), vector=3, state=lambda n: M * STORED, options=KEPT),
+    "mer": Case(grad=(1,), vector=1 / 4, state=lambda n: M * STORED, options={"draws": 3, **KEPT}),
+    "dgc": Case(grad=(2 * BATCH, 32, 32), vector=4, state=lambda n: M * STORED + 12 * (n.p + n.head)),
+    "full_memory": Case(
+        state=lambda n: 8 * n.tasks * STORED,
+        method="replay_finetune",
+        options={"per_task": 8},
+        grows="a draw from each earlier task in every step",
+    ),
+    "partial_memory": Case(
+        state=lambda n: 8 * n.tasks * STORED,
+        method="replay_finetune",
+        options={"memory": "partial", "per_task": 8},
+        grows="8 rows of each earlier task, a larger share of every batch",
+    ),
+}
+
+
+class Journal:
+    """Hears the engine and keeps nothing."""
+
+    def begin_task(self, task: Task) -> None:
+        pass
+
+    step = log = rows = begin_task
+
+    def end_task(self, task: Task, method: Method, life: Any) -> None:
+        pass
+
+
+def configured(group: str, name: str, options: dict[str, Any]) -> Any:
+    """Return what conf/`group`/`name`.yaml names, with some options changed."""
+    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{name}.yaml"), options), _convert_="all")
+
+
+def stream_of(tasks: int, shape: tuple[int, int, int], rows: int, setting: Any, backbone: nn.Module) -> Stream:
+    """Return tasks of noise around a colour for each class."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(tasks * CLASSES).repeat_interleave(rows // CLASSES)
+    images = torch.randint(0, 128, (len(y), *shape), generator=generator, dtype=torch.uint8)
+    images += (y % 7 * 16).to(torch.uint8)[:, None, None, None]
+    split = TensorSplit(images, y)
+    names = tuple(map(str, range(tasks * CLASSES)))
+    dataset = Dataset("bench", split, split, len(names), names, shape, mean=(0.4,) * shape[0], std=(0.2,) * shape[0])
+    transform, _ = fit_transform(dataset, backbone)
+    made = []
+    for index in range(tasks):
+        at = slice(index * rows, (index + 1) * rows)
+        part = TensorSplit(images[at], y[at], positions=index, transform=transform)
+        made.append(Task(index, index, f"task {index}", y[at].unique(), part, part.select(torch.arange(1))))
+    return Stream(tuple(made), tasks * CLASSES, setting, transform=transform)
+
+
+def backbone_of(case: Case, shape: tuple[int, int, int]) -> nn.Module:
+    """Return a network for images of `shape`."""
+    if not case.vit:
+        return small.cnn(shape, width=32, depth=3) if shape == SHAPE else small.cnn(shape, width=8, depth=1)
+    from timm.models.vision_transformer import VisionTransformer
+
+    side = shape[1]
+    vit = VisionTransformer(
+        img_size=side, patch_size=side // 4, in_chans=shape[0], embed_dim=64, depth=4, num_heads=4, num_classes=0
+    )
+    vit.input_size, vit.mean, vit.std = shape, None, None  # type: ignore[assignment]
+    return vit
+
+
+def born(name: str, tasks: int, shape: tuple[int, int, int], rows: int, options: dict[str, Any]) -> tuple[Any, Stream]:
+    """Return a new learner and its stream."""
+    case = CASES[name]
+    seed_all(0, "init")
+    backbone = backbone_of(case, shape)
+    stream = stream_of(tasks, shape, rows, case.setting, backbone)
+    method = configured("method", case.method or name, {**case.options, **options})(backbone, stream.num_classes)
+    return method, stream
+
+
+def engine_of(stream: Stream, budget: Budget, hardware: Hardware, max_steps: int | None) -> Engine:
+    """Return an engine."""
+    evaluation = Evaluation(hardware, "test", 1, None)
+    return Engine(stream, budget, hardware, 0, evaluation, Journal(), max_steps=max_steps)  # type: ignore[arg-type]
+
+
+# --- speed
+
+
+class Bare:
+    """The passes and the arithmetic of a step, and nothing else.
+
+    Args:
+        case: what to do.
+        method: whose network is copied.
+        split: images.
+    """
+
+    def __init__(self, case: Case, method: Method, split: TensorSplit) -> None:
+        self.case, self.images, self.labels = case, split.images, split.labels
+        self.model = nn.Sequential(copy.deepcopy(method.backbone), copy.deepcopy(method.head))
+        self.teacher = copy.deepcopy(self.model).eval()
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(params, lr=1e-3)
+        size = sum(p.numel() for p in method.backbone.parameters())
+        self.vectors = [torch.rand(size) for _ in range(3)]
+        layers = Sizes(method, 0).layers if case.products else []
+        self.matrices = [(torch.rand(a, a), torch.rand(a, b), torch.rand(b, b)) for a, b in layers]
+        self.generator = torch.Generator().manual_seed(0)
+        self.gated = False  # the pass that runs
+        for one, other in zip(self.model[0].modules(), self.teacher[0].modules(), strict=True):
+            if case.gated and isinstance(one, nn.Conv2d):
+                self._attach(one, other)
+
+    def _attach(self, layer: nn.Conv2d, other: nn.Module) -> None:
+        """Multiply the channels of a layer by gates, or add an adaptor of what another layer put out."""
+        width, seen = layer.out_channels, list[Tensor]()
+        gate = nn.Parameter(torch.ones(width, 1, 1))
+        down, up = nn.Linear(width, max(1, self.case.adaptor)), nn.Linear(max(1, self.case.adaptor), width, bias=False)
+
+        def changed(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not self.gated:
+                return output
+            if not self.case.adaptor:
+                return output * gate
+            lateral = up(down(seen[0].movedim(1, -1)).relu()) * gate[:, 0, 0]
+            return output + lateral.movedim(-1, 1)
+
+        layer.register_forward_hook(changed)
+        other.register_forward_hook(lambda module, args, output: seen.clear() or seen.append(output))
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return prepared images and labels."""
+        rows = torch.randint(len(self.labels), (count,), generator=self.generator)
+        return self.images[rows].float().div_(255).sub_(0.4).div_(0.2), self.labels[rows]
+
+    def __call__(self, steps: int) -> float:
+        """Return the CPU seconds of a step."""
+        case, model = self.case, self.model.train()
+        a, b, c = self.vectors
+        operations = 0.0
+        start = time.process_time()
+        for _ in range(steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            for number, count in enumerate(case.read):
+                self.gated = f"read {number}" in case.gated
+                with torch.no_grad():
+                    (model if self.gated else self.teacher)(self.rows(count)[0])
+            for number, count in enumerate(case.grad):
+                self.gated = f"grad {number}" in case.gated
+                x, y = self.rows(count)
+                F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            operations += case.vector
+            while operations >= 1:
+                torch.add(a, b, out=c)
+                operations -= 1
+            for outer, matrix, inner in self.matrices * case.products:
+                outer @ matrix @ inner
+            for _ in range(case.steps):
+                self.optimizer.step()
+        return (time.process_time() - start) / (steps * case.steps)
+
+
+class Timed:
+    """A method in its third task, ready to be timed again and again.
+
+    Args:
+        name: of the case.
+        hardware: one thread.
+    """
+
+    def __init__(self, name: str, hardware: Hardware) -> None:
+        self.case, self.hardware = CASES[name], hardware
+        self.budget = Budget(partial(torch.optim.SGD, lr=1e-3), epochs=100, batch_size=BATCH)
+        self.method, self.stream = born(name, 3, SHAPE, ROWS, {})
+        budget = Budget(partial(torch.optim.SGD, lr=1e-3), epochs=1, batch_size=BATCH)
+        engine = engine_of(self.stream, budget, hardware, None)
+        for before in self.stream.tasks[:2]:
+            engine.train(self.method, engine.context(self.method, before))
+
+    def __call__(self, steps: int) -> float:
+        """Return the CPU seconds of a step, from the first to the last of each fit."""
+        clocks: dict[str, list[float]] = {}
+
+        def on_step(progress: Progress) -> None:
+            clocks.setdefault(progress.phase, []).append(time.process_time())
+
+        method, task = copy.deepcopy(self.method), self.stream.tasks[2]
+        ctx = Context(self.stream, task, self.budget, self.hardware, 0, on_step=on_step, max_steps=steps + 1)
+        seed_all(0, "task", 2)
+        method.begin_task(task, ctx)
+        method.learn(task, ctx)
+        spans = [clocks[phase] for phase in self.case.phases]
+        return sum(c[-1] - c[0] for c in spans) / sum(len(c) - 1 for c in spans)
+
+
+def speed(name: str, hardware: Hardware, rounds: int) -> str:
+    """Return a line on the speed of a method."""
+    timed = Timed(name, hardware)
+    train = timed.stream.tasks[2].train
+    assert isinstance(train, TensorSplit)
+    bare, plain = Bare(timed.case, timed.method, train), Bare(CASES["finetune"], timed.method, train)
+    steps = STEPS * (20 if name == "mer" else 1)
+    works = (bare, timed, plain)
+    for work in works:
+        work(2)
+    found = [[work(steps) for work in works] for _ in range(rounds)]
+    ratio = statistics.median(b / t for b, t, _ in found)
+    cost = statistics.median(t / p for _, t, p in found)
+    ms = [1000 * statistics.median(column) for column in zip(*found, strict=True)]
+    case = timed.case
+    passes = "+".join(map(str, case.grad)) + (f", read {'+'.join(map(str, case.read))}" if case.read else "")
+    passes += f", {case.vector:.2g} P" if case.vector else ""
+    passes += f", {case.products} products" if case.products else ""
+    passes += f", {'adaptors' if case.adaptor else 'gates'}" if case.gated else ""
+    passes += f" in {case.steps} steps" if case.steps > 1 else ""
+    return f"{name:18s}{ms[0]:9.2f}{ms[1]:9.2f}{ratio:8.2f}{cost:8.2f}  {passes}"
+
+
+# --- bytes
+
+
+def stored(name: str, hardware: Hardware) -> str:
+    """Return a line on the bytes of a method's state."""
+    method, stream = born(name, 3, SHAPE, ROWS, {})
+    budget = Budget(partial(torch.optim.SGD, lr=1e-3), epochs=1, batch_size=BATCH)
+    engine = engine_of(stream, budget, hardware, 1 if CASES[name].vit else None)
+    method = engine.run(method)
+    sizes = engine.life.costs[-1]["state_bytes"]
+    found = sizes["total"] - sizes["backbone"] - sizes["head"]
+    expected = CASES[name].state(Sizes(method, 3))
+    off = abs(found - expected) / expected if expected else float(found > 0)
+    verdict = (
+        "ok" if off <= 0.02 else f"MISSED { ({k: v for k, v in sizes.items() if k not in ('total', 'backbone')}) }"
+    )
+    return f"{name:18s}{found:12,d}{expected:14,.0f}{off:8.2%}  {verdict}"
+
+
+# --- flat
+
+
+def growth(name: str, hardware: Hardware, tasks: int, lives: int) -> str:
+    """Return a line on the time per task of a life of many tasks."""
+    seconds = list(zip(*(list(life(name, hardware, tasks)) for _ in range(lives)), strict=True))[1:]
+    fastest = [min(one) for one in seconds]  # to which a busy machine adds least
+    third = len(fastest) // 3
+    first, last = (1000 * statistics.median(part) for part in (fastest[:third], fastest[-third:]))
+    case = CASES[name]
+    verdict = f"grows: {case.grows}" if case.grows else ("ok" if last / first < 1.1 else "MISSED")
+    return f"{name:18s}{first:9.1f}{last:9.1f}{last / first - 1:9.0%}  {verdict}"
+
+
+def life(name: str, hardware: Hardware, tasks: int) -> Iterator[float]:
+    """Yield the CPU seconds of learning each task."""
+    method, stream = born(name, tasks, (1, 8, 8), 48, {})
+    budget = Budget(partial(torch.optim.SGD, lr=1e-3), epochs=1, batch_size=8)
+    engine = engine_of(stream, budget, hardware, None)
+    for task in stream.tasks:
+        start = time.process_time()
+        engine.train(method, engine.context(method, task))
+        yield time.process_time() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="speed,bytes,flat")
+    parser.add_argument("--methods", nargs="+", default=list(CASES), choices=list(CASES), metavar="METHOD")
+    parser.add_argument("--rounds", type=int, default=5, help="of the comparison of speeds")
+    parser.add_argument("--tasks", type=int, default=50, help="of the life of many tasks")
+    parser.add_argument("--lives", type=int, default=3, help="of which the faster time of each task counts")
+    args = parser.parse_args()
+    hardware: Hardware = configured("hardware", "cpu", {"threads": 1})
+    hardware.setup()
+    parts: list[tuple[str, str, Callable[[str], str]]] = [
+        (
+            "speed",
+            "ms a step             bare   method   ratio    cost",
+            partial(speed, hardware=hardware, rounds=args.rounds),
+        ),
+        ("bytes", "bytes                found      expected     off", partial(stored, hardware=hardware)),
+        (
+            "flat",
+            "ms a task         first third  last   growth",
+            partial(growth, hardware=hardware, tasks=args.tasks, lives=args.lives),
+        ),
+    ]
+    for part, header, measure in parts:
+        if part in args.only.split(","):
+            print(header)
+            for name in args.methods:
+                print(measure(name), flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main()
