@@ -162,7 +162,7 @@ CASES: dict[str, Case] = {
         gated=("grad 0", "read 1"),
         adaptor=16,
         phases=("fit", "compress"),
-        options={"compress": {"epochs": None, "steps": STEPS}, "strength": 0.1},  # 50 tasks add up to a stiff penalty
+        options={"compress": {"epochs": None, "steps": STEPS}},
     ),
     "lwf": Case(read=(BATCH,), grows="a softmax for each earlier task"),
     "ebll": Case(

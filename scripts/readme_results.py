@@ -16,6 +16,7 @@ import argparse
 import ast
 import datetime
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -65,7 +66,7 @@ ORDERS = {
 CLOSED = ("simplecil", "ncm", "lda", "ranpac", "fecam")
 PROMPTS = ("vpt", "l2p", "dualprompt", "coda_prompt", "dap", "lae", "aper", "ease")
 FROZEN = (*CLOSED, "linear_probe")
-TASK_ID = ("halrp", "apd", "stl", "packnet", "hat", "fish", "batchensemble")
+WANTS = {"the task id": "needs_task_id", "a ViT": "needs_vit", "frozen features": "uses_frozen_features"}
 VARIANTS = {"joint": ("method.mode=once",)}
 
 
@@ -436,12 +437,35 @@ def write(name, text, sweeps):
     stamp = (
         f"*Commit {', '.join(commits)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {'; '.join(machines)}.*"
     )
+    place(f"table: {name}", f"{text}\n\n{stamp}")
+
+
+def place(mark, text):
+    """Put `text` between <!-- mark --> and the next <!-- end --> of the README."""
     readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(f"<!-- table: {name} -->")
+    before, begin, rest = readme.read_text().partition(f"<!-- {mark} -->")
     _, end, after = rest.partition("<!-- end -->")
     if not end:
-        raise SystemExit(f"README.md: no place for the table {name!r} (<!-- table: {name} --> and <!-- end -->)")
-    readme.write_text(f"{before}{begin}\n{text}\n\n{stamp}\n{end}{after}")
+        raise SystemExit(f"README.md: no place for {mark!r} (<!-- {mark} --> and <!-- end -->)")
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def methods():
+    """Return the list of methods: what the first line of the configuration says, and what the class declares."""
+    rows = []
+    for path in sorted((ROOT / "conf/method").glob("*.yaml")):
+        title = path.read_text().partition("\n")[0].removeprefix("# ")
+        method = factory(path)
+        needs = [word for word, true in WANTS.items() if getattr(method, true)]
+        settings = " ".join(s for s in ("til", "cil", "dil") if s in method.settings)
+        rows.append([f"`{path.stem}`", title, settings, ", ".join(needs)])
+    return lines(["method", "what it is", "settings", "needs"], rows)
+
+
+def factory(path):
+    """Return the class that a method's configuration names."""
+    module, _, name = yaml.safe_load(path.read_text())["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def check():
@@ -479,6 +503,8 @@ def main():
         print(f"\n{name}\n\n{text}")
         if not args.quick:
             write(name, text, TABLES[name].sweeps(data, orders))
+    if not args.quick:
+        place("methods", methods())
 
 
 if __name__ == "__main__":
