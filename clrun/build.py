@@ -86,9 +86,10 @@ def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built
     seed_all(config["seed"], "init", "method")
     method: Method = make(config["method"])(seen, stream.num_classes)
     method.check(images)
-    if hardware.compile and method.hooks_backbone:
-        raise ConfigError(COMPILED)
     budget: Budget = make(config["budget"])
+    hooks = method.hooks_backbone or hasattr(getattr(budget.optimizer, "func", budget.optimizer), "watch")
+    if hardware.compile and hooks:
+        raise ConfigError(COMPILED)
     method.check_budget(budget)
     if (tuning := make(config["job"]).tuning) is not None:
         tuning.check(budget)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from clrun.blocks.inject import COMPILED
 from clrun.blocks.params import Carrier, Params, select
 from clrun.errors import ConfigError
 
@@ -107,7 +108,7 @@ class UnitGates(Carrier):
             ConfigError: the backbone is compiled or recomputes activations, and would not see the gates.
         """
         if getattr(backbone, "_compiled_call_impl", None) is not None:
-            raise ConfigError("hardware.compile: a compiled backbone ignores gates; set it to false")
+            raise ConfigError(COMPILED)
         if getattr(backbone, "grad_checkpointing", False):
             raise ConfigError("backbone: gradient checkpointing runs without the gates; switch it off")
         with self._hooked(backbone, gates):

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from clrun.errors import ConfigError
 
 Hook = Callable[..., Any]
-COMPILED = "hardware.compile: a compiled backbone ignores prompts and adapters; set it to false"
+COMPILED = "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false"
 
 
 @runtime_checkable

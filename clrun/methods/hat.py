@@ -43,6 +43,7 @@ class Hat(Masked):
         clip_norm: largest norm of the whole gradient once the embeddings' is compensated; null does not clip.
     """
 
+    hooks_backbone = True
     knobs = (Knob("s_max", bound=1.0), Knob("strength"))
 
     def __init__(
