@@ -59,6 +59,10 @@ BACKBONES = {
 # All weights of glyph_vit move: a quarter of the default learning rate, the best on a validation split of glyphs (joint
 # 92.8 against 82.3 with the default, er 60.2).
 GENTLE = ("budget.optimizer.lr=0.005",)
+OWN_BUDGETS = {  # of further phases that move all weights
+    "halrp": ("method.warmup.optimizer.lr=0.005",),
+    "progress_compress": ("method.compress.optimizer.lr=0.005",),
+}
 ORDERS = {
     "random": lambda n: ("task_order=random", f"task_order.seed=range({n})"),
     "williams": lambda n: ("task_order=williams", f"task_order.row=range({n})"),
@@ -102,7 +106,7 @@ class Sweep:
             f"method={self.method}",
             *VARIANTS.get(self.method, ()),
             f"scenario.setting={self.setting}",
-            *(GENTLE if tuned else ()),
+            *(GENTLE + OWN_BUDGETS.get(self.method, ()) if tuned else ()),
             *self.words,
             *ORDERS[self.design](self.orders),
             "hardware=cpu",
