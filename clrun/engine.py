@@ -67,6 +67,7 @@ class Engine:
     tuning: StabilityDecay | None = None
     life: Life = field(default_factory=Life)
     _evaluating: float = 0.0
+    _moved: int = 0  # parameters that the last task's fits moved
 
     def run(self, method: Method) -> Method:
         """Let `method` learn the tasks that are not learned yet, in order; return it, or the copy that lived on."""
@@ -96,7 +97,7 @@ class Engine:
                     "images": images,
                     "images_per_second": self._images(task, self.life.steps - steps) / seconds if seconds else None,
                     "peak_memory_bytes": memory.read(),
-                    "parameters": parameter_counts(method),
+                    "parameters": parameter_counts(method) | {"trainable": self._moved},
                     "state_bytes": state_bytes(method),
                     **search,
                 }
@@ -124,7 +125,9 @@ class Engine:
             method.learn(task, ctx)
             method.end_task(task, ctx)
 
-        return self._timed(work) - self._evaluating
+        seconds = self._timed(work) - self._evaluating
+        self._moved = sum(p.numel() for p in ctx.progress.moved)
+        return seconds
 
     @property
     def _initial(self) -> bool:

@@ -98,6 +98,7 @@ class Progress:
         step: steps done in this fit.
         total: steps of this fit.
         lr: learning rate of the step being taken, of the first parameter group.
+        moved: the parameters that the fits of this task have moved.
     """
 
     phase: str = ""
@@ -105,6 +106,7 @@ class Progress:
     step: int = 0
     total: int = 0
     lr: float = 0.0
+    moved: set[nn.Parameter] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def fit(
     schedule = None if budget.schedule is None else budget.schedule(optimizer, total)
     view = ctx.generator("augment", name, ctx.hardware.rank) if augment else None
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
+    ctx.progress.moved.update(step.parameters)
     seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
     method.train()
     watch = getattr(optimizer, "watch", None)  # an optimizer that must see more than gradients

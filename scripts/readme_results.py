@@ -1,6 +1,7 @@
 """The tables of results in the README: runs what is missing, draws the tables, says whether they are still true.
 
     python scripts/readme_results.py [TABLE ...] [--jobs 2] [--quick]     run and write the tables into the README
+    python scripts/readme_results.py --draw                               write the tables from the newest finished runs
     python scripts/readme_results.py --check                              exit 1 when what a table rests on has changed
 
 A table is made of sweeps, each one `clrun -m` command with a folder of its own in outputs/readme: a repeated call goes
@@ -39,6 +40,7 @@ from clrun.reporting.groups import Group
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "outputs" / "readme"
 LEDGER = ROOT / "docs" / "results.json"
+NEWEST = []  # not empty: take the last finished runs of a sweep, whatever has changed since
 # Modules that show numbers and make none.
 SHOWING = ("clrun.reporting", "clrun.loggers", "clrun.preview", "clrun.dry_run", "clrun.cli", "clrun.jobs")
 
@@ -117,6 +119,9 @@ class Sweep:
     def folder(self):
         """Where its runs are."""
         slug = f"{self.data}-{self.backbone}-{self.setting}-{self.method}-{self.design}{self.orders}"
+        if NEWEST:
+            finished = sorted(OUT.glob(f"{slug}/*/made.json"), key=lambda path: path.stat().st_mtime)
+            return finished[-1].parent if finished else OUT / slug
         return OUT / slug / digest(self.parts)
 
     @property
@@ -492,6 +497,7 @@ def main():
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []], metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="commands at once")
     parser.add_argument("--quick", action="store_true", help="one order, digits only; prints the tables")
+    parser.add_argument("--draw", action="store_true", help="run nothing; take the newest finished runs")
     parser.add_argument("--check", action="store_true", help="only say what has changed since the tables were made")
     args = parser.parse_args()
     if args.check:
@@ -499,9 +505,12 @@ def main():
     data, orders = (["digits"], 1) if args.quick else (list(DATA), None)
     wanted = args.tables or list(TABLES)
     sweeps = list(dict.fromkeys(sweep for name in wanted for sweep in TABLES[name].sweeps(data, orders)))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        hours = sum(pool.map(Sweep.run, sweeps))
-    print(f"{len(sweeps)} sweeps, {hours:.2f} hours of one core")
+    if args.draw:
+        NEWEST.append(True)
+    else:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            hours = sum(pool.map(Sweep.run, sweeps))
+        print(f"{len(sweeps)} sweeps, {hours:.2f} hours of one core")
     for name in wanted:
         text = TABLES[name].draw(data, orders)
         print(f"\n{name}\n\n{text}")
