@@ -17,14 +17,6 @@ FOUND_BY_HYDRA = {
     "unknown backbone": (["backbone=lennet"], "no backbone named 'lennet'; did you mean 'lenet'? (available: ..."),
     "unknown order": (["task_order=randm"], "no task_order named 'randm'; did you mean 'random'? (available: ..."),
     "unknown experiment": (["experiment=zzz"], "no experiment named 'zzz' (available: aper_cifar224, ..."),
-    "compiled gates": (
-        ["hardware.compile=true", "method=hat", "scenario.setting=til"],
-        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false",
-    ),
-    "compiled layers": (
-        ["hardware.compile=true", "method=finetune", "budget=kfac"],
-        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false",
-    ),
     "unknown logger": (["logger=tensorbord"], "no logger named 'tensorbord'; did you mean 'tensorboard'? ..."),
     "unknown launcher": (["-m", "hydra/launcher=jobli"], "no hydra/launcher named 'jobli'; did you mean 'joblib'? ..."),
     "unknown group": (["methd=er"], "methd: unknown option; did you mean 'method'?"),
@@ -62,6 +54,14 @@ FOUND_BY_HYDRA = {
     "report of no run": (["report", "."], "report: no run (run.json) in ."),
 }
 FOUND_BY_CHECK = {
+    "compiled gates": (
+        ["hardware.compile=true", "method=hat", "scenario.setting=til"],
+        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false",
+    ),
+    "compiled layers": (
+        ["hardware.compile=true", "method=finetune", "budget=kfac"],
+        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false",
+    ),
     "added option": (
         ["+method.capasity=1"],
         "method.capasity: unknown option of method=er; did you mean 'capacity'?",
