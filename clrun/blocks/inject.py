@@ -10,7 +10,7 @@ injected tokens, `D` width, `H` heads.
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 
 from clrun.errors import ConfigError
 
-Hook = Callable[..., Any]
 COMPILED = "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false"
 
 

@@ -49,13 +49,13 @@ class Blip(Method):
         *,
         prior: Annotated[float, Range(above=0, maximum=1)],
         bits: Annotated[int, Range(minimum=1, maximum=FINEST)],
-        labels: Literal[Labels, True],
+        labels: Labels,
         samples: PositiveInt | None,
         initial: Literal["keep", "normal"],
         rest: Literal["train", "freeze_after_first"],
     ) -> None:
         super().__init__(backbone, num_classes)
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
+        self.labels = labels
         self.prior, self.samples, self.initial, self.rest = prior, samples, initial, rest
         self.grid = BitGrid(backbone, prior, bits)
         self.held = False  # whether the rest stands still

@@ -45,7 +45,7 @@ class Ewc(Anchored):
         strength: NonNegative,
         decay: Fraction,
         mode: Literal["online", "separate"],
-        labels: Literal[Labels, True],
+        labels: Labels,
         samples: PositiveInt | None,
         top_k: PositiveInt | None,
         normalise: Literal["none", "mean", "max"],
@@ -54,7 +54,7 @@ class Ewc(Anchored):
     ) -> None:
         penalty = QuadraticPenalty(decay, mode)
         super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
+        self.labels = labels
         self.samples, self.top_k, self.normalise = samples, top_k, normalise
 
     def curvature(self, task: Task, ctx: Context) -> Curvature:

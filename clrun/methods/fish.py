@@ -50,14 +50,14 @@ class Fish(Masked):
         ratio: Annotated[float, Range(above=0, maximum=1)],
         mode: Literal["isolated", "sequential"],
         score: Literal["fisher", "absolute"],
-        labels: Literal[Labels, True],
+        labels: Labels,
         samples: PositiveInt | None,
         warmup: Budget,
     ) -> None:
         super().__init__(backbone, num_classes)
         self.ratio, self.mode, self.score = ratio, mode, score
         self.samples, self.warmup = samples, warmup
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
+        self.labels = labels
         self.names = list(select(backbone))
         self.deltas = nn.ModuleList()  # SparseDelta, one a task
         self.base: Tensor | None = None  # theta_0 [P], while a task is learned
@@ -122,18 +122,7 @@ class Fish(Masked):
 
     def _scores(self, task: Task, ctx: Context) -> Tensor:
         """Return [P], the importance of every weight for `task`."""
-        columns = self.labels
-        target = Target.of(
-            self,
-            task.train,
-            ctx,
-            self.backbone,
-            columns=columns,
-            samples=self.samples,
-            top_k=None,
-            include=("*",),
-            exclude=(),
-        )
+        target = Target.of(self, task.train, ctx, self.backbone, columns=self.labels, samples=self.samples, top_k=None)
         power = torch.square if self.score == "fisher" else torch.abs
         found = diagonal(target, batched=self.labels == "batched", magnitude=power)
         importance = found.params(found.values)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from clrun.blocks.curvature import Curvature, Labels, QuadraticPenalty, estimate, isotropic
+from clrun.blocks.curvature import Curvature, KroneckerFisher, QuadraticPenalty, isotropic
 from clrun.data.stream import Task
 from clrun.errors import ConfigError, Fraction, NonNegative, PositiveInt
 from clrun.methods.anchored import Anchored
@@ -68,24 +68,11 @@ class KfacEwc(Anchored):
             raise ConfigError("method.add=list: method.solver=proximal needs one product; use add=kl or solver=grad")
         penalty = QuadraticPenalty(decay, how=add)
         super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
-        self.samples, self.top_k, self.sharing, self.prior = samples, top_k, sharing, prior
-        self.patterns, self.largest, self.groups = modules, largest, groups
+        self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
+        self.prior = prior
 
     def curvature(self, task: Task, ctx: Context) -> Curvature:
-        fisher = estimate(
-            "kfac_expand" if self.sharing == "expand" else "kfac_reduce",
-            self,
-            task.train,
-            ctx,
-            of=self.backbone,
-            labels=self.labels,
-            samples=self.samples,
-            top_k=self.top_k,
-            modules=self.patterns,
-            largest=self.largest,
-            groups=self.groups,
-        )
+        fisher = self.fisher(self, task, ctx)
         if self.prior and self.penalty.curvature is None:
             return isotropic(fisher, self.prior).add(fisher, self.penalty.how)
         return fisher

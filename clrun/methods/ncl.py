@@ -4,12 +4,13 @@ Memory between tasks: as kfac_ewc: in^2 + out^2 floats for a layer, 1 for every 
 floats, P = backbone parameters. Task id: not needed.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import nn
 
-from clrun.blocks.curvature import Curvature, Labels, Operator, QuadraticPenalty, estimate, isotropic
+from clrun.blocks.curvature import KroneckerFisher, Operator, QuadraticPenalty, isotropic
 from clrun.blocks.params import gradients
 from clrun.data.stream import Task
 from clrun.errors import NonNegative, Positive, PositiveInt
@@ -69,9 +70,7 @@ class Ncl(Method):
     ) -> None:
         super().__init__(backbone, num_classes)
         self.strength, self.prior_rows, self.prior_mean, self.damping = strength, prior_rows, prior_mean, damping
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
-        self.samples, self.top_k, self.sharing = samples, top_k, sharing
-        self.patterns, self.largest, self.groups = modules, largest, groups
+        self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
         self.prior = QuadraticPenalty(1.0, how=add)
         self.covariance: Operator | None = None  # within a task
 
@@ -81,7 +80,7 @@ class Ncl(Method):
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
         if self.prior.curvature is None:
-            shape = self._fisher(task, ctx, samples=1)
+            shape = replace(self.fisher, samples=1)(self, task, ctx)
             self.prior.replace(self.backbone, isotropic(shape, 1 / self.prior_rows))
             if self.prior_mean == "zero":
                 self.prior.anchor = torch.zeros_like(self.prior.anchor)
@@ -98,20 +97,4 @@ class Ncl(Method):
 
     def end_task(self, task: Task, ctx: Context) -> None:
         self.covariance = None
-        self.prior.update(self.backbone, self._fisher(task, ctx, samples=self.samples))
-
-    def _fisher(self, task: Task, ctx: Context, *, samples: int | None) -> Curvature:
-        """Return the Fisher information of the backbone on `task`."""
-        return estimate(
-            "kfac_expand" if self.sharing == "expand" else "kfac_reduce",
-            self,
-            task.train,
-            ctx,
-            of=self.backbone,
-            labels=self.labels,
-            samples=samples,
-            top_k=self.top_k,
-            modules=self.patterns,
-            largest=self.largest,
-            groups=self.groups,
-        )
+        self.prior.update(self.backbone, self.fisher(self, task, ctx))

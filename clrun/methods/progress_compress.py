@@ -70,7 +70,7 @@ class ProgressCompress(Method):
         strength: NonNegative,
         decay: Fraction,
         normalise: Literal["none", "mean", "max"],
-        labels: Literal[Labels, True],
+        labels: Labels,
         samples: PositiveInt | None,
         solver: Literal["grad", "proximal"],
         tau: Positive,
@@ -85,7 +85,7 @@ class ProgressCompress(Method):
         if solver == "proximal":
             needs_sgd(compress.optimizer, "method.solver=proximal", instead="use method.solver=grad")
         self.solver = solver
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
+        self.labels = labels
         self.strength, self.normalise, self.samples, self.tau = strength, normalise, samples, tau
         self.lateral, self.bottleneck, self.kept, self.compress = lateral, bottleneck, column == "keep", compress
         self.hooks_backbone = lateral > 0

@@ -61,7 +61,7 @@ class VitPad(Lwf):
         map_strength: NonNegative,
         symmetric: bool,
         pool: Pool,
-        labels: Literal[Labels, True],
+        labels: Labels,
         samples: PositiveInt | None,
     ) -> None:
         require_vit(backbone, "vit_pad")
@@ -69,7 +69,7 @@ class VitPad(Lwf):
             backbone, num_classes, strength=strength, tau=tau, per_head=per_head, heads=heads, warmup=warmup
         )
         self.regularise, self.map_strength, self.symmetric, self.pool = regularise, map_strength, symmetric, pool
-        self.labels: Labels = "true" if labels is True else labels  # YAML reads the bare word as a boolean
+        self.labels = labels
         self.samples = samples
         self.hooks_backbone = map_strength > 0 and regularise != "weight"
         self.injectors = Injector(), Injector()  # of the student and of the teacher

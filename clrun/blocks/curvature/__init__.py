@@ -5,7 +5,7 @@ batch size; eval mode, un-augmented rows, fp32, a seeded subset; the model, its 
 numbers stay bitwise as they were. Published penalty weights often refer to F / B, or omit the 1/2.
 """
 
-from clrun.blocks.curvature.estimate import Kind, diagonal_fisher, estimate
+from clrun.blocks.curvature.estimate import Kind, KroneckerFisher, diagonal_fisher, estimate
 from clrun.blocks.curvature.forms import (
     Blocks,
     Composite,
@@ -40,6 +40,7 @@ __all__ = [
     "Kind",
     "KroneckerEigen",
     "KroneckerFactored",
+    "KroneckerFisher",
     "Labels",
     "Operator",
     "QuadraticPenalty",

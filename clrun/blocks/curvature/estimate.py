@@ -1,6 +1,7 @@
 """One entry to every estimate of curvature."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -9,12 +10,13 @@ from torch import nn
 from clrun.blocks.curvature.forms import Curvature, Diagonal
 from clrun.blocks.curvature.gradients import diagonal, gram
 from clrun.blocks.curvature.kfac import kronecker
-from clrun.blocks.curvature.layers import Groups
+from clrun.blocks.curvature.layers import Groups, Sharing
 from clrun.blocks.curvature.target import Labels, Target
 from clrun.blocks.params import Params
 from clrun.data.split import Split
 
 if TYPE_CHECKING:
+    from clrun.data.stream import Task
     from clrun.method import Method
     from clrun.training import Context
 
@@ -80,6 +82,45 @@ def estimate(
         return gram(target, batched=batched, limit=limit)
     sharing = "expand" if kind == "kfac_expand" else "reduce"
     return kronecker(target, of, sharing, modules=modules, largest=largest, groups=groups)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class KroneckerFisher:
+    """The Fisher information with Kronecker factors, by options that a method holds; see `estimate`.
+
+    Attributes:
+        labels: how labels are chosen.
+        samples: rows used; None for all.
+        top_k: most columns of a row with labels="exact"; None for all.
+        sharing: "expand" or "reduce": how positions share a weight.
+        modules: patterns for the names of layers with Kronecker factors.
+        largest: most inputs or outputs of such a layer.
+        groups: what becomes of grouped convolutions.
+    """
+
+    labels: Labels
+    samples: int | None
+    top_k: int | None
+    sharing: Sharing
+    modules: Sequence[str]
+    largest: int
+    groups: Groups
+
+    def __call__(self, method: "Method", task: "Task", ctx: "Context") -> Curvature:
+        """Return that of the backbone of `method` on `task`."""
+        return estimate(
+            "kfac_expand" if self.sharing == "expand" else "kfac_reduce",
+            method,
+            task.train,
+            ctx,
+            of=method.backbone,
+            labels=self.labels,
+            samples=self.samples,
+            top_k=self.top_k,
+            modules=self.modules,
+            largest=self.largest,
+            groups=self.groups,
+        )
 
 
 def diagonal_fisher(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clrun.method import Method
     from clrun.training import Context
 
-Labels = Literal["exact", "sampled", "true", "predicted", "batched"]
+Labels = Literal["exact", "sampled", "true", True, "predicted", "batched"]  # YAML reads the bare word as a boolean
 Columns = Labels | Literal["output"]  # "output": the gradient 2 z of |z|^2, for importances without labels
 
 
@@ -69,6 +69,7 @@ class Target:
         own = {id(p): name for name, p in select(of, include=include, exclude=exclude).items()}
         params = {name: p for name, p in select(method).items() if id(p) in own}
         names = {name: own[id(p)] for name, p in params.items()}
+        columns = "true" if columns is True else columns
         competing = int(ctx.stream.candidates(ctx.task.index + 1).sum(dim=1).max())
         position = ctx.task.index if method.needs_task_id else None
         return cls(method, ctx, split, params, names, columns, min(top_k or competing, competing), position)
