@@ -7,22 +7,21 @@ image. Task id: not needed.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan
-from clrun.blocks.selection import Selection, choose, cosines
+from clrun.blocks.selection import Selection, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.errors import NonNegative, Positive, PositiveInt
 from clrun.method import freeze
-from clrun.methods.prompted import Compete, Prompted, vpt_prompt
+from clrun.methods.prompted import Compete, Keyed, vpt_prompt
 from clrun.training import Context
 
 FAR_BELOW = 1e4  # how far `task_logit_mask` puts the classes of other tasks below
 
 
-class Dap(Prompted):
+class Dap(Keyed):
     """At every block prompts are mixed from the image's tokens, then scaled and shifted as the task's embedding says.
 
     A test image gets the embedding of the task whose key is closest to its query.
@@ -63,14 +62,14 @@ class Dap(Prompted):
         lr_scale: Positive,
         mask_loss: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(
+            backbone, num_classes, selection=selection, task_id=task_id, lr_scale=lr_scale, mask_loss=mask_loss
+        )
         tokens = int(backbone.num_prefix_tokens) + int(backbone.patch_embed.num_patches)  # type: ignore[arg-type, union-attr]
         blocks = len(backbone.blocks) - int(skip_last_block)  # type: ignore[arg-type]
         self.generators = nn.ModuleList(PromptGenerator(self.width, tokens, length, embedding) for _ in range(blocks))
         self.embedding, self.pull = embedding, pull
-        self.task_logit_mask, self.selection = task_logit_mask, selection
-        self.depends_on_batch = selection == "batch" and task_id == "inferred"
-        self.needs_task_id = task_id == "given"
+        self.task_logit_mask = task_logit_mask
         self.keys = nn.ParameterList()  # by task: [D]
         self.embeddings = nn.ParameterList()  # by task: [e]
         self.classes: list[list[int]] = []  # by task
@@ -96,19 +95,7 @@ class Dap(Prompted):
         loss = self.classification_loss(self._logits(batch.x, self.embeddings[-1][None]), batch, ctx)
         return loss if query is None else loss - self.pull * cosines(query, self.keys[-1][None]).mean()
 
-    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        if self.needs_task_id and task is not None:
-            return self._with_tasks(x, torch.full((len(x),), task, device=x.device))
-        return self.forward_with(self.query(x), x)
-
-    def constant(self, x: Tensor) -> Tensor | None:
-        return None if self.needs_task_id else self.query(x)
-
-    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
-        return self._with_tasks(x, self.chosen(constant)[:, 0])
-
-    def _with_tasks(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Return logits [B, C] with the embeddings of these tasks, [B] long."""
+    def with_tasks(self, x: Tensor, chosen: Tensor) -> Tensor:
         logits = self._logits(x, torch.stack([*self.embeddings])[chosen])
         if not self.task_logit_mask:
             return logits
@@ -118,14 +105,6 @@ class Dap(Prompted):
         for row, classes in zip(lowered, self.classes, strict=True):
             row[classes] = 0
         return logits + lowered[chosen]
-
-    def choices(self, x: Tensor) -> Tensor | None:
-        chosen = self.chosen(self.query(x))
-        return F.one_hot(chosen[:, 0], len(self.keys))
-
-    def chosen(self, query: Tensor) -> Tensor:
-        """Return [B, 1] long, the task whose embedding images with these queries [B, D] get."""
-        return choose(cosines(query, torch.stack([*self.keys])), 1, self.selection)
 
     def _logits(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Return logits [B, C] with task embeddings [B, e], or [1, e] for all."""

@@ -6,19 +6,18 @@ Memory between tasks: |G| 2 L_g D + T (|E| 2 L_e D + D) floats, and the head. Ta
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan, Prefix, require_depth
-from clrun.blocks.selection import Selection, choose, cosines
+from clrun.blocks.selection import Selection, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.errors import Count, NonNegative, Positive
-from clrun.methods.prompted import Compete, Init, Prompted, drawn
+from clrun.methods.prompted import Compete, Init, Keyed, drawn
 from clrun.training import Context
 
 
-class Dualprompt(Prompted):
+class Dualprompt(Keyed):
     """Prefix keys and values: G-prompts of all tasks in early blocks, E-prompts of the task in later ones.
 
     A test image gets the E-prompts of the task whose key is closest to its query.
@@ -62,14 +61,13 @@ class Dualprompt(Prompted):
         lr_scale: Positive,
         mask_loss: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(
+            backbone, num_classes, selection=selection, task_id=task_id, lr_scale=lr_scale, mask_loss=mask_loss
+        )
         require_depth(backbone, g_blocks, "method.g_blocks")
         require_depth(backbone, e_blocks, "method.e_blocks")
         self.g_blocks, self.e_blocks, self.e_length = list(g_blocks), list(e_blocks), e_length
         self.pull, self.learn_keys, self.copy_prompts, self.init = pull, keys == "learned", copy_prompts, init
-        self.selection: Selection = selection
-        self.depends_on_batch = selection == "batch" and task_id == "inferred"
-        self.needs_task_id = task_id == "given"
         self.general = nn.Parameter(drawn(len(g_blocks), 2, g_length, self.width, init=init))
         self.expert = nn.ParameterList()  # by task: [|E|, 2, L_e, D]
         self.keys = nn.ParameterList()  # by task: [D]
@@ -94,24 +92,8 @@ class Dualprompt(Prompted):
         loss = self.classification_loss(self._logits(batch.x, self.expert[-1]), batch, ctx)
         return loss if query is None else loss + self.pull * (1 - cosines(query, key[None]).mean())
 
-    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        if self.needs_task_id and task is not None:
-            return self._logits(x, self.expert[task])
-        return self.forward_with(self.query(x), x)
-
-    def constant(self, x: Tensor) -> Tensor | None:
-        return None if self.needs_task_id else self.query(x)
-
-    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
-        return self._logits(x, torch.stack([*self.expert])[self.chosen(constant)[:, 0]])
-
-    def choices(self, x: Tensor) -> Tensor | None:
-        chosen = self.chosen(self.query(x))
-        return F.one_hot(chosen[:, 0], len(self.keys))
-
-    def chosen(self, query: Tensor) -> Tensor:
-        """Return [B, 1] long, the task whose E-prompts images with these queries [B, D] get."""
-        return choose(cosines(query, torch.stack([*self.keys])), 1, self.selection)
+    def with_tasks(self, x: Tensor, chosen: Tensor) -> Tensor:
+        return self._logits(x, torch.stack([*self.expert])[chosen])
 
     def _logits(self, x: Tensor, expert: Tensor) -> Tensor:
         """Return logits [B, C] with E-prompts [|E|, 2, L_e, D], or [B, |E|, 2, L_e, D]."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from clrun.blocks.inject import Injector, Plan, require_blocks, require_vit
 from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.selection import Selection, choose, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError
@@ -100,6 +101,61 @@ class Prompted(Method):
         """Return the mean [D] of the normalised queries of the eval view of the task's training rows."""
         queries = [nn.functional.normalize(self.query(b.x), dim=1).double() for b in task.train.batches(256)]
         return torch.cat(queries).mean(dim=0).float()
+
+
+class Keyed(Prompted):
+    """Every task has a key, and the nearest key of an image's query says which task's prompts it gets.
+
+    Args:
+        backbone: a timm vision transformer.
+        num_classes: C.
+        selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
+        task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
+        lr_scale: factor of the budget's learning rate.
+        mask_loss: classes in the training loss, see `Prompted`.
+
+    Attributes:
+        keys: by task, [D]; a subclass makes the list.
+    """
+
+    keys: nn.ParameterList
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        selection: Selection,
+        task_id: Literal["inferred", "given"],
+        lr_scale: float,
+        mask_loss: Compete,
+    ) -> None:
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        self.selection: Selection = selection
+        self.depends_on_batch = selection == "batch" and task_id == "inferred"
+        self.needs_task_id = task_id == "given"
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        if self.needs_task_id and task is not None:
+            return self.with_tasks(x, torch.full((len(x),), task, device=x.device))
+        return self.forward_with(self.query(x), x)
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        return None if self.needs_task_id else self.query(x)
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        return self.with_tasks(x, self.chosen(constant)[:, 0])
+
+    def choices(self, x: Tensor) -> Tensor | None:
+        return nn.functional.one_hot(self.chosen(self.query(x))[:, 0], len(self.keys))
+
+    def chosen(self, query: Tensor) -> Tensor:
+        """Return [B, 1] long, the task whose prompts images with these queries [B, D] get."""
+        return choose(cosines(query, torch.stack([*self.keys])), 1, self.selection)
+
+    def with_tasks(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Return logits [B, C] with the prompts of these tasks, [B] long."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
