@@ -27,6 +27,7 @@ from typing import Any
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 import torch.nn.functional as F
+from bench_overhead import Journal
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -221,18 +222,6 @@ CASES: dict[str, Case] = {
         grows="8 rows of each earlier task, a larger share of every batch",
     ),
 }
-
-
-class Journal:
-    """Hears the engine and keeps nothing."""
-
-    def begin_task(self, task: Task) -> None:
-        pass
-
-    step = log = rows = begin_task
-
-    def end_task(self, task: Task, method: Method, life: Any) -> None:
-        pass
 
 
 def configured(group: str, name: str, options: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
+from bench_overhead import Journal
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -54,18 +55,6 @@ class Timed(Halrp):
     def end_task(self, task, ctx):
         super().end_task(task, ctx)
         self.learning.append(time.process_time() - self.start)
-
-
-class Journal:
-    """Hears the engine and keeps nothing."""
-
-    def begin_task(self, task):
-        pass
-
-    step = log = rows = begin_task
-
-    def end_task(self, task, method, life):
-        pass
 
 
 def options(group, name):

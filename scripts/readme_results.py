@@ -209,7 +209,7 @@ class Frozen:
 class LogMe:
     """LogME of the features of a backbone against the accuracy of its prototypes (one order: nothing depends on it)."""
 
-    backbones = tuple(name for name in BACKBONES)
+    backbones = tuple(BACKBONES)
 
     def sweeps(self, data, orders):
         return [Sweep(d, b, "simplecil", 1) for d in data for b in self.backbones]
@@ -304,13 +304,12 @@ class Families:
         return Sweep(d, b, m, orders or (5 if shared else 3), s)
 
     def sweeps(self, data, orders):
-        methods = [m for m in (*self.both, *self.til, *self.vit) if (ROOT / f"conf/method/{m}.yaml").exists()]
         every = [
             self.sweep(d, b, s, m, orders)
             for d in data
             for b in self.backbones
             for s in ("cil", "til")
-            for m in methods
+            for m in (*self.both, *self.til, *self.vit)
         ]
         return [sweep for sweep in every if sweep]
 
@@ -323,8 +322,7 @@ class Families:
                 row = [m]
                 for d, b in columns:
                     sweep = self.sweep(d, b, s, m, orders)
-                    found = sweep and (sweep.folder / "made.json").exists()
-                    row.append(cell(numbers(sweep.group(3), s), "accuracy") if found else "")
+                    row.append(cell(numbers(sweep.group(3), s), "accuracy") if sweep else "")
                 if any(row[1:]):
                     rows.append(row)
             blocks.append(lines([f"trained and read {s}", *(f"{d}, {b}" for d, b in columns)], rows))
@@ -429,6 +427,12 @@ def machine():
     return f"{os.cpu_count()} cores {platform.machine()}, CPU, one thread a run"
 
 
+def rests_on(parts):
+    """Return what several sweeps rest on together: {file or module: fingerprint}, and the commands' fingerprints."""
+    together = {key: value for each in parts for key, value in each.items() if key != "command"}
+    return together, sorted(each["command"] for each in parts)
+
+
 # --- README
 
 
@@ -436,10 +440,7 @@ def write(name, text, sweeps):
     """Put a table into the README and what it rests on into the ledger."""
     made = [json.loads((sweep.folder / "made.json").read_text()) for sweep in sweeps]
     commits, dates, machines = (sorted({m[key] for m in made}) for key in ("commit", "date", "machine"))
-    parts = {}
-    for m in made:
-        parts |= {key: value for key, value in m["parts"].items() if key != "command"}
-    commands = sorted(m["parts"]["command"] for m in made)
+    parts, commands = rests_on([m["parts"] for m in made])
     ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
     ledger[name] = {"commits": commits, "dates": dates, "machines": machines, "commands": commands, "parts": parts}
     LEDGER.write_text(json.dumps(ledger, indent=1, sort_keys=True) + "\n")
@@ -482,9 +483,7 @@ def check():
     ledger, stale = json.loads(LEDGER.read_text()), False
     for name, entry in ledger.items():
         sweeps = TABLES[name].sweeps(list(DATA), None)
-        now, commands = {}, sorted(digest(sweep.overrides) for sweep in sweeps)
-        for sweep in sweeps:
-            now |= depends(sweep.overrides)
+        now, commands = rests_on([sweep.parts for sweep in sweeps])
         changed = sorted(key for key in entry["parts"].keys() | now.keys() if entry["parts"].get(key) != now.get(key))
         changed += ["the commands"] * (commands != entry["commands"])
         print(f"{name}: {'changed since: ' + ', '.join(changed) if changed else 'up to date'}")

@@ -145,6 +145,21 @@ def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple
     return make(backbone, stream.num_classes), stream
 
 
+def state(method: nn.Module) -> dict[str, Any]:
+    """Return copies of weights, buffers and the tensors in plain attributes (replay memories, importances)."""
+    found = dict(method.state_dict())
+    for path, module in method.named_modules():
+        found |= {f"{path}:{name}": value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Fail unless two states are equal bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
 class Recorder:
     """A journal that keeps what happens, calls `after` when a task ends and stops the life after `until` tasks."""
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONF, METHODS, born, cpu, factory, image_stream, live, sgd
+from helpers import CONF, METHODS, assert_same, born, cpu, factory, image_stream, live, sgd, state
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from clrun.checkpoint import Life
 from clrun.data.stream import Stream, Task
@@ -96,21 +96,6 @@ def logits(method: Method, x: Tensor, position: int = 2) -> Tensor:
     method.eval()
     with torch.inference_mode():
         return method(x, position) if method.needs_task_id else method(x)
-
-
-def state(method: nn.Module) -> dict[str, Any]:
-    """Return copies of weights, buffers and the tensors in plain attributes (replay memories, importances)."""
-    found = dict(method.state_dict())
-    for path, module in method.named_modules():
-        found |= {f"{path}:{name}": value for name, value in vars(module).items() if isinstance(value, Tensor)}
-    return {name: tensor.clone() for name, tensor in found.items()}
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """Fail unless two states are equal bit for bit."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import METHODS, Net, Recorder, born, configured, cpu, factory, sgd
+from helpers import METHODS, Net, Recorder, assert_same, born, configured, cpu, factory, sgd, state
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -65,21 +65,6 @@ def lived(method: Method, tasks: Stream, tuning: StabilityDecay | None, **more: 
 def searches(run: Engine) -> list[dict[str, Any]]:
     """Return the records of the searches."""
     return [cost["tuning"] for cost in run.life.costs]
-
-
-def state(method: nn.Module) -> dict[str, Any]:
-    """Return copies of weights, buffers and tensors in plain attributes."""
-    found = dict(method.state_dict())
-    for path, module in method.named_modules():
-        found |= {f"{path}:{name}": value for name, value in vars(module).items() if isinstance(value, Tensor)}
-    return {name: tensor.clone() for name, tensor in found.items()}
-
-
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """Fail unless two states are equal bit for bit."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 class Rigid(Method):
