@@ -106,8 +106,13 @@ def test_ewc_freezes_running_statistics_after_the_first_task() -> None:
 
 
 def test_ewc_bare_yaml_word_true_means_the_labels() -> None:
-    method, _ = born(factory("ewc", labels=True), image_stream())
-    assert method.labels == "true"
+    found = {}
+    for labels in (True, "true", "sampled"):
+        method, stream = born(factory("ewc", labels=labels), image_stream())
+        live(method, stream, until=1)
+        found[str(labels)] = method.penalty.importance
+    assert torch.equal(found["True"], found["true"])
+    assert not torch.equal(found["True"], found["sampled"])
 
 
 def test_simplecil_golden_scores() -> None:
