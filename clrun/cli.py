@@ -1,13 +1,14 @@
 """The command `clrun`: Hydra overrides, or list, report, features, --version; what runs start and how they end.
 
-Exit codes: 0 done; 1 a bug, or failed jobs of a sweep; 2 a mistake of the user, one line each; 130 Ctrl-C.
+Exit codes: 0 done; 1 failed jobs of a sweep, training that diverged or ran out of memory (one line), or a bug (a
+traceback); 2 a mistake of the user, one line each; 130 Ctrl-C.
 """
 
 import os
 import sys
 import traceback
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clrun import __version__
 from clrun.compose import Composer, conf_dir
 from clrun.errors import ConfigError, DataWarning, did_you_mean
+from clrun.failures import told
 from clrun.jobs import run, task
 from clrun.signature import one_line
 
@@ -48,13 +50,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if isinstance(error, ConfigError):
-            for line in str(error).splitlines():
-                print(f"clrun: {line}", file=sys.stderr)
-            code = 2
+        if lines := told(error):
+            print("\n".join(f"clrun: {line}" for line in lines), file=sys.stderr)
         else:
             traceback.print_exc()
-            code = 1
+        code = 2 if isinstance(error, ConfigError) else 1
     sys.exit(code)
 
 
@@ -69,12 +69,9 @@ def _warning(
 
 def _command(argv: list[str]) -> int:
     """Do what the command line asks for; return the exit code."""
-    if argv[:1] == ["list"]:
-        return _list(argv[1:])
-    if argv[:1] == ["report"]:
-        return _report(argv[1:])
-    if argv[:1] == ["features"]:
-        return _features(argv[1:])
+    commands = {"list": _list, "report": _report, "features": _features}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     if "--version" in argv:
         print(f"clrun {__version__}")
         return 0
@@ -104,6 +101,13 @@ def _refusing(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def _folder(text: str) -> Path:
+    """Return an argument that names a folder."""
+    if not os.path.isdir(text):
+        raise ArgumentTypeError(f"no such folder: {text}")
+    return Path(text)
+
+
 def _composer(args: Namespace) -> AbstractContextManager[Composer]:
     return Composer.of(config_path=args.config_path, config_name=args.config_name, config_dir=args.config_dir)
 
@@ -123,11 +127,11 @@ def _hydra(args: Namespace, parser: ArgumentParser) -> int:
 def _list(words: list[str]) -> int:
     """Print the members of a group, each with the first comment of its file."""
     parser = _refusing(ArgumentParser("clrun list", add_help=False))
-    parser.add_argument("--config-dir", "-cd", type=Path)
+    parser.add_argument("--config-dir", "-cd", type=_folder)
     parser.add_argument("group", nargs="?", default="")
     args = parser.parse_intermixed_args(words)
     folders = [folder for folder in (args.config_dir, conf_dir()) if folder is not None]
-    groups = {f.name for d in folders if d.is_dir() for f in d.iterdir() if f.is_dir() and f.name != "hydra"}
+    groups = {f.name for d in folders for f in d.iterdir() if f.is_dir() and f.name != "hydra"}
     group = next((g for g in groups if args.group in (g, f"{g}s")), None)
     if group is None:
         close = did_you_mean(args.group, groups)
@@ -159,9 +163,11 @@ def _features(words: list[str]) -> int:
 
     parser = _refusing(ArgumentParser("clrun features", add_help=False))
     parser.add_argument("action", nargs="?", choices=("list", "prune"), default="list")
-    parser.add_argument("--dir", type=Path, default=default_folder())
+    parser.add_argument("--dir", type=_folder, default=default_folder())
     parser.add_argument("--keep", type=float, default=0.0, metavar="GB")
     args = parser.parse_args(words)
+    if not 0 <= args.keep < 1e9:
+        raise ConfigError(f"features: --keep must be a number of gigabytes from 0, got {args.keep:g}")
     if args.action == "prune":
         FeatureCache(args.dir, limit=int(args.keep * 1e9)).make_room()
     print(listing(args.dir))

@@ -279,7 +279,10 @@ def _construction_problems(
         elif any(base.__name__ == "Optimizer" for base in getattr(target, "__mro__", ())):
             import torch
 
-            target([torch.nn.Parameter(torch.zeros(1))], **options)
+            optimizer: Any = target([weight := torch.nn.Parameter(torch.zeros(1))], **options)
+            weight.grad = torch.ones(1)
+            if not hasattr(optimizer, "watch"):
+                optimizer.step()  # some want more than gradients, or other ones
     except ConfigError as error:
         yield str(error)
     except (ValueError, TypeError, RuntimeError) as error:  # torch's own checks, as "Invalid learning rate: -1"

@@ -1,4 +1,4 @@
-"""The one exception for user mistakes, the one warning, spelling suggestions, and declared ranges of options."""
+"""The exceptions for user mistakes and diverged training, the one warning, spelling, declared ranges of options."""
 
 import difflib
 import warnings
@@ -13,6 +13,10 @@ class ConfigError(Exception):
 
     The message says what is wrong, where (full dotted key or file) and what to do.
     """
+
+
+class NumericalError(ArithmeticError):
+    """Training produced numbers that are not finite: reported as one line, exit code 1, no traceback."""
 
 
 class DataWarning(UserWarning):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
-from clrun.errors import ConfigError, Count, PositiveInt
+from clrun.errors import ConfigError, Count, NumericalError, PositiveInt
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 
@@ -188,6 +188,7 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
 
     Raises:
         ConfigError: a process found a mistake of the user, or this torch lacks the backend.
+        NumericalError: training diverged in a process.
         RuntimeError: a process failed; the others were stopped. The message holds its traceback.
     """
     if not (processes > 1 or under_torchrun()):
@@ -206,8 +207,9 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
         try:
             spawn(_worker, meeting, nprocs=processes)  # type: ignore[no-untyped-call]
         except Exception as error:
-            for message in sorted(Path(folder).glob("mistake-*")):
-                raise ConfigError(message.read_text()) from None
+            for kind in (ConfigError, NumericalError):
+                for message in sorted(Path(folder).glob(f"{kind.__name__}-*")):
+                    raise kind(message.read_text()) from None
             raise RuntimeError(f"a process of the run failed: {error}") from None
         return float(json.loads((Path(folder) / "result").read_text()))
 
@@ -215,12 +217,12 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
 def _worker(
     rank: int, folder: Path, work: Callable[..., float], arguments: tuple[Any, ...], world: int, backend: str
 ) -> None:
-    """Run one spawned process; leaves its result, or the user's mistake, as a file in `folder`."""
+    """Run one spawned process; leaves its result, or how it failed, as a file in `folder`."""
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         result = _join(f"file://{folder}/rendezvous", work, arguments, rank, world, backend)
-    except ConfigError as mistake:
-        (folder / f"mistake-{rank}").write_text(str(mistake))
+    except (ConfigError, NumericalError) as error:
+        (folder / f"{type(error).__name__}-{rank}").write_text(str(error))
         raise
     if rank == 0:
         (folder / "result").write_text(json.dumps(result))

@@ -82,7 +82,9 @@ def mismatch(value: Any, hint: Any) -> str | None:
         return _collection_mismatch(value, kind, args)
     accepted = {float: (float, int), Path: (str, Path)}.get(kind, kind)
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    return None if fits else f"expected {NAMES.get(kind, NODE)}"
+    if not fits:
+        return f"expected {NAMES.get(kind, NODE)}"
+    return Range().problem(value) if isinstance(value, float) else None
 
 
 def _union_mismatch(problems: list[str | None]) -> str | None:
@@ -92,7 +94,8 @@ def _union_mismatch(problems: list[str | None]) -> str | None:
     texts = [p for p in dict.fromkeys(problems) if p]
     right_type = [p for p in texts if not p.startswith("expected")]
     plain = [p.removeprefix("expected ") for p in texts if not p.endswith(NODE)]
-    return right_type[0] if right_type else "expected " + " or ".join(plain or [NODE])
+    words = plain if set(plain) - {"null"} else [NODE, *plain]
+    return right_type[0] if right_type else "expected " + " or ".join(words)
 
 
 def _collection_mismatch(value: Any, kind: type, args: tuple[Any, ...]) -> str | None:

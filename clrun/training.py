@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from clrun.data.split import Batch, Split
 from clrun.data.stream import Setting, Stream, Task
-from clrun.errors import ConfigError, Count, Positive, PositiveInt, Range
+from clrun.errors import ConfigError, Count, NumericalError, Positive, PositiveInt, Range
 from clrun.hardware import Hardware
 from clrun.seeding import generator, seed_all
 
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 Loss = Callable[[Batch, "Context"], Tensor]
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
 CHECK_EVERY = 50  # steps between two looks at the loss: each look waits for the device
-
-
-class NumericalError(ArithmeticError):
-    """Training produced a loss that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,6 @@ def fit(
     params: Parameters | None = None,
     budget: Budget | None = None,
     name: str = "fit",
-    augment: bool = True,
 ) -> None:
     """Minimise `loss(batch, ctx)` over `split`. The only place that owns an optimizer.
 
@@ -184,7 +179,6 @@ def fit(
         params: parameters or parameter groups to move; default `method.trainable()`.
         budget: length and optimizer; default the run's.
         name: keys the generators of shuffling, augmentation and dropout: two phases of a task differ.
-        augment: apply the training augmentation of the split's transform; False gives the eval view.
 
     Raises:
         NumericalError: the loss is not finite; looked at every 50 steps and after the last one.
@@ -196,7 +190,7 @@ def fit(
         return
     optimizer = budget.optimizer(groups)
     schedule = None if budget.schedule is None else budget.schedule(optimizer, total)
-    view = ctx.generator("augment", name, ctx.hardware.rank) if augment else None
+    view = ctx.generator("augment", name, ctx.hardware.rank)
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
     ctx.progress.moved.update(step.parameters)
     seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
@@ -248,7 +242,7 @@ class _Step:
         loss: objective.
         optimizer: owns the parameters that move.
         clip_norm: largest norm of the whole gradient; None does not clip.
-        augmentation: source of the training view; None takes the eval view.
+        augmentation: source of the training view.
     """
 
     method: "Method"
@@ -257,7 +251,7 @@ class _Step:
     loss: Loss
     optimizer: Optimizer
     clip_norm: float | None
-    augmentation: torch.Generator | None
+    augmentation: torch.Generator
     nothing: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
 
     @cached_property
@@ -290,8 +284,7 @@ class _Step:
 
     def _prepared(self, raw: Batch) -> Batch:
         """Return the batch as the network sees it, with the raw rows beside."""
-        transform = self.split.transform
-        x = transform.eval(raw.x) if self.augmentation is None else transform.train(raw.x, self.augmentation)
+        x = self.split.transform.train(raw.x, self.augmentation)
         return Batch(self.ctx.hardware.layout(x), raw.y, raw.t, raw.i, raw.x)
 
 

@@ -15,12 +15,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Fraction, Positive, PositiveInt, Range
+from clrun.errors import ConfigError, Fraction, NumericalError, Positive, PositiveInt, Range
 from clrun.evaluation import Evaluation
 from clrun.knobs import Values, decays, read, write
 from clrun.method import Method
 from clrun.seeding import derive
-from clrun.training import Budget, NumericalError
+from clrun.training import Budget
 
 if TYPE_CHECKING:
     from clrun.engine import Engine

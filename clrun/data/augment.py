@@ -282,7 +282,7 @@ def parse_augmentations(spec: Sequence[Any]) -> dict[str, Augmentation]:
     """
     found: dict[str, Augmentation] = {}
     for entry in spec:
-        named = entry if isinstance(entry, Mapping) else {entry: {}}
+        named = entry if isinstance(entry, Mapping) else {str(entry): {}}
         for name, options in named.items():
             _require(name not in found, str(name), "named twice")
             found[name] = _augmentation(name, options)

@@ -2,6 +2,8 @@
 
 Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; copies of the parameters during a task.
 Task id: not needed.
+
+Verified: all the way without memory it is online SGD, no way it does not move, steps by hand (test_methods_gradients).
 """
 
 import math
@@ -87,6 +89,8 @@ class Mer(Method):
         return self.sequences * loss if incoming else loss
 
     def after_step(self, ctx: Context) -> None:
+        if not self.across:
+            return  # a dry run times a fit outside of `learn`
         done, last = ctx.progress.step + 1, ctx.progress.step + 1 == ctx.progress.total
         if self.algorithm == 1 and (done % self.length == 0 or last):
             self._step_back(self.within, self.beta)

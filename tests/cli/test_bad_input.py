@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
+# What the signature of an option excludes is tried for every option in tests/unit/test_options.py.
 # Arguments, and the line without "clrun: " (its beginning, where it ends in "...").
 FOUND_BY_HYDRA = {
     "unknown method": (["method=ewcc"], "no method named 'ewcc'; did you mean 'ewc'? (available: a_gem, ..."),
@@ -123,6 +124,40 @@ FOUND_IN_DATA = {
     "unknown device": (["hardware.device=tpu"], "hardware.device: no device 'tpu'; use auto, cpu, cuda or cuda:N"),
     "no augmentation": (["dataset.augment=[flop]"], "dataset.augment..."),
     "no class order": (["scenario.class_order=[0,1]"], "scenario.class_order: must name each of the classes 0 ..."),
+    "no domains": (["dataset=folder_domains", "dataset.root=nowhere"], "dataset.root: there is no folder nowhere; ..."),
+    "unknown domain": (
+        ["dataset=domainnet", "dataset.domains=[reel]"],
+        "dataset.domains: DomainNet has no 'reel'; did you mean 'real'? ...",
+    ),
+    "preview without data": (
+        ["job=preview", "dataset=mnist", "dataset.root=nowhere"],
+        "dataset.root: MNIST cannot be ...",
+    ),
+    "data of a preset": (
+        ["experiment=split_cifar100_10", "dataset.root=nowhere"],
+        "dataset.root: CIFAR100 cannot be ...",
+    ),
+    "no groups": (["scenario=fixed_groups"], "scenario.groups: needs a value; set scenario.groups=..."),
+    "unknown groups": (
+        ["scenario=fixed_groups", "scenario.groups=partiy"],
+        "scenario.groups: digits has no groups named 'partiy'; did you mean 'parity'? ...",
+    ),
+    "a class in two groups": (
+        ["scenario=fixed_groups", "scenario.groups=[[0,1],[1,2]]"],
+        "scenario.groups: class 1 appears twice, the second time in group 1",
+    ),
+    "an empty group": (
+        ["scenario=fixed_groups", "scenario.groups=[[0],[]]"],
+        "scenario.groups: there must be at least one group and no group may be empty",
+    ),
+    "no such class": (
+        ["scenario=fixed_groups", "scenario.groups=[[0],[10]]"],
+        "scenario.groups: class 10 in group 1 does not exist (0 to 9)",
+    ),
+    "groups of numbers": (
+        ["scenario=fixed_groups", "scenario.groups=[0,1]"],
+        "scenario.groups: in each item expected a list, got [0, 1]",
+    ),
     "unknown preset": (
         ["task_order=cifar100_split", "scenario.n_tasks=10", "task_order.order=F"],
         "task_order.order: no order 'F' (available: A, B, C, D, E)",
@@ -132,7 +167,278 @@ FOUND_IN_DATA = {
     "unknown model": (["backbone=timm", "backbone.name=resnt18"], "backbone.name: timm ..."),
     "no weights file": (["backbone=timm", "backbone.weights=gone.pth"], "backbone.weights: there is no file gone.pth"),
 }
-CASES = FOUND_BY_HYDRA | FOUND_BY_CHECK | FOUND_IN_DATA
+# Three tasks of two generated classes. What follows is found while the run is built, after the checks above.
+TINY = ["job=smoke", "job.picture=false", "hardware.threads=1", "backbone=cnn", "scenario.n_tasks=3"]
+TINY += ["dataset=synthetic", "dataset.num_classes=6", "dataset.image_shape=[1,8,8]"]
+TINY += ["dataset.train_rows=8", "dataset.test_rows=4"]
+VIT, TIL = "backbone=glyph_vit", "scenario.setting=til"
+FOUND_BY_METHODS = {
+    "prompts without a ViT": (["method=l2p"], "backbone: L2p needs a vision transformer, not Backbone; use ..."),
+    "attention of a CNN": (["method=vit_pad"], "backbone: vit_pad needs a vision transformer, not Backbone; use ..."),
+    "adapters of a CNN": (
+        ["method=ranpac", "method.phase1=adapter"],
+        "backbone: Ranpac with method.phase1=adapter needs a transformer with blocks of attention and MLP, not ...",
+    ),
+    "more prompts than a pool": (
+        [VIT, "method=l2p", "method.top=11"],
+        "method.top: cannot choose 11 of 10 prompts (method.pool_size)",
+    ),
+    "prompts of other tasks": (
+        [VIT, "method=l2p", "method.copy_prompts=true"],
+        "method.copy_prompts: tasks have prompts of their own with method.use_prompt_mask only",
+    ),
+    "pool that does not divide": (
+        [VIT, "method=l2p", "method.use_prompt_mask=true"],
+        "method.use_prompt_mask: 3 tasks of 5 prompts need method.pool_size=15, not 10",
+    ),
+    "too many components": (
+        [VIT, "method=coda_prompt", "method.components=60"],
+        "method.components: 3 tasks of 60 components need 180 orthogonal directions, the features have 96; take ...",
+    ),
+    "half a prefix": (
+        [VIT, "method=coda_prompt", "method.length=3"],
+        "method.length: must be even (half of it are keys, half values), got 3",
+    ),
+    "no such block": (
+        [VIT, "method=coda_prompt", "method.blocks=[9]"],
+        "method.blocks: there is no block 9; the backbone has the blocks 0 to 3",
+    ),
+    "a block twice": (
+        [VIT, "method=dualprompt", "method.e_blocks=[2,2]"],
+        "method.e_blocks: a block is listed twice; the backbone has the blocks 0 to 3",
+    ),
+    "prompts of a given task": (
+        [VIT, "method=dap", "method.task_id=given"],
+        "method.task_id=given: needs the task id at test time; scenario.setting=cil cannot use it (til)",
+    ),
+    "new prompts for each task": (
+        [VIT, "method=vpt", "method.reinit=true"],
+        "method.reinit: needs the task id at test time; scenario.setting=cil cannot use it (til)",
+    ),
+    "proximal steps of Adam": (
+        ["method=ewc", "method.solver=proximal", "budget=adam"],
+        "method.solver=proximal: needs budget.optimizer=torch.optim.SGD, not Adam; use budget=sgd or ...",
+    ),
+    "natural gradient of Adam": (
+        ["method=ncl", "budget=adam"],
+        "method=ncl: needs budget.optimizer=torch.optim.SGD, not Adam; use budget=sgd",
+    ),
+    "weight decay beside a prior": (
+        ["method=ncl", "budget.optimizer.weight_decay=0.1"],
+        "budget.optimizer.weight_decay=0.1: method=ncl needs 0",
+    ),
+    "sum of products": (
+        ["method=kfac_ewc", "method.add=list"],
+        "method.add=list: method.solver=proximal needs one product; use add=kl or solver=grad",
+    ),
+    "pattern of no layer": (["method=kfac_ewc", "method.modules=[conv9]"], "method.modules: no layer fits 'conv9' ..."),
+    "classes of a sample": (
+        ["method=ewc", "method.top_k=2"],
+        "method.top_k: says which classes method.labels=exact sums over; labels is sampled",
+    ),
+    "no strength": (["method=ranpac", "method.strengths=[]"], "method.strengths: must list at least one strength"),
+    "forgetting what comes first": (
+        [VIT, "method=ranpac", "method.phase1=ssf", "method.forget_tasks=[0]"],
+        "method.forget_tasks: task 0 comes first and shapes the features for all others; ...",
+    ),
+    "forgetting the unknown": (
+        ["method=ncm", "method.forget_tasks=[7]"],
+        "method.forget_tasks: no task 7 (the stream has [0, 1, 2])",
+    ),
+    "forgetting everything": (
+        ["method=simplecil", "method.forget_tasks=[0,1,2]"],
+        "method.forget_tasks: names every task; at least one must remain",
+    ),
+    "least above most": (
+        ["method=halrp", TIL, "method.lowest_rank=5", "method.highest_rank=2"],
+        "method.lowest_rank: must be at most method.highest_rank=2",
+    ),
+    "costs without a budget": (
+        ["method=halrp", TIL, "method.ranks=cost_aware", "method.growth=null"],
+        "method.ranks=cost_aware: needs a budget; set method.growth",
+    ),
+    "no warm-up": (["method=halrp", TIL, "method.warmup.epochs=0"], "method.warmup: the ranks come from ..."),
+    "curvature of no rows": (
+        ["method=halrp", TIL, "method.curvature_data=val"],
+        "method.curvature_data=val: there are no validation rows; set dataset.val_fraction",
+    ),
+    "no room to grow": (["method=halrp", TIL, "method.growth=0.0001"], "method.growth=0.0001: scales, biases, ..."),
+    "codes of nothing": (
+        ["method=ebll", "method.encoding.epochs=0"],
+        "method.encoding: codes are learned; give it at least one epoch or step",
+    ),
+    "nothing kept": (
+        ["method=progress_compress", "method.compress.epochs=0"],
+        "method.compress: what is not compressed is lost; give it at least one epoch or step",
+    ),
+    "a word for a budget": (
+        ["method=progress_compress", "method.compress=adam"],
+        "method.compress: expected a node with a _target_, got 'adam'",
+    ),
+    "a word for a host": (["method=dgc", "method.host=er"], "method.host: expected a node with a _target_, got 'er'"),
+    "two lengths within": (
+        ["method=lwf", "method.warmup.steps=3"],
+        "budget: give exactly one of epochs and steps (set the other to null)",
+    ),
+    "a ring too small": (
+        ["method=gem", "method.capacity=2"],
+        "method.capacity=2: a ring needs a row for each of 3 tasks in each of 1 processes; use more or ...",
+    ),
+    "less than an exemplar": (
+        ["method=icarl", "method.capacity=3"],
+        "method.capacity=3: less than one exemplar for each of 6 classes",
+    ),
+    "all but the head": (["method=fish", TIL, "method.ratio=0.00001"], "method.ratio=1e-05: the head takes 514 of ..."),
+    "networks without the task": (
+        ["method=stl"],
+        "Stl needs the task id at test time; scenario.setting=cil cannot use it (til)",
+    ),
+}
+FOUND_BY_TASKS = {
+    "sizes of fewer classes": (
+        ["scenario.sizes=[1,2]", "scenario.n_tasks=null"],
+        "scenario.sizes: must be positive and sum to the 6 classes of the data set, got [1, 2] with sum 3",
+    ),
+    "sizes of other tasks": (
+        ["scenario.sizes=[1,5]"],
+        "scenario.n_tasks: 3 does not match the 2 tasks of scenario.sizes; set scenario.n_tasks=null",
+    ),
+    "sizes said twice": (
+        ["scenario.sizes=[1,2,3]", "scenario.first=1"],
+        "scenario.first: says what scenario.sizes says already; set one of them to null",
+    ),
+    "first of more classes": (["scenario.first=7"], "scenario.first: must be at most 6 (the classes of ..."),
+    "too few left": (["scenario.first=5"], "scenario.n_tasks: 6 classes with 5 of them in task 0 (scenario.first) ..."),
+    "no sizes at all": (["scenario.n_tasks=null"], "scenario.n_tasks: must be given unless scenario.sizes lists ..."),
+    "classes dealt twice": (
+        ["scenario.class_seed=1", "scenario.class_order=[0,1,2,3,4,5]"],
+        "scenario.class_seed: says what scenario.class_order says already; set one of them to null",
+    ),
+    "seed of no generator": (
+        ["scenario.class_order={np_seed: 1}"],
+        "scenario.class_order: a list of class ids or one of numpy_seed, python_seed, got {'np_seed': 1}",
+    ),
+    "negative seed of NumPy": (
+        ["scenario.class_order={numpy_seed: -1}"],
+        "scenario.class_order.numpy_seed: must be between 0 and 4294967295, got -1",
+    ),
+    "rotation beyond the tasks": (
+        ["task_order=rotation", "task_order.shift=3"],
+        "task_order.shift: must be between 0 and 2, got 3 (3 tasks have 3 rotations)",
+    ),
+    "permutation beyond them": (
+        ["task_order=exhaustive", "task_order.index=6"],
+        "task_order.index: must be between 0 ...",
+    ),
+    "search of a part": (["task_order=adversarial"], "job.max_tasks: orders would differ in the tasks that are ..."),
+    "results of nowhere": (
+        ["task_order=adversarial", "task_order.reuse=[nowhere]", "job=default"],
+        "task_order.reuse: no such folder: nowhere",
+    ),
+    "five channels": (
+        [VIT, "dataset.image_shape=[5,8,8]"],
+        "backbone: wants 1 channels but the images of the data set have 5; ...",
+    ),
+    "flat images": (["dataset.image_shape=[1,8]"], "dataset.image_shape: must be three positive integers ..."),
+    "no rows to learn": (
+        ["dataset.val_fraction=0.99"],
+        "dataset.val_fraction: 0.99 leaves class c0 no training rows ...",
+    ),
+    "word for augmentations": (["dataset.augment=crop"], "dataset.augment: expected a list, got 'crop'"),
+    "augmentation in a list": (
+        ["dataset.augment=[[crop]]"],
+        "dataset.augment: no augmentation named '['crop']'; did you mean ...",
+    ),
+    "misspelt augmentation": (
+        ["dataset.augment=[{crop: {pda: 1}}]"],
+        "dataset.augment: crop: no option 'pda'; did you mean 'pad'? (has: pad, size)",
+    ),
+    "augmentation twice": (["dataset.augment=[crop,crop]"], "dataset.augment: crop: named twice"),
+}
+FOUND_BY_BUDGET_AND_JOB = {
+    "neither epochs nor steps": (["budget.epochs=null"], "budget: give exactly one of epochs and steps (set ..."),
+    "momentum of Nesterov": (
+        ["budget=online", "budget.optimizer.nesterov=true"],
+        "budget.optimizer: Nesterov momentum requires a momentum and zero dampening",
+    ),
+    "beta of 1.5": (
+        ["budget=adam", "budget.optimizer.betas=[0.9,1.5]"],
+        "budget.optimizer: Invalid beta parameter ...",
+    ),
+    "one beta": (["budget=adam", "budget.optimizer.betas=[0.9]"], "budget.optimizer.betas: expected a list of 2, ..."),
+    "rate of nothing": (["budget.optimizer.lr=nan"], "budget.optimizer.lr: must be a number, got nan"),
+    "rate of null": (["budget.optimizer.lr=null"], "budget.optimizer.lr: expected float, got None"),
+    "optimizer with a closure": (
+        ["budget.optimizer._target_=torch.optim.LBFGS"]
+        + [f"~budget.optimizer.{key}" for key in ("momentum", "dampening", "weight_decay", "nesterov")],
+        "budget.optimizer: LBFGS.step() missing 1 required positional argument: 'closure'",
+    ),
+    "misspelt optimizer": (
+        ["budget.optimizer._target_=torch.optim.SDG"],
+        "budget.optimizer._target_: cannot import 'torch.optim.SDG': 'torch.optim' has no 'SDG'; did you mean 'SGD'?",
+    ),
+    "word for a schedule": (
+        ["budget.schedule=cosine"],
+        "budget.schedule: expected a node with a _target_ or null, got 'cosine'",
+    ),
+    "precision of a GPU": (
+        ["hardware=cpu", "hardware.precision=tf32"],
+        "hardware.precision=tf32 needs a GPU, the device is cpu; use fp32 or bf16",
+    ),
+    "device of another maker": (["hardware.device=mps"], "hardware.device: 'mps' is not supported; use auto, cpu, ..."),
+    "choice without rows": (["job=stability_decay"], "job.tuning: needs validation rows of every task; set ..."),
+    "choice of nothing": (["job=stability_decay", "job.tuning.lrs=[]"], "job.tuning.lrs: empty; give at least one ..."),
+    "decay of 1": (
+        ["job=stability_decay", "job.tuning.decay=1"],
+        "job.tuning.decay: 1 decays nothing; use a factor ...",
+    ),
+    "many trainings looked into": (
+        ["job=stability_decay", "job.eval_every=3"],
+        "job.eval_every: evaluates one training of a task, job.tuning does many; set it to null",
+    ),
+    "word for a choice": (["job.tuning=all"], "job.tuning: expected a node with a _target_ or null, got 'all'"),
+    "cache of no name": (
+        ["method=ncm", "job.feature_cache=''"],
+        "job.feature_cache: give a folder, true (the default ...",
+    ),
+    "cache in a file": (
+        ["method=ncm", "job.feature_cache=/dev/null/x"],
+        "/dev/null/x: features cannot be stored there ...",
+    ),
+    "preview in a file": (["job=preview", "hydra.run.dir=/dev/null/x"], "/dev/null/x: cannot be written (Not a ..."),
+    "dry run of a misfit": (
+        ["job=dry_run", "method=l2p"],
+        "backbone: L2p needs a vision transformer, not Backbone; ...",
+    ),
+    "name of nothing": (["name=''"], "name: must be usable as the name of a folder, got ''"),
+    "seed of null": (["seed=null"], "seed: expected int, got None"),
+}
+COMMANDS = {
+    "features of nothing": (["features", "lst"], "argument action: invalid choice: 'lst' (choose from ..."),
+    "features of nowhere": (["features", "--dir", "nowhere"], "argument --dir: no such folder: nowhere; see ..."),
+    "negative gigabytes": (["features", "prune", "--keep", "-1"], "features: --keep must be a number of gigabytes ..."),
+    "gigabytes of nothing": (
+        ["features", "prune", "--keep", "nan"],
+        "features: --keep must be a number of gigabytes ...",
+    ),
+    "gigabytes of text": (["features", "prune", "--keep", "x"], "argument --keep: invalid float value: 'x'; see ..."),
+    "list of two groups": (["list", "method", "dataset"], "unrecognized arguments: dataset; see clrun --help"),
+    "list of nowhere": (
+        ["list", "method", "--config-dir", "nowhere"],
+        "argument --config-dir/-cd: no such folder: ...",
+    ),
+    "report of a file": (["report", "/dev/null"], "report: no such folder: /dev/null"),
+    "misspelt option of report": (["report", ".", "--ot", "x"], "unrecognized arguments: --ot x; see clrun --help"),
+    "completion of no shell": (
+        ["-sc", "install=basch"],
+        "No completion plugin for 'basch' found, available : bash ...",
+    ),
+    "information on nothing": (["--info", "nothing"], "argument --info/-i: invalid choice: 'nothing' (choose from ..."),
+    "resolving nothing": (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg or --help"),
+}
+SMALL_RUNS = FOUND_BY_METHODS | FOUND_BY_TASKS | FOUND_BY_BUDGET_AND_JOB
+CASES = FOUND_BY_HYDRA | FOUND_BY_CHECK | FOUND_IN_DATA | COMMANDS
+CASES |= {case: ([*TINY, *argv], line) for case, (argv, line) in SMALL_RUNS.items()}
 
 
 def assert_refused(code: int, err: str, line: str, folder: Path) -> None:
@@ -288,3 +594,24 @@ def test_a_sweep_with_a_backbone_that_cannot_be_had_starts_nothing(clrun, folder
     assert "has no model 'tst_resnet'; did you mean 'test_resnet" in done.lines[0]
     assert done.lines[1].startswith("clrun: backbone.name: test_vit has no weights tagged 'none'")
     assert all(line.endswith("[1 of 3 runs]") for line in done.lines)
+
+
+def test_folder_of_another_or_a_damaged_run(clrun, folder):
+    argv = [*TINY, "job.progress=false", "job.max_tasks=1", "hydra.run.dir=run"]
+    assert clrun(*argv).code == 0
+    run = folder / "run"
+    left = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    other = clrun(*argv, "seed=1")
+    assert other.lines == [
+        f"clrun: {run}: holds a run of another configuration (seed differ); choose another hydra.run.dir"
+    ]
+    for damage in (b"", b"{}", b"\xff"):
+        (run / "run.json").write_bytes(damage)
+        done = clrun(*argv)
+        assert done.code == 2 and len(done.lines) == 1, done.err
+        assert done.lines[0].startswith(f"clrun: {run}/run.json: ") and done.lines[0].endswith(
+            "; remove it to run again"
+        )
+        assert (run / "run.json").read_bytes() == damage
+    assert {path for path in run.rglob("*") if path.is_file()} == left.keys()
+    assert all(path.read_bytes() == content for path, content in left.items() if path.name != "run.json")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONF, METHODS, assert_same, born, cpu, factory, image_stream, live, sgd, state
+from helpers import CONF, METHODS, assert_same, born, context, cpu, factory, image_stream, live, sgd, state
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from clrun.checkpoint import Life
 from clrun.data.stream import Stream, Task
 from clrun.evaluation import Evaluation
 from clrun.method import Method
+from clrun.training import fit
 
 SETTINGS = ("cil", "til", "dil")
 # Options under which a learner must be finetuning, bit for bit.
@@ -150,6 +151,15 @@ def test_same_life_twice(name: str) -> None:
         ends.append((state(method), journal.recorded))
     assert_same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_dry_run_can_time_a_fit(name: str) -> None:
+    method, stream = born(small(name), image_stream())
+    ctx = context(stream, max_steps=5)
+    method.begin_task(stream.tasks[0], ctx)
+    if not method.uses_frozen_features:
+        fit(method, stream.tasks[0].train, ctx)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -110,7 +110,10 @@ def test_features_are_listed_and_pruned(command, tmp_path: Path) -> None:
     assert [line.split()[:6] for line in lines[1:3]] == [
         ["digits", part, "mlp", rows, "x", "100"] for part, rows in (("test", "355"), ("train", "1442"))
     ]
+    Path("elsewhere").mkdir()
     assert command("features", "list", "--dir", "elsewhere")[1].startswith("0 files")
+    code, _, err = command("features", "list", "--dir", "nowhere")
+    assert (code, err.count("\n")) == (2, 1) and "nowhere" in err
     assert "2 files, 0.7 MB" in command("features", "prune", "--keep", "1")[1]
     code, out, _ = command("features", "prune")
     assert out.startswith("0 files") and not list(Path("cache/features").iterdir())

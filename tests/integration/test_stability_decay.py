@@ -108,7 +108,7 @@ def test_the_smoke_preset_is_cheap(tmp_path, monkeypatch):
         (("job.tuning.lrs=[0]",), "job.tuning.lrs: in each item must be greater than 0, got [0]"),
         (("job.tuning.decay=1",), "job.tuning.decay: 1 decays nothing"),
         (("job.tuning.drop=2",), "job.tuning.drop: must be at most 1, got 2"),
-        (("job.tuning=3",), "job.tuning: expected null, got 3"),
+        (("job.tuning=3",), "job.tuning: expected a node with a _target_ or null, got 3"),
         (("job.tuning.drops=1",), "job.tuning.drops: unknown option of job=stability_decay; did you mean 'drop'?"),
     ],
 )

@@ -64,6 +64,8 @@ def test_fitting_values(value, hint):
         (NODE, float, "expected float"),
         (3, Tensor, "expected a node with a _target_"),
         ("adam", Callable[..., Any], "expected a node with a _target_"),
+        ("cosine", Callable[..., Any] | None, "expected a node with a _target_ or null"),
+        (float("nan"), float, "must be a number"),
         ("CIL", Literal["til", "cil"], "expected one of til, cil"),
         (True, Literal[1, 2], "expected one of 1, 2"),
         (-1, Count, "must be at least 0"),

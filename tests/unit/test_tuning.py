@@ -15,12 +15,12 @@ from clrun.data.split import Batch
 from clrun.data.stream import Stream
 from clrun.data.transforms import fit_transform
 from clrun.engine import Engine
-from clrun.errors import ConfigError
+from clrun.errors import ConfigError, NumericalError
 from clrun.evaluation import Evaluation
 from clrun.knobs import Knob, decays, read, write
 from clrun.method import Method
 from clrun.seeding import seed_all
-from clrun.training import Context, NumericalError
+from clrun.training import Context
 from clrun.tuning import StabilityDecay, _Trials
 
 KNOWN = {name: factory(name).func.knobs for name in METHODS}  # type: ignore[attr-defined]

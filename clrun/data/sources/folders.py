@@ -157,9 +157,11 @@ def subfolders(home: Path) -> list[str]:
     Raises:
         ConfigError: the folder cannot be read, or holds none.
     """
+    if not home.is_dir():
+        raise ConfigError(f"dataset.root: there is no folder {home}; expected one with a folder for each part")
     found = [entry.name for entry in entries(home) if entry.is_dir() and not hidden(entry.name)]
     if not found:
-        raise ConfigError(f"{home}: holds no folders")
+        raise ConfigError(f"dataset.root: {home} holds no folders; expected one for each part")
     return found
 
 
