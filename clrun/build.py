@@ -1,13 +1,16 @@
 """What a configuration names, built: data set, stream, backbone, method and budget, fitted to each other."""
 
-from collections.abc import Mapping
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from torch import nn
 
 from clrun.blocks.inject import COMPILED
@@ -24,6 +27,7 @@ from clrun.frozen import fact, open_cache, reuse
 from clrun.hardware import Hardware
 from clrun.method import Method
 from clrun.seeding import seed_all
+from clrun.signature import locate
 from clrun.training import Budget
 
 Config = Mapping[str, Any]
@@ -51,6 +55,11 @@ class Built:
     input: str
     cache: FeatureCache | None = None
 
+    @property
+    def apart(self) -> tuple[nn.Module, ...]:
+        """The backbone where the method was given its features instead: the method does not hold it then."""
+        return () if self.stream is self.images else (self.backbone,)
+
 
 def make(node: Config) -> Any:
     """Instantiate a `_target_` node with plain containers; a user's mistake found on the way stays a `ConfigError`."""
@@ -76,7 +85,7 @@ def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built
     """
     backbone, images, text = build_images(config, hardware)
     stream, seen = images, backbone
-    learner: type[Method] = get_class(config["method"]["_target_"])
+    learner = _learner(config)
     cache: FeatureCache | None = None
     if learner.reads_features(config["method"]) and features:
         job: Job = make(config["job"])
@@ -96,6 +105,78 @@ def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built
     return Built(images, stream, backbone, method, budget, text, cache)
 
 
+def _learner(config: Config) -> type[Method]:
+    """Return the class of the method.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    learner = locate(name := config["method"]["_target_"])
+    if not (isinstance(learner, type) and issubclass(learner, Method)):
+        raise ConfigError(f"method: {name} is no subclass of clrun.method.Method")
+    return learner
+
+
+def _dataset(config: Config) -> Dataset:
+    """Return the data set; the rows of one that is not clrun's own are looked at.
+
+    Raises:
+        ConfigError: the loader gives something else, or rows that cannot be used.
+    """
+    dataset, name = make(config["dataset"]), config["dataset"]["_target_"]
+    if not isinstance(dataset, Dataset):
+        what = f"{name} returns a {type(dataset).__name__}"
+        raise ConfigError(f"dataset: {what}, not a clrun.data.stream.Dataset, which clrun.data.sources.assemble makes")
+    if not name.startswith("clrun."):
+        for part, split in (("train", dataset.train), ("test", dataset.test)):
+            if problem := _rows_problem(split, dataset):
+                raise ConfigError(f"dataset: {name} gives {part} rows with {problem}")
+    return dataset
+
+
+def _rows_problem(split: Split, dataset: Dataset) -> str | None:
+    """Return what is wrong with the rows of a split; None for nothing."""
+    images, labels = split.images, split.labels
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+        return f"labels of {_kind(labels)}, expected a tensor [N] of torch.int64"
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dataset.num_classes:
+        found = f"labels from {int(labels.min())} to {int(labels.max())}"
+        return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
+    if not isinstance(split, TensorSplit) or len(dataset.image_shape) == 1:
+        return None
+    wrong = not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.dim() != 4
+    return f"images of {_kind(images)}, expected a tensor [N, C, H, W] of torch.uint8, 0 to 255" if wrong else None
+
+
+def _kind(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+@contextmanager
+def naming_foreign(config: Config) -> Iterator[None]:
+    """Add to the traceback of an exception the parts of the run that are not clrun's own: it may not show their files.
+
+    A method's wrong loss, say, fails after the method has returned it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if found := _foreign(config):
+            error.add_note(f"In a run with {found}")
+        raise
+
+
+def _foreign(config: Config) -> str:
+    """Return the parts of the run that are not clrun's own, with their files."""
+    found = []
+    for group, node in config.items():
+        name = node.get("_target_", "") if isinstance(node, Mapping) else ""
+        if name and name.partition(".")[0] not in ("clrun", "torch"):
+            part = locate(name)
+            found.append(f"{group}={name} ({getattr(sys.modules.get(part.__module__), '__file__', 'no file')})")
+    return ", ".join(found)
+
+
 def _names(config: Config, text: str) -> dict[str, str]:
     """Return the names under which features are listed."""
     short = {group: config[group]["_target_"].rpartition(".")[2] for group in ("dataset", "backbone")}
@@ -104,21 +185,41 @@ def _names(config: Config, text: str) -> dict[str, str]:
 
 def build_images(config: Config, hardware: Hardware | None) -> tuple[nn.Module, Stream, str]:
     """Build the backbone, the stream of images fitted to it, and the line that says how; on the device, if any."""
-    dataset: Dataset = make(config["dataset"])
+    dataset = _dataset(config)
 
     def new() -> nn.Module:
         seed_all(config["seed"], "init", "backbone")
         backbone: nn.Module = make(config["backbone"])(dataset.image_shape)
+        _check_features(backbone, config["backbone"]["_target_"], dataset.image_shape)
         if hardware is not None:
             hardware.place(backbone)
         return backbone
 
     key = repr([config["backbone"], dataset.image_shape, config["seed"], hardware])
-    learner: type[Method] = get_class(config["method"]["_target_"])
+    learner = _learner(config)
     backbone = reuse(key, new) if learner.reads_features(config["method"]) else new()
     transform, text = fit_transform(dataset, backbone)
     stream = make(config["scenario"])(dataset, _order(config, dataset, transform, backbone), transform)
     return backbone, _limited(stream, make(config["job"]), hardware), text
+
+
+def _check_features(backbone: nn.Module, name: str, image_shape: tuple[int, ...]) -> None:
+    """Refuse a backbone without `num_features`; one that is not clrun's own is tried on one black image, in a copy.
+
+    Raises:
+        ConfigError: see above, or its features are not [B, num_features].
+    """
+    width = getattr(backbone, "num_features", None)
+    if not isinstance(width, int):
+        raise ConfigError(f"backbone: {name} has no num_features; set self.num_features to the width of its features")
+    if name.startswith("clrun."):
+        return
+    with torch.no_grad():
+        image = torch.zeros(1, *(getattr(backbone, "input_size", None) or image_shape))
+        features = copy.deepcopy(backbone).eval()(image)
+    if features.shape != (1, width):
+        shape = f"[B, {', '.join(map(str, features.shape[1:]))}]"
+        raise ConfigError(f"backbone: {name} returns features {shape}, expected [B, num_features] = [B, {width}]")
 
 
 def _order(config: Config, dataset: Dataset, transform: Transform, backbone: nn.Module) -> Any:
@@ -142,8 +243,7 @@ def preflight(config: Config) -> None:
     """
     hardware: Hardware = make(config["hardware"])
     hardware.setup()
-    dataset: Dataset = make(config["dataset"])
-    stream = make(config["scenario"])(dataset, make(config["task_order"]), Plain())
+    stream = make(config["scenario"])(_dataset(config), make(config["task_order"]), Plain())
     job: Job = make(config["job"])
     _limited(stream, job, None)
     backbone = make(config["backbone"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from clrun import checkpoint
 from clrun.accounting import forward_flops, parameter_counts, state_bytes, token_count, versions
-from clrun.build import Built, Config, build, make, preflight
+from clrun.build import Built, Config, build, make, naming_foreign, preflight
 from clrun.checkpoint import Life
 from clrun.config import Job, JobInfo, config_hash, differing_keys
 from clrun.data.stream import Task
@@ -105,7 +105,7 @@ def _work(config: Config, out: Path, job: JobInfo, rank: int, world: int) -> flo
     hardware: Hardware = make(config["hardware"])
     hardware.setup(rank=rank, world=world, job=job.number or 0, parallel=job.parallel)
     recorder = Recorder(config, RunFolder(out), job, hardware)
-    with recorder.watched():
+    with recorder.watched(), naming_foreign(config):
         with noting(recorder.run["notes"]):  # the command line has shown them
             built = build(config, hardware)
         with recorder.owned():
@@ -278,15 +278,17 @@ class Recorder:
     def _finish(self, built: Built, method: Method) -> None:
         """Write what belongs to the end of a run; run.json says completed last, and the checkpoint goes after it."""
         self.run["cost"] |= {
-            "parameters": parameter_counts(built.backbone, method),
+            "parameters": parameter_counts(*built.apart, method),
             "state_bytes": state_bytes(method),
             "flops_per_image": _flops(built, method),
         }
         self.run |= selection_counts(method, built.stream, self._evaluation(self.hardware))
         if self.settings.save_model:
             from safetensors.torch import save_model
+            from torch import contiguous_format
 
-            save_model(method, str(self.folder.path / "model.safetensors"))
+            plain_order = copy.deepcopy(method).to(memory_format=contiguous_format)  # the format knows no other
+            save_model(plain_order, str(self.folder.path / "model.safetensors"))
         if self.settings.save_predictions:
             self._save_predictions(built, method)
         self.run |= {"status": "completed", "error": None, "finished": _now()}

@@ -312,13 +312,16 @@ def _stream(
 ) -> Stream:
     """Return the stream whose task id k is `blocks[k]`."""
     ids = order(len(blocks))
-    if sorted(ids) != list(range(len(blocks))):
+    if not isinstance(ids, Sequence) or sorted(ids) != list(range(len(blocks))):
         raise ConfigError(f"task_order: must return each of the {len(blocks)} task ids exactly once, got {ids}")
     tasks = []
     for index, k in enumerate(ids):
         block = blocks[k]
         rows = block.part or dataset
         train, test = (_placed(split, block, index, transform) for split in (rows.train, rows.test))
+        if not train or not test:
+            which = "test" if train else "training"
+            raise ConfigError(f"dataset: there are no {which} rows of task {k} ({block.name})")
         val = None if rows.val is None else _placed(rows.val, block, index, transform)
         tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))
     return Stream(tuple(tasks), dataset.num_classes, setting, dataset.class_names, tuple(class_order), transform)

@@ -1,5 +1,6 @@
 """A run that was stopped at any moment and started again ends as if it had never been stopped."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -68,6 +69,12 @@ class Write:
             raise KeyboardInterrupt
 
 
+def parameters(out: Path) -> dict[str, int]:
+    """Return the numbers of parameters that a run noted at its end."""
+    counts: dict[str, int] = json.loads((out / "run.json").read_text())["cost"]["parameters"]
+    return counts
+
+
 @pytest.mark.parametrize("method", OFTEN)
 def test_interrupted_at_every_write(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (f"method={method}", *fitting(method), *SHORT, *CHEAP.get(method, ()))
@@ -86,6 +93,7 @@ def test_interrupted_at_every_write(method: str, tmp_path: Path, monkeypatch: py
         write.at = None
         assert run(out, *options) == value
         assert (out / "accuracy.csv").read_bytes() == whole
+        assert parameters(out) == parameters(tmp_path / "whole")
         assert not (out / "checkpoint.pt").exists()
         shutil.rmtree(out)
 
@@ -113,11 +121,12 @@ def killed(
 
 def one_kill(context, tmp_path: Path, method: str, seed: int) -> None:
     options = (f"method={method}", *fitting(method), *LONG, *CHEAP.get(method, ()))
-    value = run(tmp_path / "whole", *options)
-    whole = (tmp_path / "whole" / "accuracy.csv").read_bytes()
     start = time.perf_counter()
-    assert killed(context, tmp_path / "timed", options, 60) == 0
+    assert killed(context, tmp_path / "whole", options, 60) == 0
     duration = time.perf_counter() - start
+    whole = (tmp_path / "whole" / "accuracy.csv").read_bytes()
+    stored = json.loads((tmp_path / "whole" / "run.json").read_text())
+    value = stored["metrics"][stored["setting"]]["average_accuracy"]
     draw = random.Random(f"{method} {seed}")
     out = tmp_path / "killed"
     for _ in range(5):  # a kill that came after the end is no kill

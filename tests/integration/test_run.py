@@ -84,6 +84,14 @@ def test_the_same_command_twice_is_the_same_run(tmp_path: Path) -> None:
     assert not torch.equal(a["head.weight"], c["head.weight"])
 
 
+@pytest.mark.parametrize("method", ["apd", "halrp"])
+def test_weights_that_tasks_share_are_saved_whatever_their_order_in_memory(tmp_path: Path, method: str) -> None:
+    short = ("scenario.setting=til", "job.max_tasks=2", "job.max_steps=1", "hardware.channels_last=true")
+    run(tmp_path, f"method={method}", "job.save_model=true", *short)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert any(tensor.dim() == 4 for tensor in saved.values())
+
+
 def test_the_four_seeds_are_independent(tmp_path: Path) -> None:
     base = ("method=finetune", "task_order=random", "scenario.class_seed=0", "dataset.val_fraction=0.1", *SHORT)
 

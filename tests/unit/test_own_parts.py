@@ -1,0 +1,157 @@
+"""Parts from outside of clrun: what is wrong with them is said in one line, or their file stands in the traceback."""
+
+import sys
+import traceback
+from types import ModuleType
+
+import pytest
+import torch
+from running import quiet
+from torch import nn
+
+from clrun.build import build_images, preflight
+from clrun.config import JobInfo
+from clrun.data.sources.assemble import assemble
+from clrun.data.split import TensorSplit
+from clrun.data.stream import Dataset
+from clrun.errors import ConfigError
+from clrun.method import Method
+from clrun.run import run_config
+from clrun.signature import locate
+
+IMAGES, LABELS = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 10
+
+
+def made(images, labels):
+    split = TensorSplit(images, labels)
+    return Dataset("own", split, split, 10, tuple("abcdefghij"), tuple(images.shape[1:]))
+
+
+def without_test_rows_of_some_tasks():
+    options = {"class_names": "abcdefghij", "mean": (), "std": (), "groups": {}, "val_fraction": 0, "seed": 0}
+    return assemble("own", (IMAGES, LABELS), (IMAGES[:2], LABELS[:2]), augment=[], **options)
+
+
+DATASETS = {
+    "a tuple": (lambda: (IMAGES, LABELS), "dataset: own.part returns a tuple, not a clrun.data.stream.Dataset, ..."),
+    "floats": (
+        lambda: made(IMAGES / 255, LABELS),
+        "dataset: own.part gives train rows with images of [40, 1, 8, 8] torch.float32, expected a tensor ...",
+    ),
+    "no channels": (
+        lambda: made(IMAGES[:, 0], LABELS),
+        "dataset: own.part gives train rows with images of [40, 8, 8] torch.uint8, expected a tensor [N, C, H, W] ...",
+    ),
+    "labels from 1": (
+        lambda: made(IMAGES, LABELS + 1),
+        "dataset: own.part gives train rows with labels from 1 to 10, expected 0 to 9 (num_classes is 10)",
+    ),
+    "short labels": (
+        lambda: made(IMAGES, LABELS.int()),
+        "dataset: own.part gives train rows with labels of [40] torch.int32, expected a tensor [N] of torch.int64",
+    ),
+    "NumPy labels": (
+        lambda: made(IMAGES, LABELS.numpy()),
+        "dataset: own.part gives train rows with labels of ndarray, expected a tensor [N] of torch.int64",
+    ),
+    "nothing to test": (without_test_rows_of_some_tasks, "dataset: there are no test rows of task 1 (c/d)"),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, image_shape):
+        super().__init__()
+        self.linear = nn.Linear(64, 8)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(self.linear(x.flatten(1)))
+
+
+class WrongWidth(Net):
+    num_features = 9
+
+
+class Maps(Net):
+    num_features = 8
+
+    def forward(self, x):
+        return x.expand(-1, 8, -1, -1)
+
+
+class Right(Net):
+    num_features = 8
+
+
+BACKBONES = {
+    "no width": (Net, "backbone: own.part has no num_features; set self.num_features to the width of its features"),
+    "another width": (WrongWidth, "backbone: own.part returns features [B, 8], expected [B, num_features] = [B, 9]"),
+    "maps": (Maps, "backbone: own.part returns features [B, 8, 8, 8], expected [B, num_features] = [B, 8]"),
+}
+
+
+class ManyLosses(Method):
+    def loss(self, batch, ctx):
+        return super().loss(batch, ctx) * torch.ones(3)
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """Return a function: the configuration of a small run with one part replaced by `own.part`."""
+
+    def with_part(group, part):
+        module = ModuleType("own")
+        module.part, module.__file__ = part, "somewhere/own.py"
+        part.__module__ = "own"
+        monkeypatch.setitem(sys.modules, "own", module)
+        # The real one keeps what it has found once.
+        monkeypatch.setattr("clrun.build.locate", lambda name: part if name == "own.part" else locate(name))
+        plain, _ = quiet("job=smoke")
+        partial = {} if group == "dataset" else {"_partial_": True}
+        return {**plain, group: {"_target_": "own.part", **partial}}
+
+    return with_part
+
+
+def assert_line(error, expected):
+    assert str(error.value).startswith(expected.removesuffix("..."))
+    assert "\n" not in str(error.value) and (expected.endswith("...") or str(error.value) == expected)
+
+
+@pytest.mark.parametrize(("part", "expected"), DATASETS.values(), ids=DATASETS)
+def test_unusable_dataset(part, expected, config):
+    with pytest.raises(ConfigError) as error:
+        preflight(config("dataset", part))
+    assert_line(error, expected)
+
+
+@pytest.mark.parametrize(("part", "expected"), BACKBONES.values(), ids=BACKBONES)
+def test_unusable_backbone(part, expected, config):
+    with pytest.raises(ConfigError) as error:
+        build_images(config("backbone", part), None)
+    assert_line(error, expected)
+
+
+def test_trying_a_backbone_leaves_it_as_it_is(config):
+    backbone, _, _ = build_images(config("backbone", Right), None)
+    assert backbone.training and backbone.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("part", [lambda n: None, lambda n: [0] * n, lambda n: [*range(n - 1)]])
+def test_order_that_is_none(part, config):
+    with pytest.raises(ConfigError, match="^task_order: must return each of the 5 task ids exactly once, got"):
+        preflight(config("task_order", part))
+
+
+def test_method_that_is_none(config):
+    with pytest.raises(ConfigError) as error:
+        build_images(config("method", Net), None)
+    assert_line(error, "method: own.part is no subclass of clrun.method.Method")
+
+
+def test_traceback_names_the_file_of_a_method_whose_mistake_shows_later(config, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        run_config(config("method", ManyLosses), tmp_path / "run", job=JobInfo(None, 1, {}, False, [], {}))
+    text = "".join(traceback.format_exception(error.value))
+    assert "In a run with method=own.part (somewhere/own.py)" in text
+    assert "In a run with" in (tmp_path / "run" / "clrun.log").read_text()
