@@ -73,7 +73,9 @@ class Gated:
 
 def spread(values: Tensor, inner: int, size: int) -> Tensor:
     """Return [size], the values [u] of the units at the entries of a producer or consumer."""
-    return values.repeat_interleave(inner).repeat(size // (len(values) * inner))
+    if inner > 1:
+        values = values.repeat_interleave(inner)
+    return values if len(values) == size else values.repeat(size // len(values))
 
 
 class UnitGates(Carrier):

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.params import Params, clone, flatten, unflatten
+from clrun.blocks.params import Params, clone, flatten, shapes_of, unflatten
 
 MOST_TASKS = 254  # owners are one byte, and 0 is nobody
 
@@ -31,7 +31,9 @@ class Guard:
     def __init__(self, params: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self.params = {name: params[name] for name in masks}
         self.masks = {name: mask.to(params[name].dtype) for name, mask in masks.items()}
-        self.kept = clone(self.params)
+        held = {name: mask == 0 for name, mask in self.masks.items()}
+        self.held = {name: entries for name, entries in held.items() if entries.any()}
+        self.kept = clone({name: self.params[name] for name in self.held})
 
     def mask_gradients(self) -> None:
         """Multiply `.grad` by the masks; a missing one stays missing."""
@@ -42,8 +44,9 @@ class Guard:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the entries with mask 0 back to what they were when the guard was made."""
-        for name, parameter in self.params.items():
-            parameter.copy_(torch.where(self.masks[name] == 0, self.kept[name], parameter))
+        for name, entries in self.held.items():
+            parameter = self.params[name]
+            torch.where(entries, self.kept[name], parameter, out=parameter)
 
 
 class OwnershipMask(nn.Module):
@@ -57,7 +60,7 @@ class OwnershipMask(nn.Module):
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.shapes = {name: tuple(p.shape) for name, p in params.items()}
+        self.shapes = shapes_of(params)
         size = sum(map(prod, self.shapes.values()))
         self.register_buffer("owner", torch.zeros(size, dtype=torch.uint8))
 
@@ -113,7 +116,7 @@ class Snapshot(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        self.shapes = shapes_of(tensors)
         self.values = nn.Parameter(flatten(clone(tensors)), requires_grad=False)
 
     def read(self) -> Params:

@@ -2,9 +2,12 @@
 
 Memory between tasks: that of the host and 3 P floats (snapshot, estimate, accumulator), P = parameters. Task id: not
 needed.
+
+Verified: weight 0 is its host bit for bit, with everything in memory it knows the gradient on the past
+(test_methods_gradients).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,7 +16,7 @@ from torch.func import functional_call
 
 from clrun.blocks.buffers import Buffer, share
 from clrun.blocks.losses import masked_cross_entropy, task_mean_cross_entropy
-from clrun.blocks.params import Carrier, Params, eval_mode, flatten, gradients, select, unflatten
+from clrun.blocks.params import Carrier, Params, eval_mode, flatten, gradients, select, shapes_of, unflatten
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError, NonNegative, PositiveInt
@@ -82,8 +85,9 @@ class Dgc(Method):
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         self.host.begin_task(task, ctx)
-        own = [ctx.stream.candidates(t + 1)[t] for t in range(task.index + 1)]
-        self.competing = torch.stack(own).to(ctx.hardware.device)
+        own = ctx.stream.members[: task.index + 1]
+        own = own if ctx.stream.setting == "til" else own.cumsum(dim=0) > 0
+        self.competing = own.to(ctx.hardware.device)
 
     def mix(self, batch: Batch, ctx: Context) -> Batch:
         return self.host.mix(batch, ctx)
@@ -106,7 +110,7 @@ class Dgc(Method):
             return
         params = select(self)
         current = gradients(params)
-        for name, past in unflatten(self._estimate(ctx), shapes(params)).items():
+        for name, past in unflatten(self._estimate(ctx), shapes_of(params)).items():
             params[name].grad = current[name] + self.zeta * past
 
     def end_task(self, task: Task, ctx: Context) -> None:
@@ -158,7 +162,7 @@ class Dgc(Method):
         """Return the gradient [P] of the mean loss of prepared rows at `weights` [P], in eval mode."""
         assert self.competing is not None
         params = select(self)
-        at = {n: w.detach().clone().requires_grad_(True) for n, w in unflatten(weights, shapes(params)).items()}
+        at = {n: w.detach().clone().requires_grad_(True) for n, w in unflatten(weights, shapes_of(params)).items()}
         with eval_mode(self), torch.enable_grad(), ctx.hardware.autocast():
             features = functional_call(self.backbone, inside(at, "backbone."), (ctx.hardware.layout(rows.x),))
             logits = functional_call(self.head, inside(at, "head."), (features,))
@@ -184,11 +188,6 @@ class Past(Carrier):
 def masked_mean(logits: Tensor, y: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     """Return the mean cross-entropy []; every row counts alike, whatever its task."""
     return masked_cross_entropy(logits, y, mask)
-
-
-def shapes(params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter."""
-    return {name: tuple(p.shape) for name, p in params.items()}
 
 
 def inside(params: Params, prefix: str) -> Params:

@@ -61,7 +61,8 @@ class Prompted(Method):
 
     def learn(self, task: Task, ctx: Context) -> None:
         if self.asks_while_training() and not ctx.stream.transform.augments:
-            self.known = torch.cat([self.query(batch.x) for batch in task.train.batches(256)])
+            # Clones: a query is a view that would keep the tokens of all places until the last batch.
+            self.known = torch.cat([self.query(batch.x).clone() for batch in task.train.batches(256)])
         fit(self, task.train, ctx, budget=scaled(ctx.budget, self.lr_scale))
         self.known = None
 

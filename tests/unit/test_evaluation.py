@@ -1,0 +1,74 @@
+"""Evaluation counts what its columns say, on logits written down by hand."""
+
+import math
+
+import pytest
+import torch
+from helpers import Identity, cpu, row_stream
+from torch import Tensor
+
+from clrun.data.stream import Stream
+from clrun.evaluation import Evaluation
+from clrun.method import Method
+
+
+class Given(Method):
+    """Its rows are its logits."""
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        return x
+
+
+FIRST = ([[1.0, 0, 0, 7], [3, 2, 0, 0]], [0, 1])  # logits and labels of the task with the classes 0 and 1
+SECOND = ([[0.0, 0, 5, 1], [9, 0, 5, 1], [0, 0, 5, 1]], [2, 2, 3])
+
+
+def stream() -> Stream:
+    return row_stream([(torch.tensor(x), torch.tensor(y)) for x, y in (FIRST, SECOND)], num_classes=4)
+
+
+def counts(learned: int, size: int = 64, rows: int | None = None) -> dict[tuple[int, str], list[int]]:
+    """Return (rows right, rows whose prediction lies in their task, rows) by task and setting."""
+    found = Evaluation(cpu(), "test", size, rows)(Given(Identity(4), 4), stream(), learned)
+    return {(r["task"], r["setting"]): [r["correct"], r["task_correct"], r["total"]] for r in found}
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_counts_by_setting(size: int) -> None:
+    # The first row of the first task says 3, which competes from the second task on, class-incrementally.
+    assert counts(1, size) == {(0, "cil"): [1, 2, 2], (0, "til"): [1, 2, 2]}
+    later = {(0, "cil"): [0, 1, 2], (0, "til"): [1, 2, 2], (1, "cil"): [1, 2, 3], (1, "til"): [2, 3, 3]}
+    assert counts(2, size) == later
+
+
+def test_rows_are_evenly_spaced() -> None:
+    assert counts(2, rows=2)[1, "cil"] == [1, 2, 2], "the first and the last row"
+
+
+def test_likelihood_is_that_of_the_classes_that_compete() -> None:
+    found = {
+        (r["task"], r["setting"]): r["nll"]
+        for r in Evaluation(cpu(), "test", 64, None)(Given(Identity(4), 4), stream(), 2)
+    }
+    own = [math.log1p(math.exp(-4)), math.log1p(math.exp(-4)), math.log1p(math.exp(4))]
+    assert found[1, "til"] == pytest.approx(sum(own) / 3, rel=1e-6)
+    among_all = [math.log(sum(map(math.exp, row))) - row[y] for row, y in zip(*SECOND, strict=True)]
+    assert found[1, "cil"] == pytest.approx(sum(among_all) / 3, rel=1e-6)
+
+
+def test_accuracy_is_that_of_the_last_task_learned() -> None:
+    evaluation, method, tasks = Evaluation(cpu(), "test", 64, None), Given(Identity(4), 4), stream()
+    assert evaluation.accuracy(method, tasks, tasks.tasks[0]) == 1 / 2
+    assert evaluation.accuracy(method, tasks, tasks.tasks[1]) == 1 / 3
+
+
+def test_predictions_agree_with_the_counts() -> None:
+    evaluation, method, tasks = Evaluation(cpu(), "test", 2, None), Given(Identity(4), 4), stream()
+    rows = list(evaluation.predictions(method, tasks))
+    assert [(r["task"], r["row"], r["label"], r["cil"], r["til"]) for r in rows] == [
+        (0, 0, 0, 3, 0),
+        (0, 1, 1, 0, 0),
+        (1, 0, 2, 2, 2),
+        (1, 1, 2, 0, 2),
+        (1, 2, 3, 2, 2),
+    ]
