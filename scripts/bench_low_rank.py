@@ -20,6 +20,7 @@ from pathlib import Path
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 from bench_overhead import Journal
+from benchlib import Figure, finish
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -34,6 +35,7 @@ from clrun.methods.halrp import Halrp
 CONF = Path(__file__).parents[1] / "conf"
 CLASSES = 5  # of a task
 DEMANDED_SHARE, DEMANDED_DRIFT = 0.15, 0.10
+QUICK = "--rows 100 --repeats 1 --only flat"
 
 
 class Timed(Halrp):
@@ -92,30 +94,34 @@ def fastest(tasks, rows, arguments):
 
 
 def report(name, value, demanded):
-    """Print one number beside what is demanded of it."""
-    print(f"{name}: {value:.1%} (demanded: at most {demanded:.0%}) {'ok' if value <= demanded else 'MISSED'}")
+    """Print and return one number beside what is demanded of it."""
+    figure = Figure(name, value, demanded, True, ".1%")
+    print(f"{name}: {figure}")
+    return figure
 
 
-def main():
-    """Measure and print."""
+def main(words=None):
+    """Measure, print and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="share,flat")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    figures = []
     if "share" in arguments.only:
         learning, ranking = map(sum, fastest(10, arguments.rows, arguments))
         print(f"10 tasks of {arguments.rows} images: {learning:.1f} s, ranks {ranking:.2f} s")
-        report("share of the choice of ranks", ranking / learning, DEMANDED_SHARE)
+        figures.append(report("share of the choice of ranks", ranking / learning, DEMANDED_SHARE))
     if "flat" in arguments.only:
         later = fastest(40, 64, arguments)[0][1:]
         third = len(later) // 3
         for name, middle in (("median", statistics.median), ("fastest", min)):
             first, last = middle(later[:third]), middle(later[-third:])
             print(f"40 tasks of 64 images, {name}: {first:.2f} s in the first third, {last:.2f} s in the last")
-            report("growth of the time of a task", last / first - 1, DEMANDED_DRIFT)
+            figures.append(report(f"growth of the time of a task, {name}", last / first - 1, DEMANDED_DRIFT))
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    finish(main())

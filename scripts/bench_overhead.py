@@ -21,6 +21,7 @@ from functools import partial
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 import torch.nn.functional as F
+from benchlib import Figure, finish
 from torch import Tensor, nn
 
 from clrun.accounting import PeakMemory
@@ -37,6 +38,7 @@ from clrun.methods.finetune import Finetune
 from clrun.training import Budget, Context
 
 CLASSES = 10
+QUICK = "--pairs 1 --only training,fisher"
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ LAYOUTS = {"plain": torch.contiguous_format, "channels-last": torch.channels_las
 
 
 def speed(case, pairs, device):
-    """Print the ratios of training and of evaluation; the bare loop's memory order is the faster one of each."""
+    """Yield the ratios of training and of evaluation; the bare loop's memory order is the faster one of each."""
     images, labels = data(case)
     repeats = max(1, 2000 // case.rows) if case.augment else 20
     times = {name: [] for name in ("training", "evaluation")}
@@ -194,19 +196,19 @@ def speed(case, pairs, device):
         best = min(LAYOUTS, key=lambda layout: statistics.median(bare[name, layout][1:]))  # noqa: B023
         ratios = [b / ours for b, ours in zip(bare[name, best], times[name], strict=True)][1:]
         more = f", {rate:,.0f} images/s" if name == "training" else ""
-        show(f"{name:<10} {case.name} ({best}{more})", ratios, demanded)
+        yield show(f"{name:<10} {case.name} ({best}{more})", ratios, demanded)
 
 
 def show(name, ratios, demanded, less=False):
-    middle = statistics.median(ratios)
-    fine = middle <= demanded if less else middle >= demanded
-    bound = f"{'at most' if less else 'at least'} {demanded:.2f}"
-    print(f"{name:<62} {middle:5.2f}  [{min(ratios):.2f}, {max(ratios):.2f}]  {bound}  {'ok' if fine else 'MISSED'}")
-    sys.stdout.flush()
+    """Print and return the median."""
+    figure = Figure(" ".join(name.split()), statistics.median(ratios), demanded, less)
+    spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]"
+    print(f"{name:<62} {figure.measured:5.2f}  {spread}  {figure.bound}  {figure.verdict}", flush=True)
+    return figure
 
 
 def fisher(pairs, device):
-    """Print the time of ewc's diagonal Fisher over that of a bare estimate of the same kind.
+    """Yield the time of ewc's diagonal Fisher over that of a bare estimate of the same kind.
 
     "sampled" against per-sample gradients by vmap over chunks of the best size, "batched" against one plain backward a
     batch, its gradient squared and multiplied by the batch size.
@@ -232,7 +234,7 @@ def fisher(pairs, device):
             ctx = Context(tasks, tasks.tasks[0], budget, device, 0)
             ours = timed(lambda: diagonal_fisher(method, rows, ctx, of=network, labels=kind, samples=None))  # noqa: B023
             ratios.append(ours / theirs)
-        show(f"diagonal Fisher, {kind} labels, lenet, {count} rows, chunks of {size}", ratios, 2.0, less=True)
+        yield show(f"diagonal Fisher, {kind} labels, lenet, {count} rows, chunks of {size}", ratios, 2.0, less=True)
 
 
 def _per_sample(method, transform, images):
@@ -298,7 +300,7 @@ def memory_child(which):
 
 
 def memory(pairs):
-    """Print peak resident memory added by training, clrun's over the bare loop's."""
+    """Yield peak resident memory added by training, clrun's over the bare loop's."""
     added = {"bare": [], "clrun": []}
     for _ in range(max(9, pairs)):
         for which in added:
@@ -307,34 +309,35 @@ def memory(pairs):
             )
             added[which].append(int(done.stdout.strip().splitlines()[-1]))
     bare, ours = (statistics.median(added[which]) / 2**20 for which in ("bare", "clrun"))
-    allowed = 1.1 * bare + 20
-    print(
-        f"{'memory added by training, mlp, one thread':<62} {ours:5.1f} MiB, bare {bare:.1f} MiB  "
-        f"at most 1.1x + 20 MB = {allowed:.1f}  {'ok' if ours <= allowed else 'MISSED'}"
-    )
+    figure = Figure("memory added by training, mlp, one thread", ours, 1.1 * bare + 20, True, ".1f", " MiB")
+    print(f"{figure.name:<62} {ours:5.1f} MiB, bare {bare:.1f} MiB  {figure.bound} (1.1x + 20)  {figure.verdict}")
+    yield figure
 
 
-def main():
+def main(words=None):
+    """Measure, print and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--only", default="training,fisher,memory")
     parser.add_argument("--child", choices=("bare", "clrun"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.child:
         memory_child(args.child)
-        return
+        return []
     device = hardware(args.threads)
     print(f"torch {torch.__version__}, {device.threads} threads, {platform.machine()}, {args.pairs} pairs")
     print(f"{'clrun / bare loop':<62} median [min, max]")
+    figures = []
     if "training" in args.only:
         for case in CASES:
-            speed(case, args.pairs, device)
+            figures += speed(case, args.pairs, device)
     if "fisher" in args.only:
-        fisher(args.pairs, device)
+        figures += fisher(args.pairs, device)
     if "memory" in args.only:
-        memory(args.pairs)
+        figures += memory(args.pairs)
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    finish(main())

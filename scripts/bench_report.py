@@ -17,12 +17,15 @@ from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
+from benchlib import Figure, finish
 
 from clrun.files import csv_text, json_text
 from clrun.metrics import AccuracyMatrix, summary
 from clrun.records import COLUMNS
 
 METHODS, SEEDS = 10, 10
+MOST_SECONDS, MOST_MEGABYTES = 20, 500
+QUICK = "--runs 200"
 SETTINGS = ("cil", "til")
 
 
@@ -96,8 +99,8 @@ def _run(order: list[int], seed: int, method: int, matrices: dict[str, AccuracyM
     }
 
 
-def measure(title: str, code: str, folder: Path) -> None:
-    """Run `code` in a fresh process and print what it cost."""
+def measure(title: str, code: str, folder: Path) -> list[Figure]:
+    """Run `code` in a fresh process, print and return what it cost."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     peak = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -105,17 +108,23 @@ def measure(title: str, code: str, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    kilobytes = int(done.stdout.split()[-1]) / (1024 if sys.platform == "darwin" else 1)
-    print(f"{title:<40}{wall:6.1f} s wall {cpu:6.1f} s processor {kilobytes / 1000:6.0f} MB")
+    megabytes = int(done.stdout.split()[-1]) / (1000**2 if sys.platform == "darwin" else 1000)
+    figures = [
+        Figure(f"{title}, wall", wall, MOST_SECONDS, True, ".1f", " s"),
+        Figure(f"{title}, peak memory", megabytes, MOST_MEGABYTES, True, ".0f", " MB"),
+    ]
+    verdicts = " ".join(figure.verdict for figure in figures)
+    print(f"{title:<40}{wall:6.1f} s wall {cpu:6.1f} s processor {megabytes:6.0f} MB  {verdicts}", flush=True)
+    return figures
 
 
-def main() -> None:
-    """Make the records, then measure."""
+def main(words: list[str] | None = None) -> list[Figure]:
+    """Make the records, measure, print and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--tasks", type=int, default=20)
     parser.add_argument("--keep", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         make(folder, args.runs, args.tasks)
@@ -123,12 +132,13 @@ def main() -> None:
         broken.mkdir(exist_ok=True)
         (broken / "run.json").write_text("{")
         start = "import sys, pathlib; from clrun.reporting import refresh, report; folder = pathlib.Path(sys.argv[1])"
-        measure("tables and report.html", f"{start}\nrefresh(folder)", folder)
-        measure("clrun report, with figures for papers", f"{start}\nreport([folder])", folder)
+        figures = measure("tables and report.html", f"{start}\nrefresh(folder)", folder)
+        figures += measure("clrun report, with figures for papers", f"{start}\nreport([folder])", folder)
         size = (folder / "report.html").stat().st_size
         entries = json.loads((folder / "order_robustness.json").read_text())
         print(f"report.html: {size / 1e6:.1f} MB; {len(entries)} entries of {args.runs} runs of {args.tasks} tasks")
+        return figures
 
 
 if __name__ == "__main__":
-    main()
+    finish(main())

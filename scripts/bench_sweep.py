@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from benchlib import Figure, finish
 
 ROOT = Path(__file__).parent.parent
 TASKS = 12
+QUICK = "--orders 3 --size 32 --pairs 1"
 STRENGTHS = [10.0**k for k in range(-8, 9)]
 EMPTY = """
 import hydra, clrun.compose
@@ -103,17 +105,17 @@ def _children():
 
 
 def show(name, ratio, bound, text):
-    """Print a line; the verdict is on the wall times."""
-    verdict = "ok" if ratio.wall <= bound else "MISSED"
-    ratios = f"{ratio.wall:5.2f} (processors {ratio.cpu:.2f})"
-    print(f"{name:<9} {ratios}  at most {bound:.1f}  {verdict}  {text}", flush=True)
+    """Print a line and return the figure; the verdict is on the wall times."""
+    figure = Figure(name, ratio.wall, bound, True)
+    print(f"{name:<9} {figure}, processors {ratio.cpu:.2f}  {text}", flush=True)
+    return figure
 
 
 def cold(bench):
     """A whole sweep over one run, both with an empty cache."""
     one = bench.command("method=simplecil", cache="first")
     many = bench.command("method=simplecil,lda", *bench.orders(bench.args.orders), cache="cache", sweep=True)
-    show("cold", many.over(one), 1.3, f"{2 * bench.args.orders} runs {many}, one run {one}, features included")
+    return show("cold", many.over(one), 1.3, f"{2 * bench.args.orders} runs {many}, one run {one}, features included")
 
 
 def further(bench):
@@ -132,7 +134,7 @@ def further(bench):
         ours.append(costs["clrun", more].minus(costs["clrun", few], bench.args.orders))
         theirs.append(costs["empty", more].minus(costs["empty", few], bench.args.orders))
         ratios.append(ours[-1].over(theirs[-1]))
-    show("further", median(ratios), 3.0, f"a run {median(ours)}, an empty job {median(theirs)}")
+    return show("further", median(ratios), 3.0, f"a run {median(ours)}, an empty job {median(theirs)}")
 
 
 def ranpac(bench):
@@ -148,7 +150,7 @@ def ranpac(bench):
         done = subprocess.run(child, env=environment, capture_output=True, text=True, check=True)
         bare.append(Cost(*map(float, done.stdout.split())))
         ratios.append(added[-1].over(bare[-1]))
-    show("ranpac", median(ratios), 1.3, f"ranpac adds {median(added)}, the bare algebra takes {median(bare)}")
+    return show("ranpac", median(ratios), 1.3, f"ranpac adds {median(added)}, the bare algebra takes {median(bare)}")
 
 
 def solved(matrix, right, strength):
@@ -217,8 +219,9 @@ def memory(bench):
         added[rows] = float(done.stdout)
     texts = [f"{rows:,} rows ({rows * 768 / 1e6:.0f} MB) add {mb:.1f} MB" for rows, mb in added.items()]
     few, many = added.values()
-    verdict = "ok" if max(1.0, many) <= 1.3 * max(1.0, few) else "MISSED"
-    print(f"memory    {verdict}  {', '.join(texts)}", flush=True)
+    figure = Figure("memory, four times the rows", max(1.0, many) / max(1.0, few), 1.3, True)
+    print(f"memory    {figure}  {', '.join(texts)}", flush=True)
+    return figure
 
 
 def reading(rows):
@@ -244,7 +247,8 @@ def reading(rows):
     print((memory.read() - before) / 1e6)
 
 
-def main():
+def main(words=None):
+    """Measure, print and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--orders", type=int, default=24)
     parser.add_argument("--size", type=int, default=224)
@@ -253,19 +257,19 @@ def main():
     parser.add_argument("--only", default="cold,further,ranpac,memory")
     parser.add_argument("--child", choices=("algebra", "reading"), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.child == "algebra":
-        return algebra(args.threads)
+        algebra(args.threads)
+        return []
     if args.child == "reading":
-        return reading(args.rows)
+        reading(args.rows)
+        return []
     bench = Bench(args)
     try:
-        for part in (cold, further, ranpac, memory):
-            if part.__name__ in args.only.split(","):
-                part(bench)
+        return [part(bench) for part in (cold, further, ranpac, memory) if part.__name__ in args.only.split(",")]
     finally:
         shutil.rmtree(bench.folder)
 
 
 if __name__ == "__main__":
-    main()
+    finish(main())
