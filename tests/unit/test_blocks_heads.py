@@ -21,6 +21,14 @@ def test_rows_come_to_life_with_their_classes(head: GrowingHead) -> None:
     assert head.seen.tolist() == [True, True, False, False, True, False]
 
 
+def test_rows_begin_uniform_on_both_sides_of_zero() -> None:
+    head = GrowingHead(16, 500)
+    head.grow(torch.arange(500), torch.Generator().manual_seed(0))
+    for values in (head.weight, head.bias):
+        assert -0.25 <= values.min() < -0.24 and 0.24 < values.max() <= 0.25, "within 1 / sqrt(D)"
+        assert abs(values.mean()) < 0.02
+
+
 def test_cosine_logits_ignore_lengths_and_scale_learns() -> None:
     head = CosineHead(3, 2, scale=5.0)
     head.grow(torch.arange(2))
