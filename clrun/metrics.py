@@ -6,7 +6,7 @@ every metric that needs it NaN, never 0.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -69,11 +69,6 @@ class AccuracyMatrix:
         rows = np.where(self.total > 0, self.total, np.nan)
         return np.asarray(self.correct / rows, dtype=np.float64)
 
-    def by_task(self) -> dict[int, Floats]:
-        """Return for each task id its [T+1] accuracies by number of tasks learned."""
-        accuracy = self.by_position()
-        return {task: accuracy[:, j] for j, task in enumerate(self.order)}
-
     def final(self) -> dict[int, float]:
         """Return for each task id its accuracy after the last task."""
         return dict(zip(self.order, self.by_position()[-1].tolist(), strict=True))
@@ -131,28 +126,21 @@ def worst_task(m: AccuracyMatrix) -> float:
     return float(m.by_position()[-1].min()) if m.order else math.nan
 
 
-METRICS = (
-    "average_accuracy",
-    "average_incremental_accuracy",
-    "forgetting",
-    "backward_transfer",
-    "forward_transfer",
-    "learning_accuracy",
-    "worst_task",
+FUNCTIONS: tuple[Callable[[AccuracyMatrix], float], ...] = (
+    average_accuracy,
+    average_incremental_accuracy,
+    forgetting,
+    backward_transfer,
+    forward_transfer,
+    learning_accuracy,
+    worst_task,
 )
+METRICS = tuple(function.__name__ for function in FUNCTIONS)
 
 
 def summary(m: AccuracyMatrix) -> dict[str, float | None]:
     """Return the metrics of run.json, in the order of METRICS; None where a cell is missing or none is defined."""
-    values = (
-        average_accuracy(m),
-        average_incremental_accuracy(m),
-        forgetting(m),
-        backward_transfer(m),
-        forward_transfer(m),
-        learning_accuracy(m),
-        worst_task(m),
-    )
+    values = [function(m) for function in FUNCTIONS]
     return {name: None if math.isnan(value) else value for name, value in zip(METRICS, values, strict=True)}
 
 

@@ -22,11 +22,10 @@ from clrun.blocks.curvature import (
     Sharing,
     Tape,
     layers_of,
-    shapes_of,
 )
 from clrun.blocks.curvature.kronecker import as_matrix, as_vector
 from clrun.blocks.curvature.layers import Layer, has_bias, inner_sum, inputs, sides
-from clrun.blocks.params import Params, flatten, unflatten
+from clrun.blocks.params import Params, flatten, shapes_of, unflatten
 from clrun.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
 
 if TYPE_CHECKING:

@@ -192,29 +192,25 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     try:
         run = json.loads(_regular(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({_reason(error)})") from error
+        raise ConfigError(f"{path}: cannot be read ({_reason(error)}); remove it to run again") from error
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA})")
+        raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA}); remove it to run again")
     order = run.get("task_order") or []
     sound = isinstance(run.get("config"), dict) and isinstance(run.get("status"), str) and _is_int(run.get("seed"))
     sound = sound and all(isinstance(run.get(key) or {}, dict) for key in ("choices", "cost", "versions", "logme"))
     if not sound or not isinstance(order, list) or not all(map(_is_int, order)) or len(set(order)) < len(order):
-        raise ConfigError(f"{path}: config, status, seed or task_order is missing or malformed")
+        raise ConfigError(f"{path}: config, status, seed or task_order is missing or malformed; remove it to run again")
     return {"name": "", "task_order": None, **run}
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of an accuracy.csv; a torn last line, as a kill leaves it, is left out.
+def _columns(path: Path) -> dict[str, list[Any]]:
+    """Return the columns of an accuracy.csv: a report reads a million lines, too many for a mapping each.
+
+    A torn last line, as a kill leaves it, is left out.
 
     Raises:
         ConfigError: the file cannot be read or has other columns.
     """
-    columns = _columns(path)
-    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(columns[name] for name in COLUMNS), strict=True)]
-
-
-def _columns(path: Path) -> dict[str, list[Any]]:
-    """Return the columns of an accuracy.csv; see `read_rows`. A report reads a million lines, too many for mappings."""
     try:
         text = _regular(path).read_bytes().decode()
         lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))

@@ -2,11 +2,13 @@
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "libraries": (),
     "files": (),
     "signature": (),
+    "failures": ("signature",),
     "config": ("signature",),
     "hardware": (),
     "data.split": (),
@@ -68,12 +71,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine": ("accounting", "checkpoint", "data", "evaluation", "hardware", "method", "training", "tuning"),
     "compose": ("config", "signature"),
     "jobs": ("compose", "config", "files", "signature", "reporting", "run"),
-    "cli": ("compose", "data.feature_cache", "jobs", "signature", "reporting"),
+    "cli": ("compose", "data.feature_cache", "failures", "jobs", "signature", "reporting"),
 }
 UNRESTRICTED = ("build", "run", "dry_run", "preview", "worst_order")  # they put everything together
 SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 LIGHT = ("records", "metrics", "robustness", "reporting", "errors", "cli", "jobs", "compose", "config", "signature")
-LIGHT += ("files", "data.feature_cache", "data.orders", "order_effects", "comparison")
+LIGHT += ("failures", "files", "data.feature_cache", "data.orders", "order_effects", "comparison")
 
 # The modules that a reader must hold in mind to follow a run (design, section 1).
 CORE = ("errors", "seeding", "hardware", "training", "method", "metrics", "robustness", "records", "loggers", "engine")
@@ -207,8 +210,18 @@ def test_method_class_is_named_as_its_file(file):
     assert target.rpartition(".")[2].lower() == file.stem.replace("_", "")
 
 
-def code_lines(file: Path) -> int:
-    """Lines that hold code: no blank lines, comments and docstrings."""
+@pytest.mark.parametrize("file", sorted((ROOT / "conf/method").glob("*.yaml")), ids=lambda file: file.stem)
+def test_methods_say_what_verifies_them(file):
+    _, _, verified = ast.get_docstring(TREES[PACKAGE / f"methods/{file.stem}.py"]).partition("Verified: ")
+    words, _, tests = " ".join(verified.split()).removesuffix(").").rpartition(" (")
+    assert words
+    for name in tests.split(", "):
+        (test,) = (ROOT / "tests").rglob(f"{name}.py")
+        assert file.stem in test.read_text() or "methods" not in name  # blocks are tested apart
+
+
+def code_lines(file: Path) -> list[int]:
+    """Numbers of the lines that hold code: no blank lines, comments and docstrings."""
     text = file.read_text()
     silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines: set[int] = set()
@@ -218,20 +231,89 @@ def code_lines(file: Path) -> int:
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
+    return sorted(lines)
 
 
 def test_core_fits_in_the_head():
-    sizes = {name: code_lines(PACKAGE / f"{name}.py") for name in CORE if (PACKAGE / f"{name}.py").exists()}
+    sizes = {name: len(code_lines(PACKAGE / f"{name}.py")) for name in CORE if (PACKAGE / f"{name}.py").exists()}
     assert sum(sizes.values()) < CORE_LINES, sizes
+
+
+def long_functions(tree: ast.AST) -> dict[str, int]:
+    """Lines of the functions that are too long, by name."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= FUNCTION_LINES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_files_and_functions_are_short(file):
-    assert code_lines(file) <= FILE_LINES
-    functions = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= FUNCTION_LINES}
-    assert not long
+    assert len(code_lines(file)) <= FILE_LINES
+    assert not long_functions(TREES[file])
+
+
+def test_functions_of_scripts_and_tests_are_short():
+    files = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    found = {file.name: long_functions(ast.parse(file.read_text())) for file in files}
+    assert not {name: long for name, long in found.items() if long}
+
+
+METHODS = sorted((PACKAGE / "methods").glob("*.py"))
+METHOD_LINES = 120  # median of a learner's file, docstrings included
+COPIED, WINDOW = 0.03, 6  # share of the learners' lines that may stand elsewhere, too; lines that make a copy
+# How every learner's constructor begins, word for word, when the formatter breaks it into lines.
+HEAD = "def __init__(\nself,\nbackbone: nn.Module,\nnum_classes: int,\n*,\n"
+
+
+def statements(file: Path) -> list[str]:
+    """Lines of code, without indentation and imports; the head of a constructor, which all share, is one line."""
+    imported: set[int] = set()
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imported.update(range(node.lineno, node.end_lineno + 1))
+    text = file.read_text().splitlines()
+    lines = [text[number - 1].strip() for number in code_lines(file) if number not in imported]
+    return "\n".join(lines).replace(HEAD, HEAD.replace("\n", " ").strip() + "\n").split("\n")
+
+
+def copies(files: dict[str, list[str]]) -> dict[str, set[int]]:
+    """Numbers of the lines in windows of WINDOW lines that stand, letter for letter, at another place, too."""
+    places: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for name, lines in files.items():
+        for start in range(len(lines) - WINDOW + 1):
+            places.setdefault(tuple(lines[start : start + WINDOW]), []).append((name, start))
+    found: dict[str, set[int]] = {}
+    for same in places.values():
+        for name, start in same:
+            if any(other != name or abs(begin - start) >= WINDOW for other, begin in same):
+                found.setdefault(name, set()).update(range(start, start + WINDOW))
+    return found
+
+
+def test_copies_are_windows_that_stand_twice():
+    lines = [f"line {number}" for number in range(20)]
+    assert not copies({"a": lines, "b": [*lines[:5], "other", *lines[5:10]]})
+    assert copies({"a": lines, "b": ["before", *lines[3:10]]}) == {"a": set(range(3, 10)), "b": set(range(1, 8))}
+    assert copies({"a": ["x"] * 11}) == {} and copies({"a": ["x"] * 12}) == {"a": set(range(12))}
+
+
+def test_learners_do_not_copy_from_each_other():
+    files = {module_of(file): statements(file) for file in METHODS}
+    found = copies(files)
+    share = sum(map(len, found.values())) / sum(map(len, files.values()))
+    assert share <= COPIED, {name: [files[name][number] for number in sorted(lines)] for name, lines in found.items()}
+
+
+def test_a_learner_is_one_short_file():
+    assert median(len(file.read_text().splitlines()) for file in METHODS) < METHOD_LINES
+
+
+def test_the_page_on_architecture_names_what_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = {name for name in re.findall(r"[\w/]+(?:\.py|\.yaml|/)(?!\w)", text) if "NAME" not in name}
+    assert not {name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()}
+    folders = {f"{file.parent.relative_to(PACKAGE)}/" for file in FILES if file.parent != PACKAGE}
+    modules = {file.name for file in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert not (folders | modules) - named
 
 
 def test_text_names_no_folder_of_this_machine():

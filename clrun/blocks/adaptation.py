@@ -4,6 +4,7 @@ Shapes: `B` images, `D` width, `C` classes.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,14 +18,11 @@ from clrun.data.split import Batch
 Kind = Literal["finetune", "vpt_shallow", "vpt_deep", "ssf", "adapter"]
 
 
-class Adaptation(nn.Module):
-    """What is trained on the first task, with a cosine head that is thrown away when it ends.
+@dataclass(frozen=True)
+class Recipe:
+    """What is adapted, and how it begins.
 
-    The transformer itself is not kept here and not changed: `features` is given it.
-
-    Args:
-        vit: the transformer; a timm `VisionTransformer` for prompts, else any of timm's with `blocks`.
-        num_classes: C.
+    Attributes:
         kind: prompts at the input ("vpt_shallow") or of every block ("vpt_deep"), which begin at 0; scales and shifts
             ("ssf"); adapters beside the MLPs ("adapter"); a copy of the transformer that is trained ("finetune").
         length: prompts, of each block that has some.
@@ -33,27 +31,35 @@ class Adaptation(nn.Module):
         dropout: share of an adapter's activations dropped in training.
         ssf_std: of the initial scales about 1 and shifts about 0.
         cosine_scale: initial value of the trained factor of the cosine head.
+    """
+
+    kind: Kind
+    length: int
+    bottleneck: int
+    adapter_scale: float
+    dropout: float
+    ssf_std: float
+    cosine_scale: float
+
+
+class Adaptation(nn.Module):
+    """What is trained on the first task, with a cosine head that is thrown away when it ends.
+
+    The transformer itself is not kept here and not changed: `features` is given it.
+
+    Args:
+        vit: the transformer; a timm `VisionTransformer` for prompts, else any of timm's with `blocks`.
+        num_classes: C.
+        recipe: what is adapted.
         method: who asks, for messages.
 
     Raises:
         ConfigError: the transformer cannot take it.
     """
 
-    def __init__(
-        self,
-        vit: nn.Module,
-        num_classes: int,
-        kind: Kind,
-        *,
-        length: int,
-        bottleneck: int,
-        adapter_scale: float,
-        dropout: float,
-        ssf_std: float,
-        cosine_scale: float,
-        method: str,
-    ) -> None:
+    def __init__(self, vit: nn.Module, num_classes: int, recipe: Recipe, *, method: str) -> None:
         super().__init__()
+        kind = recipe.kind
         require = require_vit if kind in ("vpt_shallow", "vpt_deep") else require_blocks
         require(vit, method)
         depth, width = len(vit.blocks), int(vit.embed_dim)  # type: ignore[arg-type]
@@ -64,15 +70,18 @@ class Adaptation(nn.Module):
         if kind == "finetune":
             self.copied.append(copy.deepcopy(vit).requires_grad_(True))
         elif kind == "adapter":
-            self.adapters = mlp_adapters(depth, width, bottleneck, scale=adapter_scale, dropout=dropout)
+            self.adapters = mlp_adapters(
+                depth, width, recipe.bottleneck, scale=recipe.adapter_scale, dropout=recipe.dropout
+            )
         elif kind == "ssf":
             widths = scale_shift_sites(vit)
             self.sites = list(widths)
-            self.scales = nn.ModuleDict({p.replace(".", "_"): ScaleShift(w, std=ssf_std) for p, w in widths.items()})
+            scales = {p.replace(".", "_"): ScaleShift(w, std=recipe.ssf_std) for p, w in widths.items()}
+            self.scales = nn.ModuleDict(scales)
         else:
             blocks = depth if kind == "vpt_deep" else 1
-            self.prompts.extend(nn.Parameter(torch.zeros(length, width)) for _ in range(blocks))
-        self.head: CosineHead | None = CosineHead(width, num_classes, scale=float(cosine_scale))
+            self.prompts.extend(nn.Parameter(torch.zeros(recipe.length, width)) for _ in range(blocks))
+        self.head: CosineHead | None = CosineHead(width, num_classes, scale=float(recipe.cosine_scale))
 
     @property
     def done(self) -> bool:
@@ -116,4 +125,4 @@ class Adaptation(nn.Module):
         )
 
 
-__all__ = ["Adaptation", "Kind"]
+__all__ = ["Adaptation", "Kind", "Recipe"]

@@ -24,13 +24,15 @@ class Buffer(Carrier):
 
     Args:
         capacity: M, the largest number of rows.
-        tasks: how many tasks will share the rows (used by `RingBuffer`).
+
+    Attributes:
+        tasks: how many tasks will share the rows; a learner sets it for `RingBuffer`.
     """
 
-    def __init__(self, capacity: int, *, tasks: int = 1) -> None:
+    def __init__(self, capacity: int) -> None:
         super().__init__()
         self.capacity = capacity
-        self.tasks = tasks
+        self.tasks = 1
         self.filled = 0
         self.x = torch.empty(0)
         self.y = torch.empty(0, dtype=torch.int32)
@@ -101,8 +103,8 @@ class ReservoirBuffer(Buffer):
     on how they are cut into batches.
     """
 
-    def __init__(self, capacity: int, *, tasks: int = 1) -> None:
-        super().__init__(capacity, tasks=tasks)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
         self.offered = 0
 
     def _place(self, batch: Batch, generator: torch.Generator) -> list[int]:
@@ -119,8 +121,8 @@ class RingBuffer(Buffer):
     The rows of a task must be offered together: once the next task has begun, the ring of the last one is closed.
     """
 
-    def __init__(self, capacity: int, *, tasks: int = 1) -> None:
-        super().__init__(capacity, tasks=tasks)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
         self.start, self.offered, self.task = 0, 0, -1
 
     def _place(self, batch: Batch, generator: torch.Generator) -> list[int]:
@@ -142,8 +144,8 @@ class ClassBalancedBuffer(Buffer):
     largest class; one of a full class is kept as in a reservoir of that class alone.
     """
 
-    def __init__(self, capacity: int, *, tasks: int = 1) -> None:
-        super().__init__(capacity, tasks=tasks)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
         self.slots: dict[int, list[int]] = {}  # by class
         self.offered: dict[int, int] = {}
         self.full: set[int] = set()

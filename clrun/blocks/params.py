@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def select(
@@ -39,6 +40,11 @@ def clone(params: Mapping[str, Tensor]) -> Params:
     return {name: p.detach().clone() for name, p in params.items()}
 
 
+def shapes_of(params: Mapping[str, Tensor]) -> Shapes:
+    """Return the shape of each tensor."""
+    return {name: tuple(p.shape) for name, p in params.items()}
+
+
 def flatten(params: Mapping[str, Tensor]) -> Tensor:
     """Return [P], the tensors one after the other in the order of the mapping."""
     return torch.cat([p.reshape(-1) for p in params.values()]) if params else torch.zeros(0)
@@ -54,19 +60,6 @@ def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner product [] of tensors of the same names, summed in float64."""
     products = [(a[name] * b[name]).sum(dtype=torch.float64) for name in a]
     return torch.stack(products).sum()
-
-
-def lincomb(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float | Mapping[str, Tensor]]) -> Params:
-    """Return the sum of `parts`, each scaled by a number or, entry by entry, by tensors of the same names.
-
-    Sums are formed in float64 and returned in the type of the first part.
-    """
-    total = {}
-    for name, first in parts[0].items():
-        factors = [w[name].double() if isinstance(w, Mapping) else w for w in weights]
-        terms = [part[name].double() * factor for part, factor in zip(parts, factors, strict=True)]
-        total[name] = torch.stack(terms).sum(dim=0).to(first.dtype)
-    return total
 
 
 def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -139,6 +132,7 @@ class Carrier(nn.Module):
 __all__ = [
     "Carrier",
     "Params",
+    "Shapes",
     "clone",
     "corner",
     "dot",
@@ -147,8 +141,8 @@ __all__ = [
     "frozen",
     "gradients",
     "hold_statistics",
-    "lincomb",
     "match",
     "select",
+    "shapes_of",
     "unflatten",
 ]

@@ -2,6 +2,9 @@
 
 Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; one more gradient during a step. Task id:
 not needed.
+
+Verified: steps are projected only where they would hurt the memory, missing gradients count as zero, the memory pass
+leaves statistics and random numbers alone (test_methods_replay).
 """
 
 from torch import nn
@@ -33,13 +36,7 @@ class AGem(Episodic):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        *,
-        capacity: Count,
-        memory: Rule,
-        memory_batch_size: PositiveInt,
+        self, backbone: nn.Module, num_classes: int, *, capacity: Count, memory: Rule, memory_batch_size: PositiveInt
     ) -> None:
         super().__init__(backbone, num_classes, capacity=capacity, memory=memory)
         self.memory_batch_size = memory_batch_size

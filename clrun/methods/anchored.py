@@ -14,6 +14,9 @@ from clrun.method import Method
 from clrun.optimizers import needs_sgd
 from clrun.training import Budget, Context
 
+Solver = Literal["grad", "proximal"]
+Norm = Literal["train", "freeze_after_first"]
+
 
 class Anchored(Method):
     """loss = CE + strength / 2 (theta - a)' K (theta - a) on the backbone; the head is free.
@@ -38,8 +41,8 @@ class Anchored(Method):
         num_classes: int,
         *,
         strength: float,
-        solver: Literal["grad", "proximal"],
-        norm: Literal["train", "freeze_after_first"],
+        solver: Solver,
+        norm: Norm,
         penalty: QuadraticPenalty,
     ) -> None:
         super().__init__(backbone, num_classes)

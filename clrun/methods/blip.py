@@ -2,6 +2,9 @@
 
 Memory between tasks: 9 bytes a protected weight (mean information, quantised value, number of bits). Task id: not
 needed.
+
+Verified: bits are the information gain and never fall, weights keep within a quantum, 20 bits freeze
+(test_methods_columns).
 """
 
 from typing import Annotated, Literal, Self
@@ -72,7 +75,7 @@ class Blip(Method):
 
     def end_task(self, task: Task, ctx: Context) -> None:
         fisher = diagonal_fisher(self, task.train, ctx, of=self.backbone, labels=self.labels, samples=self.samples)
-        self.grid.update(self.backbone, fisher, task.index)
+        self.grid.update(self.backbone, fisher.params(fisher.values), task.index)
         if dead := self.grid.dead():
             raise ConfigError(
                 f"method.prior={self.prior:g}: no weight of backbone.{dead} got a bit, and all would become 0; the "

@@ -2,6 +2,9 @@
 
 Memory between tasks: n (L N + L + 2 D e + 4 D) floats, T (D + e) of keys and embeddings, and the head; N tokens of an
 image. Task id: not needed.
+
+Verified: prompts are the formula of the paper, no label leaks, a given task is the inferred one where they agree
+(test_methods_prompts).
 """
 
 from typing import Literal

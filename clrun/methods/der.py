@@ -1,6 +1,9 @@
 """DER and DER++: replay of inputs with the logits of their time (Buzzega et al., NeurIPS 2020, arXiv 2004.07211).
 
 Memory between tasks: M (s + 8 + 4 C) bytes, M = capacity, s bytes a stored input. Task id: not needed.
+
+Verified: both weights 0 are finetuning bit for bit, terms by hand, logits are those from before the update
+(test_methods_replay).
 """
 
 import math

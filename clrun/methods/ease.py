@@ -2,6 +2,9 @@
 
 Memory between tasks: T (n (2 D r + r + D)) floats of adapters, T C (8 D + 8) bytes of sums (twice that once a class
 comes in a second domain) and T 4 C D of prototypes. A prediction takes T backbone passes. Task id: not needed.
+
+Verified: prototypes and scores are those of the paper, adapters at their start are the plain model, one pass a task
+(test_methods_prompts).
 """
 
 from typing import Literal

@@ -2,6 +2,9 @@
 
 Memory between tasks: an encoder a task, 4 T h (D + 1) bytes; a frozen copy of the network during a task, a decoder
 while a code is learned. Task id: not needed.
+
+Verified: without codes it is lwf bit for bit, codes stand still with the network, encoders are kept as learned
+(test_methods_distillation).
 """
 
 from typing import Literal

@@ -1,6 +1,9 @@
 """Experience replay with a reservoir (Chaudhry et al., "On tiny episodic memories", 2019, arXiv 1902.10486).
 
 Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input. Task id: not needed.
+
+Verified: each row is offered once and stored raw, the loss over both parts by hand, the reservoir is uniform by chi-
+square (test_methods_replay, test_blocks_buffers).
 """
 
 from torch import nn

@@ -3,6 +3,9 @@
 Memory between tasks: 8 C D^2 + C (8 D + 8) bytes of sums (covariance "common": 8 D^2 instead of 8 C D^2, "diagonal":
 8 C D; twice that once sums are no longer exact, and another 8 C D for the recipe "cnn"), half of that of factors; kept
 task statistics T times the sums. Task id: not needed.
+
+Verified: golden distances, shrunk to the identity it is the nearest mean, AOPD 0, unlearning to 1e-9
+(test_methods_closed_form).
 """
 
 from typing import Annotated, Literal

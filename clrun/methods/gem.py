@@ -2,6 +2,9 @@
 
 Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; one gradient an earlier task during a step,
 hence time and transient memory of a step grow with the tasks. Task id: not needed.
+
+Verified: a projected step hurts no earlier task and is the nearest such, one constraint is a_gem
+(test_methods_gradients, test_blocks_gradients).
 """
 
 import torch

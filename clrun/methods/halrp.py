@@ -2,6 +2,9 @@
 
 Memory between tasks: the base, and for each task, over its layers [m, n], m + n + (m + n) r numbers (fewer after
 pruning), biases, norms and a head; `growth` bounds all of it. Task id: needed.
+
+Verified: learned tasks stay bit for bit, growth counts everything stored, a frozen base makes every order the same
+(test_methods_low_rank).
 """
 
 import math
@@ -27,7 +30,7 @@ from clrun.blocks.low_rank import (
     stored_bytes,
 )
 from clrun.data.split import Batch
-from clrun.data.stream import Task
+from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
 from clrun.method import freeze
 from clrun.methods.task_networks import TaskNetworks
@@ -120,10 +123,17 @@ class Halrp(TaskNetworks):
     def new_network(self, task: Task, ctx: Context) -> nn.Module:
         return self.backbone if self._is_base(task) else copy_for_task(self.backbone)
 
+    def check(self, stream: Stream) -> None:
+        super().check(stream)
+        if self.curvature_data == "val" and self.ranks != "flat" and not all(task.val for task in stream.tasks):
+            raise ConfigError("method.curvature_data=val: there are no validation rows; set dataset.val_fraction")
+        if self.growth is not None:
+            self._divide(stream, self.growth)
+
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
         if task.index == 0 and self.growth is not None:
-            self._divide(ctx, self.growth)
+            self._divide(ctx.stream, self.growth)
 
     def learn(self, task: Task, ctx: Context) -> None:
         if self._is_base(task):
@@ -196,8 +206,7 @@ class Halrp(TaskNetworks):
         if self.ranks == "flat":
             return dict.fromkeys(weights, 1.0)
         split = task.train if self.curvature_data == "train" else task.val
-        if split is None:
-            raise ConfigError("method.curvature_data=val: there are no validation rows; set dataset.val_fraction")
+        assert split is not None  # checked
         rows = torch.randperm(len(split), generator=ctx.generator("curvature"))[: self.curvature_samples]
         split = split.select(rows.to(split.y.device))
         return layer_curvature(self, split, ctx, loss=self.loss, weights=weights, batch_size=ctx.budget.batch_size)
@@ -225,9 +234,9 @@ class Halrp(TaskNetworks):
 
     # --- growth
 
-    def _divide(self, ctx: Context, growth: float) -> None:
+    def _divide(self, stream: Stream, growth: float) -> None:
         """Give each task its share of the growth; refuse a growth that cannot hold what is never pruned."""
-        tasks = [task for task in ctx.stream.tasks if not self._is_base(task)]
+        tasks = [task for task in stream.tasks if not self._is_base(task)]
         network = copy_for_task(self.backbone)
         columns = sum(w[0].numel() if self.unfold else w.shape[1] for w in self._weights(network))
         rows = sum(len(w) for w in self._weights(network))

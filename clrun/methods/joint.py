@@ -1,6 +1,8 @@
 """Joint training on the data of all tasks so far, or of all tasks: the upper bound (De Lange et al., arXiv 1909.08383).
 
 Memory between tasks: the data of all tasks; with restart, P floats of initial weights. Task id: not needed.
+
+Verified: each task begins from the initial weights, all tasks at once do not forget (test_methods_others).
 """
 
 from dataclasses import replace

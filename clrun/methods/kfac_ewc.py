@@ -3,6 +3,9 @@
 With forgetting about halved against EWC on text: McInerney et al., arXiv 2111.06012. Memory between tasks: for a layer
 of `in` inputs (with the constant of its bias) and `out` outputs in^2 + out^2 floats, 1 float for every other parameter,
 and the anchor, P floats, P = backbone parameters; with add=list as many factors for each task. Task id: not needed.
+
+Verified: one linear layer's factors are the exact block, a linear-Gaussian model is learned as jointly, diagonal
+factors are ewc (test_methods_curvature, test_curvature_kfac).
 """
 
 from typing import Literal
@@ -12,7 +15,7 @@ from torch import nn
 from clrun.blocks.curvature import Curvature, KroneckerFisher, QuadraticPenalty, isotropic
 from clrun.data.stream import Task
 from clrun.errors import ConfigError, Fraction, NonNegative, PositiveInt
-from clrun.methods.anchored import Anchored
+from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.training import Context
 
 
@@ -61,14 +64,15 @@ class KfacEwc(Anchored):
         largest: PositiveInt,
         groups: Literal["skip", "average"],
         prior: NonNegative,
-        solver: Literal["grad", "proximal"],
-        norm: Literal["train", "freeze_after_first"],
+        solver: Solver,
+        norm: Norm,
     ) -> None:
         if solver == "proximal" and add == "list":
             raise ConfigError("method.add=list: method.solver=proximal needs one product; use add=kl or solver=grad")
         penalty = QuadraticPenalty(decay, how=add)
         super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
         self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
+        self.fisher.check(backbone)
         self.prior = prior
 
     def curvature(self, task: Task, ctx: Context) -> Curvature:

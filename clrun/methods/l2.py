@@ -2,17 +2,17 @@
 
 Baseline of IMM (arXiv 1703.08475) and APD (Yoon et al., ICLR 2020, arXiv 1902.09432). Memory between tasks: P floats
 (P = backbone parameters). Task id: not needed.
-"""
 
-from typing import Literal
+Verified: it is ewc with importance 1, strength 0 is finetuning bit for bit (test_methods_curvature).
+"""
 
 from torch import nn
 
-from clrun.blocks.curvature import Curvature, Identity, QuadraticPenalty, shapes_of
-from clrun.blocks.params import select
+from clrun.blocks.curvature import Curvature, Identity, QuadraticPenalty
+from clrun.blocks.params import select, shapes_of
 from clrun.data.stream import Task
 from clrun.errors import NonNegative
-from clrun.methods.anchored import Anchored
+from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.training import Context
 
 
@@ -33,13 +33,7 @@ class L2(Anchored):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        *,
-        strength: NonNegative,
-        solver: Literal["grad", "proximal"],
-        norm: Literal["train", "freeze_after_first"],
+        self, backbone: nn.Module, num_classes: int, *, strength: NonNegative, solver: Solver, norm: Norm
     ) -> None:
         penalty = QuadraticPenalty(decay=0.0)
         super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)

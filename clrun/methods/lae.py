@@ -2,6 +2,9 @@
 
 Memory between tasks: twice the module (for r = 5: |blocks| (2 D r + r + D + 1), |blocks| (4 D r + 2) or, for prefixes,
 |blocks| (2 L D + 2) floats), and the head. Task id: not needed.
+
+Verified: the slow copy is the closed-form average, merged LoRA answers as unmerged, it begins as the plain model
+(test_methods_prompts).
 """
 
 import copy

@@ -2,6 +2,8 @@
 
 Memory between tasks: 8 D^2 + C (8 D + 8) bytes of sums, 8 C D of weights; kept task statistics T times the sums. Task
 id: not needed.
+
+Verified: golden discriminants, AOPD 0, unlearning to 1e-9 (test_methods_closed_form).
 """
 
 from typing import Literal

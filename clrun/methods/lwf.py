@@ -1,6 +1,9 @@
 """LwF: the outputs of the former self on the new data are kept (Li & Hoiem, TPAMI 2017, arXiv 1606.09282).
 
 Memory between tasks: none; a frozen copy of the network during a task. Task id: not needed.
+
+Verified: nothing is added before the network moves, distillation by hand, the first task is finetuning
+(test_methods_distillation).
 """
 
 from typing import Literal

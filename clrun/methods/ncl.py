@@ -2,6 +2,9 @@
 
 Memory between tasks: as kfac_ewc: in^2 + out^2 floats for a layer, 1 for every other parameter, and the anchor, P
 floats, P = backbone parameters. Task id: not needed.
+
+Verified: a linear-Gaussian model converges to the posterior mode, an isotropic prior is SGD with a pull
+(test_methods_curvature).
 """
 
 from dataclasses import replace
@@ -71,6 +74,7 @@ class Ncl(Method):
         super().__init__(backbone, num_classes)
         self.strength, self.prior_rows, self.prior_mean, self.damping = strength, prior_rows, prior_mean, damping
         self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
+        self.fisher.check(backbone)
         self.prior = QuadraticPenalty(1.0, how=add)
         self.covariance: Operator | None = None  # within a task
 

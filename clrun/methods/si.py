@@ -2,21 +2,23 @@
 
 Memory between tasks: 3 P floats (importance, anchor, path), P = backbone parameters; 2 P more during a task. Task id:
 not needed.
+
+Verified: the path sums to the fall of the loss, of a quadratic it is half the curvature, strength 0 is finetuning bit
+for bit (test_methods_importance).
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.curvature import Curvature, Diagonal, QuadraticPenalty, Shapes, shapes_of
-from clrun.blocks.params import Carrier, flatten, gradients, select
+from clrun.blocks.curvature import Curvature, Diagonal, QuadraticPenalty
+from clrun.blocks.params import Carrier, Shapes, flatten, gradients, select, shapes_of
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.errors import NonNegative, Positive
 from clrun.method import Method
-from clrun.methods.anchored import Anchored
+from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.training import Context
 
 
@@ -40,14 +42,7 @@ class Si(Anchored):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        *,
-        strength: NonNegative,
-        xi: Positive,
-        solver: Literal["grad", "proximal"],
-        norm: Literal["train", "freeze_after_first"],
+        self, backbone: nn.Module, num_classes: int, *, strength: NonNegative, xi: Positive, solver: Solver, norm: Norm
     ) -> None:
         penalty = QuadraticPenalty(decay=1.0)
         super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)

@@ -2,6 +2,8 @@
 
 Memory between tasks: the prompts, L D floats (deep: n L D), and the head; with `reinit` T times the prompts. Task id:
 needed with `reinit` only.
+
+Verified: no prompts are the plain model, prompts begin within the bound of the paper (test_methods_prompts).
 """
 
 from typing import ClassVar, Literal

@@ -17,7 +17,6 @@ LISTED = 200  # rows of the lists of what is missing
 GRID = 3  # times the runs, cells up to which orders x seeds are shown as a grid
 VALUES = 12  # values of a key shown
 SIGNS = {"completed": "●", "failed": "✕", "interrupted": "◐", "running": "…", "no run": "–"}
-OWN = ("hydra", "experiment")  # choices that are not a method, data set, ...
 CITED = ("method", "dataset", "backbone")
 
 

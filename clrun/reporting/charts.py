@@ -20,6 +20,7 @@ LABEL = 130  # most room for the labels of rows
 CHAR = 6.3  # width of a character
 CELL = 30  # of a heat map
 LEVELS = 40  # colours of a heat map
+TICKS = 5  # of an axis, about
 NUMBERED = 10  # tasks up to which cells show their number
 MARKS = 600  # marks of a chart, beyond which only their range is drawn
 VIRIDIS = ["440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26", "fde725"]
@@ -71,15 +72,15 @@ class Axis:
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return round(self.start + (value - low) / (high - low) * (self.stop - self.start), 1)
 
-    def ticks(self, most: int = 5) -> list[float]:
-        """Return at most about `most` round values."""
+    def ticks(self) -> list[float]:
+        """Return a few round values."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 3) if len(powers) < most else (1,)
+            steps = (1, 3) if len(powers) < TICKS else (1,)
             found = [k * 10.0**p for p in powers for k in steps if self.low <= k * 10.0**p <= self.high]
             if len(found) > 2:
                 return found
-        raw = (self.high - self.low) / most
+        raw = (self.high - self.low) / TICKS
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(k * size for k in (1, 2, 5, 10) if k * size >= raw)
         first, last = math.ceil(self.low / step), math.floor(self.high / step)

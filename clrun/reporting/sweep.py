@@ -54,10 +54,6 @@ class SweepResult:
     text: str
     page: Path | None = None
 
-    def with_status(self, *status: str) -> list[Run]:
-        """Return the runs in one of these states."""
-        return [run for run in self.runs if run.status in status]
-
 
 def refresh(sweep_dir: Path) -> SweepResult:
     """Read the run folders below `sweep_dir` and rewrite its tables and report.html, each file atomically.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH = 100
+LISTED = 20  # entries of a list that are shown
 WIDE = 10  # tasks up to which a matrix row shows every cell
 AVERAGES = 24  # characters of the averages of two settings
 SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domain-incremental"}
@@ -190,16 +191,16 @@ def comparison_table(lines: Sequence[Line]) -> str:
     return "\n".join(table)
 
 
-def listing(title: str, entries: Sequence[tuple[str, str]], limit: int = 20) -> str:
+def listing(title: str, entries: Sequence[tuple[str, str]]) -> str:
     """Return a titled list of (folder, reason), reasons wrapped under their folders."""
     lines = [f"{title} ({len(entries)}):"]
-    for folder, reason in entries[:limit]:
+    for folder, reason in entries[:LISTED]:
         lines.append(f"  {printable(folder)}")
         lines += textwrap.wrap(
             printable(reason), WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4, max_lines=3, placeholder=" ..."
         )
-    if len(entries) > limit:
-        lines.append(f"  and {len(entries) - limit} more")
+    if len(entries) > LISTED:
+        lines.append(f"  and {len(entries) - LISTED} more")
     return "\n".join(lines)
 
 

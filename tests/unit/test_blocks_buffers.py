@@ -78,7 +78,8 @@ def test_never_more_than_capacity(kind: type[Buffer], capacity: int) -> None:
 
 
 def test_ring_keeps_the_last_rows_of_each_task() -> None:
-    memory, generator = RingBuffer(9, tasks=3), torch.Generator()
+    memory, generator = RingBuffer(9), torch.Generator()
+    memory.tasks = 3
     memory.add(batch(torch.arange(7), 0), generator=generator)
     memory.add(batch(torch.arange(10, 12), 1), generator=generator)
     for start in (20, 22, 24, 26):

@@ -39,7 +39,8 @@ def fisher(method: Method, stream: Stream, *, of: nn.Module, index: int = 0, **o
     budget = sgd(batch_size=options.pop("batch_size", 16))
     ctx = context(stream, index, budget=budget, seed=options.pop("seed", 0))
     options = {"labels": "exact", "samples": None} | options
-    return diagonal_fisher(method, stream.tasks[index].train, ctx, of=of, **options)
+    found = diagonal_fisher(method, stream.tasks[index].train, ctx, of=of, **options)
+    return found.params(found.values)
 
 
 def net(setting: Any = "cil") -> tuple[Method, Stream]:
@@ -72,7 +73,8 @@ def test_exact_is_the_closed_form_of_softmax_regression() -> None:
 def test_columns_equal_the_gradients_weighted_by_their_probability() -> None:
     method, stream = net()
     split, ctx = stream.tasks[1].train, context(stream, 1)
-    found = diagonal_fisher(method, split, ctx, of=method.backbone, labels="exact", samples=None)
+    diagonal = diagonal_fisher(method, split, ctx, of=method.backbone, labels="exact", samples=None)
+    found = diagonal.params(diagonal.values)
     method.eval()
     params = dict(method.backbone.named_parameters())
     expected = {name: torch.zeros_like(p) for name, p in params.items()}

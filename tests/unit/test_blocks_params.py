@@ -16,7 +16,6 @@ from clrun.blocks.params import (
     flatten,
     gradients,
     hold_statistics,
-    lincomb,
     match,
     select,
     unflatten,
@@ -43,13 +42,6 @@ def test_dot_sums_in_float64() -> None:
     a = {"x": torch.tensor([1e8, 1.0, -1e8]), "y": torch.tensor(2.0)}
     ones = {name: torch.ones_like(t) for name, t in a.items()}
     assert dot(a, ones).item() == 3.0
-
-
-def test_lincomb_with_numbers_and_tensors() -> None:
-    a, b = {"x": torch.tensor([1.0, 2.0])}, {"x": torch.tensor([3.0, 5.0])}
-    mixed = lincomb([a, b], [0.5, {"x": torch.tensor([1.0, 0.0])}])
-    assert mixed["x"].tolist() == [3.5, 1.0]
-    assert mixed["x"].dtype == torch.float32
 
 
 def test_match_aligns_grown_tensors_and_refuses_shrunk_ones() -> None:

@@ -13,12 +13,12 @@ from clrun import checkpoint
 from clrun.accounting import state_bytes
 from clrun.backbones.small import cnn
 from clrun.blocks.distillation import distillation_loss
+from clrun.blocks.lateral import Lateral, block_paths, block_widths
 from clrun.blocks.params import flatten, select
 from clrun.checkpoint import Life
 from clrun.errors import ConfigError
 from clrun.methods.blip import BitGrid
 from clrun.methods.finetune import Finetune
-from clrun.methods.progress_compress import Lateral, block_paths, block_widths
 from clrun.seeding import seed_all
 
 

@@ -9,8 +9,8 @@ from helpers import born, context, factory, image_stream, live, sgd, tiny_vit
 from torch import Tensor, nn
 
 from clrun.accounting import state_bytes
-from clrun.blocks.curvature import Dense, Diagonal, KroneckerFactored, QuadraticPenalty, isotropic, shapes_of
-from clrun.blocks.params import flatten, unflatten
+from clrun.blocks.curvature import Dense, Diagonal, KroneckerFactored, QuadraticPenalty, isotropic
+from clrun.blocks.params import flatten, shapes_of, unflatten
 from clrun.errors import ConfigError
 from clrun.method import Method
 from clrun.training import Budget

@@ -9,8 +9,8 @@ from helpers import Identity, born, context, factory, image_stream, live, row_st
 from torch import Tensor, nn
 
 from clrun.accounting import state_bytes
-from clrun.blocks.curvature import Diagonal, QuadraticPenalty, shapes_of
-from clrun.blocks.params import clone, flatten, gradients, select
+from clrun.blocks.curvature import Diagonal, QuadraticPenalty
+from clrun.blocks.params import clone, flatten, gradients, select, shapes_of
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
 from clrun.method import Method

@@ -120,7 +120,7 @@ def test_growth_too_small_for_what_is_never_pruned_is_refused_at_once():
     with pytest.raises(
         ConfigError, match=r"^method\.growth=0\.1: scales, biases, norms and heads of 2 tasks take 0\.\d+"
     ):
-        method.begin_task(stream.tasks[0], context(stream))
+        method.check(stream)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_options_that_contradict_each_other(options: dict[str, Any], message: st
 def test_validation_rows_must_exist():
     method, stream = born(factory("halrp", curvature_data="val"), image_stream("til"))
     with pytest.raises(ConfigError, match=r"method\.curvature_data=val: .* dataset\.val_fraction"):
-        live(method, stream)
+        method.check(stream)
 
 
 @pytest.mark.parametrize("value", ["1.01", "-0.1", "95"])

@@ -180,7 +180,7 @@ def test_failed_and_absent_runs_are_listed_as_missing(tmp_path):
         {"order": [2, 0, 3, 1], "seed": 1, "reason": "no run", "folder": None},
     ]
     assert entry["aopd"] == pytest.approx(0.0675)
-    assert [run.label for run in result.with_status("failed")] == ["er-0-1"]
+    assert [run.label for run in result.runs if run.status == "failed"] == ["er-0-1"]
     assert "er-0-1" in result.text and "RuntimeError: boom" in result.text and "missing" in result.text
 
 

@@ -5,7 +5,7 @@ batch size; eval mode, un-augmented rows, fp32, a seeded subset; the model, its 
 numbers stay bitwise as they were. Published penalty weights often refer to F / B, or omit the 1/2.
 """
 
-from clrun.blocks.curvature.estimate import Kind, KroneckerFisher, diagonal_fisher, estimate
+from clrun.blocks.curvature.estimate import Kind, KroneckerFisher, diagonal_fisher, estimate, require_exact
 from clrun.blocks.curvature.forms import (
     Blocks,
     Composite,
@@ -15,9 +15,7 @@ from clrun.blocks.curvature.forms import (
     Diagonal,
     Identity,
     Operator,
-    Shapes,
     Sum,
-    shapes_of,
 )
 from clrun.blocks.curvature.gram import GradientWindow, GramInverse, GramLowRank
 from clrun.blocks.curvature.kronecker import KroneckerEigen, KroneckerFactored, Terms, isotropic
@@ -44,7 +42,6 @@ __all__ = [
     "Labels",
     "Operator",
     "QuadraticPenalty",
-    "Shapes",
     "Sharing",
     "Sum",
     "Tape",
@@ -54,5 +51,5 @@ __all__ = [
     "isotropic",
     "layers_of",
     "normalised",
-    "shapes_of",
+    "require_exact",
 ]

@@ -10,10 +10,10 @@ from torch import nn
 from clrun.blocks.curvature.forms import Curvature, Diagonal
 from clrun.blocks.curvature.gradients import diagonal, gram
 from clrun.blocks.curvature.kfac import kronecker
-from clrun.blocks.curvature.layers import Groups, Sharing
+from clrun.blocks.curvature.layers import Groups, Sharing, layers_of
 from clrun.blocks.curvature.target import Labels, Target
-from clrun.blocks.params import Params
 from clrun.data.split import Split
+from clrun.errors import ConfigError
 
 if TYPE_CHECKING:
     from clrun.data.stream import Task
@@ -106,6 +106,21 @@ class KroneckerFisher:
     largest: int
     groups: Groups
 
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        require_exact(self.labels, self.top_k)
+
+    def check(self, backbone: nn.Module) -> None:
+        """Refuse a pattern that no layer of the backbone fits.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        for pattern in self.modules:
+            if pattern != "*" and not layers_of(backbone, modules=[pattern], groups="average"):
+                known = ", ".join(layers_of(backbone, groups="average"))
+                raise ConfigError(f"method.modules: no layer fits '{pattern}' (layers: {known})")
+
     def __call__(self, method: "Method", task: "Task", ctx: "Context") -> Curvature:
         """Return that of the backbone of `method` on `task`."""
         return estimate(
@@ -123,6 +138,16 @@ class KroneckerFisher:
         )
 
 
+def require_exact(labels: Labels, top_k: int | None) -> None:
+    """Refuse a limit of the classes summed over where no sum is taken.
+
+    Raises:
+        ConfigError: `top_k` is given, and labels are not "exact".
+    """
+    if top_k is not None and labels != "exact":
+        raise ConfigError(f"method.top_k: says which classes method.labels=exact sums over; labels is {labels}")
+
+
 def diagonal_fisher(
     method: "Method",
     split: Split,
@@ -132,8 +157,8 @@ def diagonal_fisher(
     labels: Labels,
     samples: int | None,
     top_k: int | None = None,
-) -> Params:
-    """Return the diagonal estimate by parameter name; see `estimate`."""
+) -> Diagonal:
+    """Return the diagonal of the Fisher information; see `estimate`."""
     found = estimate("diag", method, split, ctx, of=of, labels=labels, samples=samples, top_k=top_k)
     assert isinstance(found, Diagonal)
-    return found.params(found.values)
+    return found

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from clrun.blocks.params import Params, flatten, match, unflatten
+from clrun.blocks.params import Params, Shapes, flatten, match, shapes_of, unflatten
 
-Shapes = dict[str, tuple[int, ...]]
 Damping = Literal["exact", "factored"]
 Sum = Literal["kl", "additive", "rank1", "list"]
 
@@ -151,11 +150,6 @@ def _applied(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple):
         return tuple(_applied(item, fn) for item in value)
     return value
-
-
-def shapes_of(params: Mapping[str, Tensor]) -> Shapes:
-    """Return the shape of each parameter."""
-    return {name: tuple(p.shape) for name, p in params.items()}
 
 
 @dataclass(frozen=True, eq=False)

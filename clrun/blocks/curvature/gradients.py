@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from clrun.blocks.curvature.forms import Diagonal, shapes_of
+from clrun.blocks.curvature.forms import Diagonal
 from clrun.blocks.curvature.gram import GramLowRank
 from clrun.blocks.curvature.target import Target
-from clrun.blocks.params import Params, flatten
+from clrun.blocks.params import Params, flatten, shapes_of
 from clrun.data.split import Batch
 
 # Per-sample gradients held at once: how many (more are not faster), and of how many numbers together (4 bytes each).

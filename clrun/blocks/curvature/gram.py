@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clrun.blocks.curvature.forms import Curvature, Damping, Operator, Shapes, Sum
-from clrun.blocks.params import flatten, match, unflatten
+from clrun.blocks.curvature.forms import Curvature, Damping, Operator, Sum
+from clrun.blocks.params import Shapes, flatten, match, unflatten
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +101,6 @@ class GramInverse(Operator):
         """Return the diagonal."""
         inside: Tensor = torch.linalg.solve_triangular(self.factor.to(self.rows.dtype), self.rows, upper=False)
         return (1 - inside.square().sum(dim=0)) / self.damping
-
-    def logdet(self) -> Tensor:
-        """Return the logarithm [] of the determinant of R'R + damping I."""
-        own: Tensor = 2 * self.factor.diagonal().log().sum()
-        rest: Tensor = (self.size - len(self.rows)) * torch.tensor(self.damping, dtype=torch.float64).log()
-        return own + rest
 
 
 class GradientWindow:

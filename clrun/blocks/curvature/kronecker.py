@@ -12,7 +12,8 @@ from math import prod, sqrt
 import torch
 from torch import Tensor
 
-from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Operator, Shapes, Sum
+from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Operator, Sum
+from clrun.blocks.params import Shapes
 
 STEP, STOP, ROUNDS = 0.3, 1e-24, 3000  # of the fixed point of the KL-optimal sum
 

@@ -6,8 +6,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.curvature.forms import Curvature, Diagonal, Shapes, Sum
-from clrun.blocks.params import Carrier, Params, corner, flatten, match, unflatten
+from clrun.blocks.curvature.forms import Curvature, Diagonal, Sum
+from clrun.blocks.params import Carrier, Params, Shapes, corner, flatten, match, unflatten
 
 
 def normalised(importance: Diagonal, by: Literal["none", "mean", "max"]) -> Diagonal:
