@@ -22,7 +22,6 @@ from clrun.blocks.params import eval_mode
 from clrun.data.split import Batch, Split
 
 if TYPE_CHECKING:
-    from clrun.method import Method
     from clrun.training import Context
 
 Layer = nn.Linear | nn.Conv2d
@@ -272,7 +271,7 @@ def _window(weight: Tensor) -> Tensor:
 
 
 def layer_curvature(
-    method: "Method",
+    network: nn.Module,
     split: Split,
     ctx: "Context",
     *,
@@ -285,10 +284,18 @@ def layer_curvature(
     h = 1 / N_b sum_b B_b mean((d L_b / d W)^2), with L_b the mean loss of batch b of B_b rows, N_b batches, in eval
     mode. B_b (mean gradient)^2 is close to the mean of squared per-sample gradients if these are independent with
     mean 0.
+
+    Args:
+        network: what is put in eval mode: the network of the task.
+        split: rows.
+        ctx: of the task.
+        loss: mean over the rows of a batch, [].
+        weights: {name: weight}, of `network`.
+        batch_size: rows of a batch.
     """
     sums = dict.fromkeys(weights, 0.0)
     batches = 0
-    with eval_mode(method):
+    with eval_mode(network):
         for batch in split.batches(batch_size):
             batches += 1
             seen = Batch(ctx.hardware.layout(batch.x), batch.y, batch.t, batch.i)

@@ -114,6 +114,7 @@ class Halrp(TaskNetworks):
         self.growth, self.threshold = growth, threshold
         self.order_invariant = base == "backbone"
         self.allowance: float | None = None  # bytes of one task
+        self.added: list[tuple[int, int]] = []  # by each task but that of the base: bytes, and numbers
         self.stretches: list[tuple[LowRank, Tensor, Tensor]] = []  # of the scales, while a task is fine-tuned
         if base == "backbone":
             freeze(self.backbone)
@@ -149,7 +150,12 @@ class Halrp(TaskNetworks):
         if self._is_base(task):
             return
         self._prune(low_rank_layers(self.networks[-1]).values())
+        self.added.append(self._added())
         ctx.log({"phase": "growth", **self.growth_of()})
+
+    def trainable(self) -> Iterable[nn.Parameter]:
+        """Return what moves; earlier tasks stand still, and many of them are many to look through."""
+        return (p for module in (self.networks[-1], self.heads[-1]) for p in module.parameters() if p.requires_grad)
 
     def _is_base(self, task: Task) -> bool:
         """Whether `task` trains the base."""
@@ -209,7 +215,8 @@ class Halrp(TaskNetworks):
         assert split is not None  # checked
         rows = torch.randperm(len(split), generator=ctx.generator("curvature"))[: self.curvature_samples]
         split = split.select(rows.to(split.y.device))
-        return layer_curvature(self, split, ctx, loss=self.loss, weights=weights, batch_size=ctx.budget.batch_size)
+        network, size = self.networks[-1], ctx.budget.batch_size
+        return layer_curvature(network, split, ctx, loss=self.loss, weights=weights, batch_size=size)
 
     def _ranks(self, residuals: dict[str, Residual], curvature: dict[str, float]) -> dict[str, int]:
         """Return the rank of each layer."""
@@ -293,12 +300,15 @@ class Halrp(TaskNetworks):
         The paper counts numbers: scales, factors without their zeros, norms and heads; neither the biases of layers,
         nor running statistics, nor where the entries of pruned factors belong.
         """
-        first = 1 if self.base == "first_task" else 0
-        networks, heads = self.networks[first:], self.heads[first:]
-        known = {id(p) for p in self.backbone.parameters()}
-        own = {id(p): p for module in (*networks, *heads) for p in module.parameters() if id(p) not in known}
-        biases = [layer.bias for network in networks for layer in low_rank_layers(network).values()]
-        numbers = sum(p.numel() for p in own.values()) - sum(b.numel() for b in biases if b is not None)
         base = sum(p.numel() for module in self._base_modules() for p in module.parameters())
-        stored = stored_bytes([*networks, *heads], without=self.backbone)
+        stored, numbers = (sum(column) for column in zip((0, 0), *self.added, strict=True))
         return {"growth": stored / self._base_bytes(), "growth_paper": numbers / base}
+
+    def _added(self) -> tuple[int, int]:
+        """Return the bytes of the current task, pruned, and its numbers as the paper counts them."""
+        network, head = self.networks[-1], self.heads[-1]
+        known = {id(p) for p in self.backbone.parameters()}
+        own = {id(p): p for module in (network, head) for p in module.parameters() if id(p) not in known}
+        biases = [layer.bias for layer in low_rank_layers(network).values()]
+        numbers = sum(p.numel() for p in own.values()) - sum(b.numel() for b in biases if b is not None)
+        return stored_bytes([network, head], without=self.backbone), numbers
