@@ -19,7 +19,7 @@ from clrun.blocks.selection import Selection, choose, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.errors import ConfigError, NonNegative, Positive, PositiveInt
-from clrun.methods.prompted import Compete, Init, Prompted, drawn
+from clrun.methods.prompted import Compete, Init, Prompted, drawn, plain_features
 from clrun.training import Context
 
 
@@ -92,11 +92,7 @@ class L2p(Prompted):
             backbone.requires_grad_(True)
 
     def query(self, x: Tensor) -> Tensor:
-        if not self.original:
-            return super().query(x)
-        with torch.no_grad():
-            features: Tensor = self.original[0](x)
-        return features.float()
+        return plain_features(self.original[0], x) if self.original else super().query(x)
 
     def check(self, stream: Stream) -> None:
         super().check(stream)
@@ -125,7 +121,7 @@ class L2p(Prompted):
         rows = order.repeat(-(-len(self.keys) // len(order)))[: len(self.keys)]
         batches = task.train.select(rows.to(task.train.y.device)).batches(256)
         with torch.no_grad():
-            self.keys.copy_(torch.cat([self.query(batch.x).clone() for batch in batches]))
+            self.keys.copy_(torch.cat([self.query(batch.x) for batch in batches]))
 
     def asks_while_training(self) -> bool:
         return True

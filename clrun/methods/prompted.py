@@ -61,8 +61,7 @@ class Prompted(Method):
 
     def learn(self, task: Task, ctx: Context) -> None:
         if self.asks_while_training() and not ctx.stream.transform.augments:
-            # Clones: a query is a view that would keep the tokens of all places until the last batch.
-            self.known = torch.cat([self.query(batch.x).clone() for batch in task.train.batches(256)])
+            self.known = torch.cat([self.query(batch.x) for batch in task.train.batches(256)])
         fit(self, task.train, ctx, budget=scaled(ctx.budget, self.lr_scale))
         self.known = None
 
@@ -84,9 +83,7 @@ class Prompted(Method):
     def query(self, x: Tensor) -> Tensor:
         """Return the features [B, D] of the plain frozen backbone, fp32, without gradient."""
         self.injector.release()
-        with torch.no_grad():
-            features: Tensor = self.backbone(x)
-        return features.float()
+        return plain_features(self.backbone, x)
 
     def training_query(self, batch: Batch) -> Tensor:
         """Return the queries [B, D] of training images: computed once a task when nothing is augmented."""
@@ -102,6 +99,15 @@ class Prompted(Method):
         """Return the mean [D] of the normalised queries of the eval view of the task's training rows."""
         queries = [nn.functional.normalize(self.query(b.x), dim=1).double() for b in task.train.batches(256)]
         return torch.cat(queries).mean(dim=0).float()
+
+
+def plain_features(backbone: nn.Module, x: Tensor) -> Tensor:
+    """Return features [B, D] of prepared x, fp32, without gradient.
+
+    A copy: transformers return views, which would keep the tokens of all places as long as a query is kept.
+    """
+    with torch.no_grad():
+        return backbone(x).to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
 
 class Keyed(Prompted):

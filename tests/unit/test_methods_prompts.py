@@ -137,6 +137,7 @@ def test_backbone_and_queries_stay_as_they_are(name: str, options: dict[str, Any
     assert same(before, copies(method.backbone))
     assert torch.equal(method.query(x), query)
     assert not method.query(x).requires_grad
+    assert method.query(x).untyped_storage().nbytes() == method.query(x).nbytes, "no view of the tokens of all places"
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in method.backbone.modules())
 
 
