@@ -248,14 +248,20 @@ class Halrp(TaskNetworks):
         columns = sum(w[0].numel() if self.unfold else w.shape[1] for w in self._weights(network))
         rows = sum(len(w) for w in self._weights(network))
         least = self._unpruned_bytes(network) + BYTES * self.lowest_rank * (rows + columns)
-        width = int(self.backbone.num_features)  # type: ignore[arg-type]
-        least += max((stored_bytes([TaskHead(width, t.classes, self.num_classes)]) for t in tasks), default=0)
-        self.allowance = growth * self._base_bytes() / max(1, len(tasks))
+        least += max(map(self._head_bytes, tasks), default=0)
+        base = stored_bytes([self.backbone])  # the first head may not be there yet
+        base += self._head_bytes(stream.tasks[0]) if self.base == "first_task" else 0
+        self.allowance = growth * base / max(1, len(tasks))
         if least > self.allowance:
             raise ConfigError(
                 f"method.growth={growth:g}: scales, biases, norms and heads of {len(tasks)} tasks take "
-                f"{least * len(tasks) / self._base_bytes():.3f} of the base; use more, or null for no limit"
+                f"{least * len(tasks) / base:.3f} of the base; use more, or null for no limit"
             )
+
+    def _head_bytes(self, task: Task) -> int:
+        """Return the bytes of the head of a task."""
+        width = int(self.backbone.num_features)  # type: ignore[arg-type]
+        return stored_bytes([TaskHead(width, task.classes, self.num_classes)])
 
     def _weights(self, network: nn.Module) -> list[Tensor]:
         """Return the weights of a network that has no residuals yet."""

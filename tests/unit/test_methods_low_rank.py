@@ -115,6 +115,15 @@ def test_a_task_is_pruned_to_its_own_share():
         assert stored_bytes([network, head], without=method.backbone) <= base / 2
 
 
+@pytest.mark.parametrize("base", ["first_task", "backbone"])
+def test_the_share_of_a_task_is_the_same_before_and_after_it_has_begun(base: str):
+    method, stream = born(factory("halrp", base=base, growth=1.0), image_stream("til"))
+    method.check(stream)
+    before = method.allowance
+    method.begin_task(stream.tasks[0], context(stream))
+    assert method.allowance == before > 0
+
+
 def test_growth_too_small_for_what_is_never_pruned_is_refused_at_once():
     method, stream = born(factory("halrp", growth=0.1), image_stream("til"))
     with pytest.raises(
