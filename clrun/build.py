@@ -61,14 +61,30 @@ class Built:
         return () if self.stream is self.images else (self.backbone,)
 
 
-def make(node: Config) -> Any:
-    """Instantiate a `_target_` node with plain containers; a user's mistake found on the way stays a `ConfigError`."""
+def make(node: Config, kind: type = object) -> Any:
+    """Instantiate a `_target_` node with plain containers.
+
+    Raises:
+        ConfigError: a user's mistake found on the way; what the target gives is not of the `kind`.
+    """
     try:
-        return instantiate(dict(node), _convert_="all")
+        made = instantiate(dict(node), _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, ConfigError):
             raise error.__cause__ from None
         raise
+    return of_kind(made, kind, node["_target_"])
+
+
+def of_kind(made: Any, kind: type, name: str) -> Any:
+    """Return what the target `name` has given.
+
+    Raises:
+        ConfigError: it is not of the `kind`.
+    """
+    if not isinstance(made, kind):
+        raise ConfigError(f"{name} gives {type(made).__name__}, expected {kind.__module__}.{kind.__name__}")
+    return made
 
 
 def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built:
@@ -88,19 +104,19 @@ def build(config: Config, hardware: Hardware, *, features: bool = True) -> Built
     learner = _learner(config)
     cache: FeatureCache | None = None
     if learner.reads_features(config["method"]) and features:
-        job: Job = make(config["job"])
+        job: Job = make(config["job"], Job)
         cache = open_cache(job.feature_cache, hardware, _names(config, text))
         digest = fact(backbone, "digest", lambda: module_digest(backbone))
         stream, seen = frozen_features(images, backbone, hardware, cache, digest=digest, show=job.progress)
     seed_all(config["seed"], "init", "method")
     method: Method = make(config["method"])(seen, stream.num_classes)
     method.check(images)
-    budget: Budget = make(config["budget"])
+    budget: Budget = make(config["budget"], Budget)
     hooks = method.hooks_backbone or hasattr(getattr(budget.optimizer, "func", budget.optimizer), "watch")
     if hardware.compile and hooks:
         raise ConfigError(COMPILED)
     method.check_budget(budget)
-    if (tuning := make(config["job"]).tuning) is not None:
+    if (tuning := make(config["job"], Job).tuning) is not None:
         tuning.check(budget)
     return Built(images, stream, backbone, method, budget, text, cache)
 
@@ -199,8 +215,14 @@ def build_images(config: Config, hardware: Hardware | None) -> tuple[nn.Module, 
     learner = _learner(config)
     backbone = reuse(key, new) if learner.reads_features(config["method"]) else new()
     transform, text = fit_transform(dataset, backbone)
-    stream = make(config["scenario"])(dataset, _order(config, dataset, transform, backbone), transform)
-    return backbone, _limited(stream, make(config["job"]), hardware), text
+    stream = _stream(config, dataset, _order(config, dataset, transform, backbone), transform)
+    return backbone, _limited(stream, make(config["job"], Job), hardware), text
+
+
+def _stream(config: Config, dataset: Dataset, order: Any, transform: Transform) -> Stream:
+    """Return the stream of tasks."""
+    found: Stream = of_kind(make(config["scenario"])(dataset, order, transform), Stream, config["scenario"]["_target_"])
+    return found
 
 
 def _check_features(backbone: nn.Module, name: str, image_shape: tuple[int, ...]) -> None:
@@ -227,7 +249,7 @@ def _order(config: Config, dataset: Dataset, transform: Transform, backbone: nn.
     order = make(config["task_order"])
     if getattr(order, "func", order) is not edge:
         return order
-    stream = make(config["scenario"])(dataset, canonical, transform)
+    stream = _stream(config, dataset, canonical, transform)
     found = task_similarities(stream, backbone, config["task_order"]["similarity"])
     return partial(order, similarities=found)
 
@@ -241,10 +263,10 @@ def preflight(config: Config) -> None:
     Raises:
         ConfigError: one was found; nothing was written.
     """
-    hardware: Hardware = make(config["hardware"])
+    hardware: Hardware = make(config["hardware"], Hardware)
     hardware.setup()
-    stream = make(config["scenario"])(_dataset(config), make(config["task_order"]), Plain())
-    job: Job = make(config["job"])
+    stream = _stream(config, _dataset(config), make(config["task_order"]), Plain())
+    job: Job = make(config["job"], Job)
     _limited(stream, job, None)
     backbone = make(config["backbone"])
     ready = getattr(getattr(backbone, "func", backbone), "preflight", None)

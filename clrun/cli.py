@@ -10,7 +10,6 @@ import traceback
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,7 +80,8 @@ def _command(argv: list[str]) -> int:
         raise ConfigError("--experimental-rerun is not supported; continue a run with hydra.run.dir=FOLDER")
     if args.shell_completion:
         return _hydra(args, parser)
-    with _composer(args) as composer:
+    places = {key: getattr(args, key) for key in ("config_path", "config_name", "config_dir")}
+    with Composer.of(**places) as composer:
         showing = args.help or args.hydra_help or args.cfg or args.info or args.resolve
         if not showing:
             return run(
@@ -106,10 +106,6 @@ def _folder(text: str) -> Path:
     if not os.path.isdir(text):
         raise ArgumentTypeError(f"no such folder: {text}")
     return Path(text)
-
-
-def _composer(args: Namespace) -> AbstractContextManager[Composer]:
-    return Composer.of(config_path=args.config_path, config_name=args.config_name, config_dir=args.config_dir)
 
 
 def _hydra(args: Namespace, parser: ArgumentParser) -> int:

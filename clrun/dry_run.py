@@ -9,7 +9,7 @@ from typing import Any
 
 from clrun.accounting import forward_flops, parameter_counts
 from clrun.build import Built, build, make
-from clrun.config import JobInfo
+from clrun.config import Job, JobInfo
 from clrun.evaluation import Evaluation
 from clrun.hardware import Hardware
 from clrun.method import Method
@@ -24,7 +24,7 @@ def dry_run(config: Mapping[str, Any], job: JobInfo) -> float:
     The estimate times a few steps and evaluation batches of a copy of the method that is thrown away. It knows
     nothing of what a method does outside of its main fit (consolidation, further phases).
     """
-    hardware: Hardware = make(config["hardware"])
+    hardware: Hardware = make(config["hardware"], Hardware)
     hardware.setup(job=job.number or 0, parallel=job.parallel)
     built = build(config, hardware, features=False)
     stream = built.stream
@@ -60,7 +60,7 @@ def _estimate(config: Mapping[str, Any], built: Built, hardware: Hardware) -> fl
     if method.uses_frozen_features:  # every image once, unless its features are cached; the rest hardly counts
         return sum(len(task.train) + len(evaluation.rows(task)) for task in tasks) * per_row
     limit = config["job"]["max_steps"] or math.inf
-    tuning = make(config["job"]).tuning
+    tuning = make(config["job"], Job).tuning
     times = [1 if tuning is None else tuning.trainings(method, task) for task in tasks]
     steps = sum(n * min(limit, built.budget.total_steps(len(task.train))) for n, task in zip(times, tasks, strict=True))
     fit(method, tasks[0].train, ctx)

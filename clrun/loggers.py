@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO, runtime_checkable
 
 from tqdm import tqdm
 
@@ -15,6 +15,7 @@ from clrun.training import Progress
 Show = Literal["all", "end", "nothing"]  # on the terminal: everything, one line at the end (jobs side by side), nothing
 
 
+@runtime_checkable
 class Logger(Protocol):
     """A sink. Every method is called on the main process only."""
 

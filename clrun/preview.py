@@ -39,7 +39,7 @@ def preview(config: Mapping[str, Any], out: Path, job: JobInfo) -> float:
     Raises:
         ConfigError: the data set has no images, or the picture cannot be written.
     """
-    hardware: Hardware = make(config["hardware"])
+    hardware: Hardware = make(config["hardware"], Hardware)
     hardware.setup(job=job.number or 0, parallel=job.parallel)
     random = {key: value for key, value in (("pretrained", False), ("weights", None)) if key in config["backbone"]}
     _, stream, text = build_images({**config, "backbone": {**config["backbone"], **random}}, None)

@@ -49,7 +49,7 @@ def run_config(config: Config, out: Path, *, job: JobInfo) -> float:
     Raises:
         ConfigError: a mistake of the user; the folder holds another configuration or is in use.
     """
-    settings: Job = make(config["job"])
+    settings: Job = make(config["job"], Job)
     if settings.mode == "dry_run":
         from clrun.dry_run import dry_run
 
@@ -67,7 +67,7 @@ def run_config(config: Config, out: Path, *, job: JobInfo) -> float:
 
 def _run(config: Config, out: Path, job: JobInfo) -> float:
     """Run one configuration, or continue what is there; see `run_config`."""
-    settings: Job = make(config["job"])
+    settings: Job = make(config["job"], Job)
     stored = RunFolder(out).read_run() if settings.resume else None
     if stored is not None:
         _refuse_other(stored, config, out)
@@ -102,7 +102,7 @@ def _result(run: Config) -> float:
 
 def _work(config: Config, out: Path, job: JobInfo, rank: int, world: int) -> float:
     """Be one process of the run."""
-    hardware: Hardware = make(config["hardware"])
+    hardware: Hardware = make(config["hardware"], Hardware)
     hardware.setup(rank=rank, world=world, job=job.number or 0, parallel=job.parallel)
     recorder = Recorder(config, RunFolder(out), job, hardware)
     with recorder.watched(), naming_foreign(config):
@@ -124,9 +124,9 @@ class Recorder:
 
     def __init__(self, config: Config, folder: RunFolder, job: JobInfo, hardware: Hardware) -> None:
         self.config, self.folder, self.job, self.hardware = config, folder, job, hardware
-        self.settings: Job = make(config["job"])
+        self.settings: Job = make(config["job"], Job)
         self.hash = config_hash(config)
-        self.logger: Logger | None = make(config["logger"]) if hardware.main else None
+        self.logger: Logger | None = make(config["logger"], Logger) if hardware.main else None
         self.fingerprints: dict[str, str] = {}
         self.flushed = time.monotonic()
         self.run: dict[str, Any] = {

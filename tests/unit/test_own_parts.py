@@ -107,7 +107,8 @@ def config(monkeypatch):
         # The real one keeps what it has found once.
         monkeypatch.setattr("clrun.build.locate", lambda name: part if name == "own.part" else locate(name))
         plain, _ = quiet("job=smoke")
-        partial = {} if group == "dataset" else {"_partial_": True}
+        called = group in ("scenario", "task_order", "backbone", "method")
+        partial = {"_partial_": True} if called else {}
         return {**plain, group: {"_target_": "own.part", **partial}}
 
     return with_part
@@ -147,6 +148,24 @@ def test_method_that_is_none(config):
     with pytest.raises(ConfigError) as error:
         build_images(config("method", Net), None)
     assert_line(error, "method: own.part is no subclass of clrun.method.Method")
+
+
+KINDS = {
+    "scenario": "clrun.data.stream.Stream",
+    "budget": "clrun.training.Budget",
+    "hardware": "clrun.hardware.Hardware",
+    "logger": "clrun.loggers.Logger",
+    "job": "clrun.config.Job",
+}
+
+
+@pytest.mark.parametrize(("group", "kind"), KINDS.items(), ids=KINDS)
+def test_part_of_another_kind(group, kind, config, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        preflight(wrong := config(group, lambda *_: 3))
+        run_config(wrong, tmp_path / "run", job=JobInfo(None, 1, {}, False, [], {}))
+    assert_line(error, f"own.part gives int, expected {kind}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_traceback_names_the_file_of_a_method_whose_mistake_shows_later(config, tmp_path):
