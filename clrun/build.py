@@ -70,9 +70,7 @@ def make(node: Config, kind: type = object) -> Any:
     try:
         made = instantiate(dict(node), _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise
+        raise error.__cause__ or error from None
     return of_kind(made, kind, node["_target_"])
 
 
@@ -158,10 +156,14 @@ def _rows_problem(split: Split, dataset: Dataset) -> str | None:
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dataset.num_classes:
         found = f"labels from {int(labels.min())} to {int(labels.max())}"
         return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
+    if not all(spread > 0 for spread in dataset.std):
+        return f"the standard deviations {dataset.std}, expected numbers above 0"
     if not isinstance(split, TensorSplit) or len(dataset.image_shape) == 1:
         return None
     wrong = not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.dim() != 4
-    return f"images of {_kind(images)}, expected a tensor [N, C, H, W] of torch.uint8, 0 to 255" if wrong else None
+    if wrong or images.shape[1] > 4 >= images.shape[3]:  # channels last
+        return f"images of {_kind(images)}, expected a tensor [N, C, H, W] of torch.uint8, 0 to 255"
+    return None
 
 
 def _kind(value: Any) -> str:

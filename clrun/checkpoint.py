@@ -1,8 +1,9 @@
 """Checkpoints: the pickled method and what the run has recorded, written atomically and read without running code.
 
 A checkpoint may come from anywhere, so it is opened with torch's restricted unpickler, under an explicit list of
-classes and functions: those that the method built by the current command's configuration is made of, and the classes
-of clrun's blocks and of the method's own module. What a run's folder says of itself plays no part in that list.
+classes and functions: those that the method built by the current command's configuration is made of, batches and
+splits of data, and the classes of clrun's blocks and of the method's own module. What a run's folder says of
+itself plays no part in that list. A method that keeps anything else is refused when its first checkpoint is written.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from clrun.hardware import Hardware
 from clrun.method import Method
 
 SCHEMA = 1
+KEEP = "keep tensors, numbers, lists, dicts, batches and classes of the method's own module, or set job.resume=false"
 
 
 @dataclass
@@ -59,6 +61,7 @@ def save(
     backbone: dict[str, str],
     hardware: Hardware,
     flush: bool = True,
+    known: list[Any] | None = None,
 ) -> None:
     """Write the checkpoint through a temporary file and a rename.
 
@@ -70,13 +73,20 @@ def save(
         backbone: digests of the backbone as loaded (`fingerprints`).
         hardware: the processes; each has its own method.
         flush: wait until the disk has it: only then does it survive a loss of power.
+        known: the `parts` of the method as it was built: see whether they are enough to read it back.
 
     Raises:
-        ConfigError: the disk is full or the folder unwritable; an earlier checkpoint is untouched.
+        ConfigError: the disk is full or the folder unwritable; an earlier checkpoint is untouched. The method keeps
+            what could not be read back.
     """
     buffer = io.BytesIO()
     with _by_reference(method, backbone) as referenced:
         torch.save(method, buffer)
+    if known is not None:
+        try:
+            _unpickled(buffer.getvalue(), known)
+        except Exception as error:
+            raise ConfigError(f"method: cannot be read back from a checkpoint ({_reason(error)}); {KEEP}") from None
     alone = hardware.world == 1
     methods = [buffer.getbuffer()] if alone else [bytearray(data) for data in hardware.gather(buffer.getvalue())]
     if not hardware.main:
@@ -111,7 +121,7 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
         raise ConfigError(f"{path}: checkpoint of another configuration; use another hydra.run.dir or job.resume=false")
     stored = content["methods"][hardware.rank]
     data = stored.numpy().tobytes() if isinstance(stored, Tensor) else stored
-    method = _read(path, data, _parts(fresh))
+    method = _read(path, data, parts(fresh))
     if type(method) is not type(fresh):
         raise ConfigError(f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it")
     loaded, built = _tensors(method), _tensors(fresh)
@@ -127,17 +137,30 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
 
 
 def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:
-    """Unpickle `data` with torch's restricted unpickler, extended by exactly the classes and functions `allowed`."""
+    """Return what `_unpickled` returns.
+
+    Raises:
+        ConfigError: it refused the file at `path`.
+    """
     try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
-            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        return _unpickled(data, allowed)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        for line in str(error).splitlines():
-            if "GLOBAL" in line or "global" in line:
-                reason = line.strip()
-                break
-        raise ConfigError(f"{path}: refused, nothing in it was run ({reason}); delete it to start again") from None
+        raise ConfigError(
+            f"{path}: refused, nothing in it was run ({_reason(error)}); delete it to start again"
+        ) from None
+
+
+def _unpickled(data: bytes, allowed: list[Any]) -> Any:
+    """Unpickle `data` with torch's restricted unpickler, extended by exactly the classes and functions `allowed`."""
+    with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a message that says what was refused, without advice on how to allow it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = next((line for line in lines if "global" in line.lower()), lines[0])
+    return named.partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0] or named
 
 
 class _Collector(pickle.Pickler):
@@ -148,22 +171,31 @@ class _Collector(pickle.Pickler):
         self.seen: dict[int, Any] = {}
 
     def reducer_override(self, value: Any) -> Any:
-        """Note `value` if it is a class or function, else its class; pickle it in the usual way."""
+        """Note `value` if it is a class or function, else its class; pickle it in the usual way, numbers apart."""
+        if isinstance(value, torch.UntypedStorage | torch.TypedStorage):
+            return int, ()
         part = value if callable(value) and hasattr(value, "__qualname__") else type(value)
         self.seen[id(part)] = part
         return NotImplemented
 
 
-def _parts(method: Method) -> list[Any]:
-    """Return the classes and functions a checkpoint of `method` may name."""
+def parts(method: Method) -> list[Any]:
+    """Return the classes and functions a checkpoint of `method` may name.
+
+    Raises:
+        ConfigError: it cannot be pickled.
+    """
     collector = _Collector()
-    collector.dump(method)
-    parts = list(collector.seen.values())
-    homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)}
+    try:
+        collector.dump(method)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # Python's own words for a lambda, a file, ...
+        raise ConfigError(f"method: cannot be stored in a checkpoint ({error}); {KEEP}") from None
+    found = list(collector.seen.values())
+    homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)} | {"clrun.data.split"}
     for module in [m for name, m in list(sys.modules.items()) if name in homes or name.startswith("clrun.blocks.")]:
-        parts += [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        found += [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     unsafe = {getattr, setattr, eval, exec, __import__}
-    return [part for part in parts if getattr(part, "__module__", None) and part not in unsafe]
+    return [part for part in found if getattr(part, "__module__", None) and part not in unsafe]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

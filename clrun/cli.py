@@ -131,7 +131,8 @@ def _list(words: list[str]) -> int:
     group = next((g for g in groups if args.group in (g, f"{g}s")), None)
     if group is None:
         close = did_you_mean(args.group, groups)
-        raise ConfigError(f"list: no group '{args.group}'{close} (available: {', '.join(sorted(groups))})")
+        wrong = f"no group '{args.group}'{close}" if args.group else "give a group"
+        raise ConfigError(f"list: {wrong} (available: {', '.join(sorted(groups))})")
     files = {f.relative_to(d / group): f for d in folders for f in (d / group).rglob("*.yaml")}
     for member, file in sorted(files.items()):
         comments = (x.removeprefix("#").strip() for x in file.read_text().splitlines() if x.startswith("#"))

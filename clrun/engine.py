@@ -117,7 +117,8 @@ class Engine:
         self._evaluating, task = 0.0, ctx.task
         seed_all(ctx.seed, "task", task.id)
         method.begin_task(task, ctx)
-        self.hardware.place(method)
+        for part in method.new_parts():
+            self.hardware.place(part)
         if initial and self._initial and not self.life.rows:
             self._record(self.evaluation(method, self.stream, 0, candidates=1, tasks=len(self.stream.tasks)), "end")
 

@@ -101,21 +101,9 @@ class Hardware:
         return nullcontext()
 
     def place(self, module: nn.Module) -> None:
-        """Move `module` to the device, its convolution weights in the order that images have here.
-
-        Only parts that are elsewhere are touched: a learner that keeps a network for each task is placed once a task.
-        """
+        """Move `module` to the device, its convolution weights in the order that images have here."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        home = torch.empty(0, device=self.device).device
-        for part in module.modules():
-            tensors = [t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None]
-            if not all(t.device == home and (t.dim() != 4 or self._in_order(t)) for t in tensors):
-                part.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
-
-    def _in_order(self, t: Tensor) -> bool:
-        """Return whether a convolution weight [O, C, H, W] has the strides that `place` gives it."""
-        _, c, h, w = t.shape
-        return t.stride() == ((c * h * w, 1, w * c, c) if self.channels_last else (c * h * w, h * w, w, 1))
+        module.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
 
     def layout(self, x: Tensor) -> Tensor:
         """Return images [B, C, H, W] in the order chosen by `channels_last`; other tensors as they are."""

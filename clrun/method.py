@@ -113,6 +113,10 @@ class Method(nn.Module):
         """Return what `forward` returns, given what `constant` returned for the same x."""
         raise NotImplementedError
 
+    def new_parts(self) -> Iterable[nn.Module]:
+        """Return the modules in which `begin_task` has made tensors; the engine moves them to the device."""
+        return [self]
+
     def trainable(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
         """Return the parameters, or parameter groups, that `fit` moves by default."""
         return (p for p in self.parameters() if p.requires_grad)

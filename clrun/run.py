@@ -128,6 +128,7 @@ class Recorder:
         self.hash = config_hash(config)
         self.logger: Logger | None = make(config["logger"], Logger) if hardware.main else None
         self.fingerprints: dict[str, str] = {}
+        self.known: list[Any] | None = None  # what a checkpoint may name
         self.flushed = time.monotonic()
         self.run: dict[str, Any] = {
             "schema": SCHEMA,
@@ -197,6 +198,7 @@ class Recorder:
         """Begin or resume, learn every task, finish."""
         method, life = built.method, Life()
         self.fingerprints = checkpoint.fingerprints(method.backbone)
+        self.known = checkpoint.parts(method) if self.settings.resume else None
         stored = self.folder.path / "checkpoint.pt"
         if self.settings.resume and stored.exists():
             method, life = checkpoint.load(stored, method, config_hash=self.hash, hardware=self.hardware)
@@ -357,6 +359,7 @@ class Recorder:
             backbone=self.fingerprints,
             hardware=self.hardware,
             flush=flush,
+            known=self.known if life.learned == 1 else None,
         )
         self.flushed = time.monotonic() if flush else self.flushed
         if self.logger is not None:

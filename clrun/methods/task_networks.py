@@ -1,5 +1,6 @@
 """What learners have in common that keep a network and a head for each task and are told the task at test time."""
 
+from collections.abc import Iterable
 from typing import Self
 
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class TaskNetworks(Method):
         self.networks.append(self.new_network(task, ctx))
         num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         self.heads.append(TaskHead(num_features, task.classes, self.num_classes))
+
+    def new_parts(self) -> Iterable[nn.Module]:
+        return [self.networks[-1], self.heads[-1]]
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         return masked_cross_entropy(self(batch.x, ctx.task.index), batch.y, ctx.mask(batch.t, "til"))

@@ -49,7 +49,7 @@ FOUND_BY_HYDRA = {
     "mistake with --cfg": (["--cfg", "job", "method=ewcc"], "no method named 'ewcc'; did you mean 'ewc'? ..."),
     "pickled configuration": (["--experimental-rerun", "x"], "--experimental-rerun is not supported; ..."),
     "unknown list": (["list", "metods"], "list: no group 'metods'; did you mean 'method'? (available: backbone, ..."),
-    "list of nothing": (["list"], "list: no group '' (available: backbone, ..."),
+    "list of nothing": (["list"], "list: give a group (available: backbone, ..."),
     "report of nothing": (["report"], "the following arguments are required: DIR; see clrun --help"),
     "report of no folder": (["report", "nowhere"], "report: no such folder: nowhere"),
     "report of no run": (["report", "."], "report: no run (run.json) in ."),

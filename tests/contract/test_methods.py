@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import CONF, METHODS, assert_same, born, context, cpu, factory, image_stream, live, sgd, state
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from clrun.checkpoint import Life
 from clrun.data.stream import Stream, Task
@@ -160,6 +160,22 @@ def test_a_dry_run_can_time_a_fit(name: str) -> None:
     method.begin_task(stream.tasks[0], ctx)
     if not method.uses_frozen_features:
         fit(method, stream.tasks[0].train, ctx)
+
+
+def tensors(*modules: nn.Module) -> set[int]:
+    """Return the identities of all parameters and buffers."""
+    return {id(t) for module in modules for t in (*module.parameters(), *module.buffers())}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_task_begins_is_moved_to_the_device(name: str) -> None:
+    for learned in (0, 1):
+        method, stream = born(small(name), image_stream())
+        if learned:
+            live(method, stream, until=learned)
+        before = tensors(method)
+        method.begin_task(stream.tasks[learned], context(stream, learned))
+        assert tensors(method) - before <= tensors(*method.new_parts())
 
 
 @pytest.mark.parametrize("name", METHODS)

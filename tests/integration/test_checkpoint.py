@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from running import quiet, run
 
 from clrun import checkpoint
 from clrun.build import build, make
+from clrun.data.split import Batch
 from clrun.errors import ConfigError
 from clrun.hardware import Hardware
+from clrun.methods.finetune import Finetune
+from clrun.training import Context
 
 OPTIONS = ("method=ewc", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=2", "job.keep_checkpoint=true")
 
@@ -173,3 +177,51 @@ def test_unchanged_backbone_weights_are_stored_by_reference(tmp_path: Path) -> N
         next(fresh.backbone.parameters()).add_(1)
     with pytest.raises(ConfigError, match="other backbone weights"):
         checkpoint.load(tmp_path / "referenced.pt", fresh, config_hash="h", hardware=hardware)
+
+
+class Keeper(Finetune):
+    """Keeps whatever `kept` returns of the last batch of each task."""
+
+    kept: Callable[..., Any]
+
+    def mix(self, batch: Batch, ctx: Context) -> Batch:
+        self.state = {"rows": type(self).kept([batch])}
+        return batch
+
+
+class Batches(Keeper):
+    kept = list
+
+
+class Ring(Keeper):
+    kept = deque
+
+
+def test_batches_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most natural memory: a list of batches in a dictionary."""
+    monkeypatch.setattr("clrun.methods.finetune.Finetune", Batches)
+    options = ("method=finetune", *OPTIONS[1:])
+    run(tmp_path / "whole", *options)
+    save = checkpoint.save
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("clrun.checkpoint.save", killed)
+        run(tmp_path / "parts", *options)
+    run(tmp_path / "parts", *options)
+    whole, parts = ((tmp_path / name / "accuracy.csv").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_state_that_could_not_be_read_back_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clrun.methods.finetune.Finetune", Ring)
+    expected = (
+        r"^method: cannot be read back from a checkpoint .*GLOBAL collections\.deque\); keep .*job\.resume=false$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        run(tmp_path / "run", "method=finetune", *OPTIONS[1:])
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    run(tmp_path / "other", "method=finetune", *OPTIONS[1:], "job.resume=false")

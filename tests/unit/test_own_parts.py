@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -41,6 +42,14 @@ DATASETS = {
     "no channels": (
         lambda: made(IMAGES[:, 0], LABELS),
         "dataset: own.part gives train rows with images of [40, 8, 8] torch.uint8, expected a tensor [N, C, H, W] ...",
+    ),
+    "channels last": (
+        lambda: made(torch.zeros(40, 8, 8, 3, dtype=torch.uint8), LABELS),
+        "dataset: own.part gives train rows with images of [40, 8, 8, 3] torch.uint8, expected a tensor [N, ...",
+    ),
+    "constant channel": (
+        lambda: replace(made(IMAGES, LABELS), mean=(0.5,), std=(0.0,)),
+        "dataset: own.part gives train rows with the standard deviations (0.0,), expected numbers above 0",
     ),
     "labels from 1": (
         lambda: made(IMAGES, LABELS + 1),
@@ -103,6 +112,7 @@ def config(monkeypatch):
         module = ModuleType("own")
         module.part, module.__file__ = part, "somewhere/own.py"
         part.__module__ = "own"
+        setattr(module, getattr(part, "__name__", "part"), part)  # where pickle looks for it
         monkeypatch.setitem(sys.modules, "own", module)
         # The real one keeps what it has found once.
         monkeypatch.setattr("clrun.build.locate", lambda name: part if name == "own.part" else locate(name))
@@ -133,6 +143,12 @@ def test_unusable_backbone(part, expected, config):
     assert_line(error, expected)
 
 
+def test_traceback_of_a_loader_is_its_own(config):
+    with pytest.raises(KeyError) as error:
+        preflight(config("dataset", lambda: {}["images"]))
+    assert error.value.__cause__ is None
+
+
 def test_trying_a_backbone_leaves_it_as_it_is(config):
     backbone, _, _ = build_images(config("backbone", Right), None)
     assert backbone.training and backbone.norm.num_batches_tracked == 0
@@ -140,7 +156,7 @@ def test_trying_a_backbone_leaves_it_as_it_is(config):
 
 @pytest.mark.parametrize("part", [lambda n: None, lambda n: [0] * n, lambda n: [*range(n - 1)]])
 def test_order_that_is_none(part, config):
-    with pytest.raises(ConfigError, match="^task_order: must return each of the 5 task ids exactly once, got"):
+    with pytest.raises(ConfigError, match="^task_order: must return a list of the 5 task ids, each once, got"):
         preflight(config("task_order", part))
 
 

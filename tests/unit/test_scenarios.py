@@ -175,7 +175,7 @@ def test_candidates_of_a_split() -> None:
 
 
 def test_an_order_that_is_no_permutation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^task_order: must return each of the 5 task ids exactly once"):
+    with pytest.raises(ConfigError, match="^task_order: must return a list of the 5 task ids, each once"):
         split_of(order=lambda n_tasks: [0] * n_tasks)
 
 

@@ -1,6 +1,6 @@
 """What all loaders share: validation rows, the published sizes and the finished `Dataset`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,12 +75,12 @@ def assemble(
     test: Rows | Split,
     *,
     class_names: Sequence[str],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    groups: Groups,
+    mean: Iterable[float],
+    std: Iterable[float],
     val_fraction: float,
     seed: int,
     augment: Sequence[Any],
+    groups: Groups | None = None,
     domains: Domains | None = None,
 ) -> Dataset:
     """Return the data set of these rows.
@@ -92,10 +92,10 @@ def assemble(
         class_names: C names; the position is the class id.
         mean: mean of each channel over the training images, in [0, 1] units.
         std: standard deviation of each channel, likewise.
-        groups: named partitions of the classes.
         val_fraction: share of each class's training rows to set aside for validation; 0 for none.
         seed: `dataset.seed`.
         augment: the training augmentations, as configured.
+        groups: named partitions of the classes, for `scenario=fixed_groups`.
         domains: the domains that it consists of; validation rows are then cut from each class of each domain.
 
     Raises:
@@ -113,10 +113,10 @@ def assemble(
         num_classes=len(class_names),
         class_names=tuple(class_names),
         image_shape=tuple(rows.images.shape[1:]),
-        mean=mean,
-        std=std,
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
         augment=tuple(augment),
-        groups=groups,
+        groups=groups or {},
         seed=seed,
     )
     if domains is None:
