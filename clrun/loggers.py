@@ -135,8 +135,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError("logger=tensorboard: not installed; pip install 'clrun[tensorboard]'") from None
-        self._console = Console()
-        self._open = SummaryWriter
+        self._console, self._open = Console(), SummaryWriter
         self._writer: Any = None
         self._steps = 0
 
@@ -144,6 +143,7 @@ class TensorBoard:
         """Open the event file; the console goes on beside it."""
         self._console.start(run, stream, folder, show=show)
         self._writer = self._open(str(folder / "tensorboard"))
+        self._steps = run["cost"]["tasks"][-1]["steps"] if run["cost"]["tasks"] else 0
 
     def begin_task(self, task: Task) -> None:
         """Pass on to the console."""
@@ -157,9 +157,10 @@ class TensorBoard:
     def log(self, record: dict[str, Any]) -> None:
         """Write every number of the record over the steps of the run."""
         self._console.log(record)
+        step = self._steps + ("step" in record)  # the loss of a step comes before the step is counted
         for name, value in record.items():
             if name not in ("task", "position", "phase", "epoch", "step") and isinstance(value, int | float):
-                self._writer.add_scalar(f"train/{name}", value, self._steps)
+                self._writer.add_scalar(f"train/{name}", value, step)
 
     def end_task(self, run: dict[str, Any]) -> None:
         """Write the last row of each accuracy matrix over the number of tasks learned."""
