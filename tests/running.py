@@ -5,8 +5,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra.core.hydra_config import HydraConfig
 
+from clrun import checkpoint
 from clrun.compose import Composer, plain_config
 from clrun.config import JobInfo, check
 from clrun.run import run_config
@@ -38,6 +40,19 @@ def run(out: Path, *overrides: str) -> float:
     """Run a configuration in `out`, quietly unless told otherwise, on one thread."""
     config, choices = quiet(*overrides)
     return run_config(config, out, job=JobInfo(None, 1, choices, False, list(overrides), {}))
+
+
+def run_interrupted(out: Path, *overrides: str) -> None:
+    """Run a configuration in `out` as `run` does, and interrupt it when its first checkpoint is written."""
+    save = checkpoint.save
+
+    def saving(*args: Any, **kwargs: Any) -> None:
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("clrun.checkpoint.save", saving)
+        run(out, *overrides)
 
 
 def cells(out: Path, setting: str = "cil") -> dict[tuple[int, int], tuple[int, int]]:

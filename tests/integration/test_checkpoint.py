@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import quiet, run
+from running import quiet, run, run_interrupted
 
 from clrun import checkpoint
 from clrun.build import build, make
@@ -27,17 +27,9 @@ OPTIONS = ("method=ewc", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=2"
 
 
 @pytest.fixture
-def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path) -> Path:
     """The folder of a run that was interrupted after its first task."""
-    save = checkpoint.save
-
-    def saving(*args: Any, **kwargs: Any) -> None:
-        save(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clrun.checkpoint.save", saving)
-        run(tmp_path / "run", *OPTIONS)
+    run_interrupted(tmp_path / "run", *OPTIONS)
     return tmp_path / "run"
 
 
@@ -202,15 +194,7 @@ def test_batches_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("clrun.methods.finetune.Finetune", Batches)
     options = ("method=finetune", *OPTIONS[1:])
     run(tmp_path / "whole", *options)
-    save = checkpoint.save
-
-    def killed(*args: Any, **kwargs: Any) -> None:
-        save(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clrun.checkpoint.save", killed)
-        run(tmp_path / "parts", *options)
+    run_interrupted(tmp_path / "parts", *options)
     run(tmp_path / "parts", *options)
     whole, parts = ((tmp_path / name / "accuracy.csv").read_bytes() for name in ("whole", "parts"))
     assert whole == parts

@@ -5,9 +5,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from running import run
+from running import run, run_interrupted
 
-from clrun import checkpoint
 from clrun.errors import ConfigError
 
 SMALL = ("method=finetune", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
@@ -57,16 +56,8 @@ def test_tensorboard_gets_losses_and_accuracies(tmp_path, writers):
     assert [(n, s) for n, _, s in writer.scalars if n == "train/loss"] == [("train/loss", 3), ("train/loss", 6)]
 
 
-def test_steps_go_on_where_a_killed_run_stopped(tmp_path, writers, monkeypatch):
-    save = checkpoint.save
-
-    def killed(*args, **kwargs):
-        save(*args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clrun.checkpoint.save", killed)
-        run(tmp_path, "logger=tensorboard", *SMALL)
+def test_steps_go_on_where_a_killed_run_stopped(tmp_path, writers):
+    run_interrupted(tmp_path, "logger=tensorboard", *SMALL)
     run(tmp_path, "logger=tensorboard", *SMALL)
     assert [[s for n, _, s in writer.scalars if n == "train/loss"] for writer in writers] == [[3], [6]]
 
