@@ -19,11 +19,11 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from clrun import __version__
-from clrun.compose import Composer, conf_dir
-from clrun.errors import ConfigError, DataWarning, did_you_mean
-from clrun.failures import told
-from clrun.jobs import run, task
-from clrun.signature import one_line
+from clrun.config.compose import Composer
+from clrun.config.groups import conf_dir
+from clrun.running.jobs import run, task
+from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
+from clrun.system.failures import told
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -34,7 +34,7 @@ from clrun.data.images import ImageSplit
 from clrun.data.sources.folders import folder
 from clrun.data.sources.torchvision import cifar100
 from clrun.data.transforms import fit_transform
-from clrun.errors import DataWarning
+from clrun.system.errors import DataWarning
 
 WORKERS = (0, 1, 2)
 SMALL, LARGE = 10_000, 640  # images

@@ -40,13 +40,14 @@ from clrun.backbones import small
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
-from clrun.engine import Engine
-from clrun.evaluation import Evaluation
-from clrun.hardware import Hardware
-from clrun.method import Method
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context, Progress
+from clrun.learning.method import Method
 from clrun.methods.packnet import prunable
-from clrun.seeding import seed_all
-from clrun.training import Budget, Context, Progress
+from clrun.running.engine import Engine
+from clrun.running.evaluation import Evaluation
+from clrun.system.hardware import Hardware
+from clrun.system.seeding import seed_all
 
 CONF = Path(__file__).parents[1] / "conf"
 SHAPE, BATCH, ROWS, M = (3, 16, 16), 32, 128, 200  # ROWS of a task, M in memory

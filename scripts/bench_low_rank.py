@@ -27,10 +27,10 @@ from omegaconf import OmegaConf
 from clrun.backbones import small
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Stream, Task
-from clrun.engine import Engine
-from clrun.evaluation import Evaluation
-from clrun.hardware import Hardware
 from clrun.methods.halrp import Halrp
+from clrun.running.engine import Engine
+from clrun.running.evaluation import Evaluation
+from clrun.system.hardware import Hardware
 
 CONF = Path(__file__).parents[1] / "conf"
 CLASSES = 5  # of a task

@@ -24,18 +24,19 @@ import torch.nn.functional as F
 from benchlib import Figure, finish
 from torch import Tensor, nn
 
-from clrun.accounting import PeakMemory
 from clrun.backbones import small
 from clrun.blocks.curvature import diagonal_fisher
-from clrun.blocks.heads import GrowingHead
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
-from clrun.engine import Engine
-from clrun.evaluation import Evaluation
-from clrun.hardware import Hardware
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.heads import GrowingHead
 from clrun.methods.finetune import Finetune
-from clrun.training import Budget, Context
+from clrun.running.accounting import PeakMemory
+from clrun.running.engine import Engine
+from clrun.running.evaluation import Evaluation
+from clrun.system.hardware import Hardware
 
 CLASSES = 10
 QUICK = "--pairs 1 --only training,fisher"

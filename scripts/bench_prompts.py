@@ -28,12 +28,13 @@ from benchlib import Figure, finish
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Plain, TensorSplit
 from clrun.data.stream import Stream, Task
-from clrun.evaluation import Evaluation
-from clrun.hardware import Hardware
-from clrun.training import Budget, Context
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.losses import masked_cross_entropy
+from clrun.running.evaluation import Evaluation
+from clrun.system.hardware import Hardware
 
 CONF = Path(__file__).parent.parent / "conf"
 SHARE, GAIN, EVALUATION = 0.95, 1.4, 1.9  # demanded: of the bare loop; over augmented training; over two passes

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from benchlib import Figure, finish
 
-from clrun.files import csv_text, json_text
-from clrun.metrics import AccuracyMatrix, summary
-from clrun.records import COLUMNS
+from clrun.results.metrics import AccuracyMatrix, summary
+from clrun.results.records import COLUMNS
+from clrun.system.files import csv_text, json_text
 
 METHODS, SEEDS = 10, 10
 MOST_SECONDS, MOST_MEGABYTES = 20, 500

@@ -33,7 +33,7 @@ TASKS = 12
 QUICK = "--orders 3 --size 32 --pairs 1"
 STRENGTHS = [10.0**k for k in range(-8, 9)]
 EMPTY = """
-import hydra, clrun.compose
+import hydra, clrun.config.compose
 
 @hydra.main(version_base="1.3", config_path={conf!r}, config_name="config")
 def main(cfg):
@@ -226,9 +226,9 @@ def memory(bench):
 
 def reading(rows):
     """Print the MB of resident memory that two passes over so many cached features add, in order and shuffled."""
-    from clrun.accounting import PeakMemory
     from clrun.data.feature_cache import FeatureCache, default_folder
-    from clrun.hardware import Hardware
+    from clrun.running.accounting import PeakMemory
+    from clrun.system.hardware import Hardware
 
     def compute():
         return (np.full((1000, 192), k, np.float32) for k in range(rows // 1000))

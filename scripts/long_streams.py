@@ -77,9 +77,9 @@ def resident() -> int:
 def child(name: str, tasks: int, out: Path) -> None:
     """Run one method in this process and leave a sample for each task."""
     from clrun import cli
-    from clrun.engine import Engine
-    from clrun.evaluation import Evaluation
-    from clrun.run import Recorder
+    from clrun.running.engine import Engine
+    from clrun.running.evaluation import Evaluation
+    from clrun.running.run import Recorder
 
     clock = Clock()
     clock.watch(Engine, "train", "train")

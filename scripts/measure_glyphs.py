@@ -26,7 +26,7 @@ from clrun.data.sources.embedded import digits
 from clrun.data.sources.glyphs import glyphs
 from clrun.data.stream import Dataset
 from clrun.data.transforms import fit_transform
-from clrun.seeding import generator, seed_all
+from clrun.system.seeding import generator, seed_all
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = ("{}", "a {}", "image of {}", "a photo of {}", "a drawing of a {}", "written {}", "a handwritten {}")

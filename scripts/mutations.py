@@ -67,7 +67,7 @@ MUTATIONS = (
     Mutation(
         "average_incremental",
         "off by one",
-        "metrics.py",
+        "results/metrics.py",
         "for k in range(1, len(m.order) + 1))",
         "for k in range(1, len(m.order)))",
         "average incremental accuracy leaves out the last task",
@@ -76,7 +76,7 @@ MUTATIONS = (
     Mutation(
         "forgetting_maximum",
         "off by one",
-        "metrics.py",
+        "results/metrics.py",
         "np.fmax.reduce(accuracy[:-1])",
         "np.fmax.reduce(accuracy)",
         "forgetting counts the last row in its maximum and is never negative",
@@ -85,7 +85,7 @@ MUTATIONS = (
     Mutation(
         "backward_mean",
         "normalisation",
-        "metrics.py",
+        "results/metrics.py",
         "np.diagonal(accuracy))[:-1])",
         "np.diagonal(accuracy)))",
         "backward transfer is divided by T instead of T - 1",
@@ -94,7 +94,7 @@ MUTATIONS = (
     Mutation(
         "forward_row",
         "index",
-        "metrics.py",
+        "results/metrics.py",
         "np.diagonal(accuracy) - accuracy[0]",
         "np.diagonal(accuracy[1:]) - accuracy[0]",
         "forward transfer reads a task after it was learned",
@@ -103,7 +103,7 @@ MUTATIONS = (
     Mutation(
         "opd_axis",
         "axis",
-        "robustness.py",
+        "results/robustness.py",
         "np.ptp(means, axis=0)",
         "np.ptp(means, axis=1)",
         "disparity is taken over tasks instead of orders",
@@ -112,7 +112,7 @@ MUTATIONS = (
     Mutation(
         "incomplete_runs",
         "mask",
-        "robustness.py",
+        "results/robustness.py",
         "np.where(complete, finals, 0.0)",
         "np.where(np.isnan(finals), 0.0, finals)",
         "cells of a run that lacks others count in the mean of its order",
@@ -121,7 +121,7 @@ MUTATIONS = (
     Mutation(
         "interval_width",
         "off by one",
-        "robustness.py",
+        "results/robustness.py",
         "spread / math.sqrt(orders)",
         "spread / math.sqrt(orders - 1)",
         "the interval over orders is too wide",
@@ -130,7 +130,7 @@ MUTATIONS = (
     Mutation(
         "position_of_a_task",
         "index",
-        "order_effects.py",
+        "results/order_effects.py",
         "np.array([np.argsort(order) for order in orders]",
         "np.array([list(order) for order in orders]",
         "the order is read as if it were the positions of the tasks",
@@ -139,7 +139,7 @@ MUTATIONS = (
     Mutation(
         "seed_floor",
         "normalisation",
-        "order_effects.py",
+        "results/order_effects.py",
         "math.sqrt(one.seed / size)",
         "math.sqrt(one.seed)",
         "the seed-only floor forgets that seeds are averaged",
@@ -148,7 +148,7 @@ MUTATIONS = (
     Mutation(
         "holm_step",
         "off by one",
-        "comparison.py",
+        "results/comparison.py",
         "(len(p) - done) * p[index]",
         "(len(p) - done - 1) * p[index]",
         "Holm's first factor is m - 1",
@@ -194,7 +194,7 @@ MUTATIONS = (
     Mutation(
         "evaluation_mask",
         "index",
-        "evaluation.py",
+        "running/evaluation.py",
         "self._count(method, task, masks[:, task.index], members[task.index])",
         "self._count(method, task, masks[:, 0], members[task.index])",
         "every task is read among the candidates of the first",
@@ -203,7 +203,7 @@ MUTATIONS = (
     Mutation(
         "task_inference",
         "index",
-        "evaluation.py",
+        "running/evaluation.py",
         "own[choice]",
         "own[y].expand(choice.shape)",
         "task inference looks at the label instead of the prediction",
@@ -212,7 +212,7 @@ MUTATIONS = (
     Mutation(
         "seed_by_position",
         "index",
-        "training.py",
+        "learning/training.py",
         'generator(self.seed, "task", self.task.id, *purpose)',
         'generator(self.seed, "task", self.task.index, *purpose)',
         "random numbers follow the position of a task instead of its identity",
@@ -221,7 +221,7 @@ MUTATIONS = (
     Mutation(
         "warmup_start",
         "off by one",
-        "training.py",
+        "learning/training.py",
         "return (step + 1) / (rise + 1)",
         "return step / (rise + 1)",
         "the first step of a warm-up has the learning rate 0",
@@ -230,7 +230,7 @@ MUTATIONS = (
     Mutation(
         "gradients_kept",
         "reduction",
-        "training.py",
+        "learning/training.py",
         "parameter.grad = None  # as",
         "parameter.grad = parameter.grad  # as",
         "gradients add up over the steps",
@@ -240,7 +240,7 @@ MUTATIONS = (
     Mutation(
         "head_rows_anew",
         "mask",
-        "blocks/heads.py",
+        "learning/heads.py",
         "new = classes[~self.seen[classes]]",
         "new = classes",
         "rows of classes that were seen before begin anew",
@@ -249,7 +249,7 @@ MUTATIONS = (
     Mutation(
         "head_bound",
         "sign",
-        "blocks/heads.py",
+        "learning/heads.py",
         "* 2 * bound - bound",
         "* bound",
         "weights of a new class begin positive",
@@ -258,7 +258,7 @@ MUTATIONS = (
     Mutation(
         "euclidean_factor",
         "factor",
-        "blocks/heads.py",
+        "learning/heads.py",
         "return 2 * F.linear(features, self.prototypes)",
         "return F.linear(features, self.prototypes)",
         "the nearest mean is not the nearest",
@@ -267,7 +267,7 @@ MUTATIONS = (
     Mutation(
         "bce_mask",
         "mask",
-        "blocks/losses.py",
+        "learning/losses.py",
         'targets, reduction="none") * mask',
         'targets, reduction="none")',
         "sigmoids of classes that do not compete count in the loss",
@@ -276,7 +276,7 @@ MUTATIONS = (
     Mutation(
         "task_mean",
         "reduction",
-        "blocks/losses.py",
+        "learning/losses.py",
         "(rows / counts[own]).sum() / len(tasks)",
         "rows.mean()",
         "tasks count by their rows instead of alike",
@@ -678,7 +678,7 @@ MUTATIONS = (
     Mutation(
         "stability_margin",
         "sign",
-        "tuning.py",
+        "running/tuning.py",
         "threshold = (1 - self.drop)",
         "threshold = (1 + self.drop)",
         "stability decay asks for more than finetuning reaches",
@@ -687,7 +687,7 @@ MUTATIONS = (
     Mutation(
         "worst_move",
         "sign",
-        "order_search.py",
+        "data/order_search.py",
         "int(np.argmin(self._predicted(known, chosen)))",
         "int(np.argmax(self._predicted(known, chosen)))",
         "the search for the worst order tries the best",
@@ -696,7 +696,7 @@ MUTATIONS = (
     Mutation(
         "backbone_digest",
         "mask",
-        "checkpoint.py",
+        "running/checkpoint.py",
         "or _digest(built[name]) != digest:",
         "or not digest:",
         "a checkpoint goes on with another backbone",

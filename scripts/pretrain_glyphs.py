@@ -42,9 +42,9 @@ from glyph_fonts import CANVAS, HANDWRITTEN, MARGIN, faces, mask
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clrun import libraries
 from clrun.backbones.glyph import FOLDER, MEAN, SIZE, STD, vision_transformer
-from clrun.seeding import seed_all
+from clrun.system import libraries
+from clrun.system.seeding import seed_all
 
 MERGED = ("cC", "kK", "oO", "pP", "sS", "uU", "vV", "wW", "xX", "zZ", "lI")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

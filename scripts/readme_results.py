@@ -37,16 +37,23 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from clrun import robustness
 from clrun.reporting.collect import collect
 from clrun.reporting.groups import Group
+from clrun.results import robustness
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "outputs" / "readme"
 LEDGER = ROOT / "docs" / "results.json"
 NEWEST = []  # not empty: take the last finished runs of a sweep, whatever has changed since
 # Modules that show numbers and make none.
-SHOWING = ("clrun.reporting", "clrun.loggers", "clrun.preview", "clrun.dry_run", "clrun.cli", "clrun.jobs")
+SHOWING = (
+    "clrun.reporting",
+    "clrun.running.loggers",
+    "clrun.running.preview",
+    "clrun.running.dry_run",
+    "clrun.cli",
+    "clrun.running.jobs",
+)
 
 DATA = {
     "digits": ("dataset=digits", "scenario.n_tasks=5"),
@@ -407,7 +414,7 @@ def depends(overrides):
         path = ROOT / "conf" / group / f"{member}.yaml"
         if "/" not in group and path.is_file() and group != "logger":
             files.append(path)
-    modules = {"clrun.run"}
+    modules = {"clrun.running.run"}
     for path in files:
         content = yaml.safe_load(path.read_text())
         found[path.relative_to(ROOT).as_posix()] = digest(content)

@@ -11,17 +11,18 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from clrun.checkpoint import Life
 from clrun.data.features import frozen_features
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Setting, Stream, Task
 from clrun.data.transforms import fit_transform
-from clrun.engine import Engine
-from clrun.evaluation import Evaluation, Row
-from clrun.hardware import Hardware
-from clrun.method import Method
-from clrun.seeding import seed_all
-from clrun.training import Budget, Context, Progress
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context, Progress
+from clrun.learning.method import Method
+from clrun.running.checkpoint import Life
+from clrun.running.engine import Engine
+from clrun.running.evaluation import Evaluation, Row
+from clrun.system.hardware import Hardware
+from clrun.system.seeding import seed_all
 
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

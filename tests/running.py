@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from clrun import checkpoint
-from clrun.compose import Composer, plain_config
-from clrun.config import JobInfo, check
-from clrun.run import run_config
+from clrun.config.check import check
+from clrun.config.compose import Composer, plain_config
+from clrun.config.job import JobInfo
+from clrun.running import checkpoint
+from clrun.running.run import run_config
 
 
 def configuration(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -51,7 +52,7 @@ def run_interrupted(out: Path, *overrides: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clrun.checkpoint.save", saving)
+        patch.setattr("clrun.running.checkpoint.save", saving)
         run(out, *overrides)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from clrun import libraries
-from clrun.errors import ConfigError
+from clrun.system import libraries
+from clrun.system.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "glyph_models"
 SIZE = 28  # side of the images that the models take

@@ -11,8 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from clrun import libraries
-from clrun.errors import ConfigError
+from clrun.system import libraries
+from clrun.system.errors import ConfigError
 
 SECONDS = 5.0  # to wait for the first answer
 FILES = ("model.safetensors", "pytorch_model.bin")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from clrun import libraries
 from clrun.backbones import hub
-from clrun.errors import ConfigError, PositiveInt, Range, did_you_mean
+from clrun.system import libraries
+from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean
 
 Shape = tuple[int, int, int]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

@@ -10,7 +10,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.errors import PositiveInt
+from clrun.system.errors import PositiveInt
 
 Shape = tuple[int, int, int]
 

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.heads import CosineHead
 from clrun.blocks.inject import Injector, Plan, ScaleShift, mlp_adapters, require_blocks, require_vit, scale_shift_sites
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
+from clrun.learning.heads import CosineHead
+from clrun.learning.losses import masked_cross_entropy
 
 Kind = Literal["finetune", "vpt_shallow", "vpt_deep", "ssf", "adapter"]
 

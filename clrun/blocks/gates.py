@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from clrun.blocks.inject import COMPILED
 from clrun.blocks.params import Carrier, Params, select
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 UNIT_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm)

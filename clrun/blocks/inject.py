@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 COMPILED = "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false"
 

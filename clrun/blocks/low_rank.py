@@ -10,7 +10,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clrun.blocks.params import eval_mode
 from clrun.data.split import Batch, Split
-
-if TYPE_CHECKING:
-    from clrun.training import Context
+from clrun.learning.context import Context
 
 Layer = nn.Linear | nn.Conv2d
 TINY = 1e-20  # of a squared norm that is divided by
@@ -273,9 +270,9 @@ def _window(weight: Tensor) -> Tensor:
 def layer_curvature(
     network: nn.Module,
     split: Split,
-    ctx: "Context",
+    ctx: Context,
     *,
-    loss: Callable[[Batch, "Context"], Tensor],
+    loss: Callable[[Batch, Context], Tensor],
     weights: Mapping[str, Tensor],
     batch_size: int,
 ) -> dict[str, float]:

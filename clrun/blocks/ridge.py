@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.statistics import ClassStats, solve_positive
-from clrun.seeding import generator
+from clrun.system.seeding import generator
 
 
 class RandomProjection(nn.Module):

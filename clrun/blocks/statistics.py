@@ -6,22 +6,20 @@ the only way to learn, so that tasks can come in any order, be spread over proce
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from clrun.blocks.params import Carrier, eval_mode
 from clrun.data.split import Split
-
-if TYPE_CHECKING:
-    from clrun.method import Method
+from clrun.learning.method import Method
 
 Moments = Literal["none", "pooled", "class", "diagonal"]
 BLOCK = 2**20  # numbers that an exact addition works on at once
 
 
-def extract(method: "Method", split: Split, *, size: int = 256) -> tuple[Tensor, Tensor]:
+def extract(method: Method, split: Split, *, size: int = 256) -> tuple[Tensor, Tensor]:
     """Return the backbone's features [N, D] of the eval view of every row, and the labels [N].
 
     Backbone in eval mode, fp32, no gradients. Every process reads the whole split.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clrun.errors import ConfigError, did_you_mean
+from clrun.system.errors import ConfigError, did_you_mean
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
 LARGE = 2000  # values of an image from which on the CPU handles images one by one

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clrun import libraries
-from clrun.errors import ConfigError, Count, Range
+from clrun.system import libraries
+from clrun.system.errors import ConfigError, Count, Range
 
 Pixels = NDArray[np.uint8]
 PIXEL_LIMIT = 178_956_970  # Pillow refuses larger images by itself

@@ -23,8 +23,8 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from clrun.errors import ConfigError
-from clrun.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
+from clrun.system.errors import ConfigError
+from clrun.system.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
 
 SCHEMA = 1
 LIMIT = 20 * 10**9  # bytes of all entries

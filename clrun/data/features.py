@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -15,15 +16,35 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clrun.data.feature_cache import FeatureCache, Features, Floats
+from clrun.data.feature_cache import FeatureCache, Features, Floats, default_folder
 from clrun.data.split import Plain, Split, TensorSplit
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError
-from clrun.hardware import Hardware
+from clrun.system.errors import ConfigError
+from clrun.system.hardware import Hardware
 
 FEATURE_BATCH = 256  # fixed: the last bits of a feature may depend on the batch it was computed in
 LOOKED_AT = 8  # rows that are computed again when features of an earlier process are opened
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of those rows, relative to their largest entry
+
+
+def open_cache(option: bool | str, hardware: Hardware, about: Mapping[str, Any]) -> FeatureCache | None:
+    """Return the cache that `job.feature_cache` names; None for false.
+
+    Args:
+        option: true is the default folder.
+        hardware: the features' last bits may depend on it.
+        about: what to record with new features.
+
+    Raises:
+        ConfigError: an empty name.
+    """
+    if option is False:
+        return None
+    if option == "":
+        raise ConfigError("job.feature_cache: give a folder, true (the default folder) or false")
+    folder = default_folder() if option is True else Path(str(option)).expanduser()
+    circumstances = f"torch {torch.__version__} on {hardware.device.partition(':')[0]}"
+    return FeatureCache(folder, about={**about, "circumstances": circumstances})
 
 
 class FeatureBackbone(nn.Module):

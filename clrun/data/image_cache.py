@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clrun.data.decode import Decoding, Files, Pixels, decode
-from clrun.errors import ConfigError
-from clrun.files import cache_folder, exclusive, replacing, writing
+from clrun.system.errors import ConfigError
+from clrun.system.files import cache_folder, exclusive, replacing, writing
 
 SCHEMA = 1
 BLOCK = 64  # images between two writes

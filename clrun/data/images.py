@@ -25,7 +25,7 @@ from torch import Tensor
 from clrun.data.decode import Decoding, Files, Pixels, decode
 from clrun.data.image_cache import ImageCache
 from clrun.data.split import Batch, Split, TensorSplit
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 Rows = NDArray[np.int64]
 Take = Callable[[Rows], Pixels]  # rows [B] -> images [B, S, S, C]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from clrun.errors import ConfigError, Count, did_you_mean
-from clrun.seeding import derive
+from clrun.system.errors import ConfigError, Count, did_you_mean
+from clrun.system.seeding import derive
 
 MAX_EXHAUSTIVE = 8  # 8! = 40320 orders; beyond that nobody runs them all
 
@@ -73,9 +73,9 @@ def _permutation(key: str, tasks: Sequence[int], n_tasks: int) -> list[int]:
 def random(n_tasks: int, *, seed: int) -> list[int]:
     """Return a uniformly random order that depends on `seed` only.
 
-    Algorithm: the tasks sorted by a 63-bit hash of (seed, task id), see `clrun.seeding.derive`. It uses no generator of
-    numpy or torch, so it is the same in every version of them; and two tasks keep their relative order when tasks are
-    added.
+    Algorithm: the tasks sorted by a 63-bit hash of (seed, task id), see `clrun.system.seeding.derive`. It uses no
+    generator of numpy or torch, so it is the same in every version of them; and two tasks keep their relative order
+    when tasks are added.
     """
     return sorted(range(n_tasks), key=lambda task: derive(seed, "task_order", task))
 

@@ -15,8 +15,8 @@ from clrun.data.orders import numpy_permutation, python_permutation
 from clrun.data.shifts import Rotation, Shift, Standardised, pixel_permutation, random_angle
 from clrun.data.split import Split, Transform
 from clrun.data.stream import Dataset, Order, Setting, Stream, Task
-from clrun.errors import ConfigError, PositiveInt, Range, did_you_mean
-from clrun.seeding import derive
+from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean
+from clrun.system.seeding import derive
 
 NAME_LENGTH = 16
 CLASS_ORDERS: dict[str, Callable[[int, int], list[int]]] = {

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clrun.data.transforms import PerDevice
-from clrun.seeding import derive
+from clrun.system.seeding import derive
 
 Shift = Callable[[Tensor], Tensor]  # stored images [B, C, H, W] -> stored images of a domain
 

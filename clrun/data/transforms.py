@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clrun.data.augment import GREY, Augmentation, Crop, RandomResizedCrop, parse_augmentations, to_grey
 from clrun.data.split import Plain, Transform
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 Shape = tuple[int, int, int]
 Interpolation = Literal["bilinear", "bicubic"]

@@ -11,11 +11,11 @@ from torch import nn
 
 from clrun.blocks.buffers import share
 from clrun.blocks.gradients import project_halfspace
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import eval_mode, gradients, select
-from clrun.errors import Count, PositiveInt
+from clrun.learning.context import Context
+from clrun.learning.losses import masked_cross_entropy
 from clrun.methods.episodic import Episodic, Rule
-from clrun.training import Context
+from clrun.system.errors import Count, PositiveInt
 
 
 class AGem(Episodic):

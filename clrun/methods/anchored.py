@@ -6,13 +6,14 @@ from typing import Literal, Self
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Curvature, QuadraticPenalty
+from clrun.blocks.optimizers import needs_sgd
 from clrun.blocks.params import hold_statistics
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.optimizers import needs_sgd
-from clrun.training import Budget, Context
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.method import Method
 
 Solver = Literal["grad", "proximal"]
 Norm = Literal["train", "freeze_after_first"]

@@ -15,10 +15,10 @@ from clrun.blocks.low_rank import copy_for_task, layers_of
 from clrun.blocks.params import Params
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count, NonNegative, PositiveInt
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.method import freeze
 from clrun.methods.task_networks import TaskNetworks
-from clrun.training import Context
+from clrun.system.errors import Count, NonNegative, PositiveInt
 
 
 class Apd(TaskNetworks):

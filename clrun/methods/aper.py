@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.adaptation import Adaptation, Kind, Recipe
-from clrun.blocks.heads import PrototypeHead
 from clrun.blocks.params import eval_mode
 from clrun.blocks.statistics import ClassStats
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count, Fraction, NonNegative, Positive, PositiveInt
+from clrun.learning.context import Context
+from clrun.learning.heads import PrototypeHead
+from clrun.learning.training import fit
 from clrun.methods.prompted import Prompted, scaled
-from clrun.training import Context, fit
+from clrun.system.errors import Count, Fraction, NonNegative, Positive, PositiveInt
 
 
 class Aper(Prompted):

@@ -12,9 +12,9 @@ from torch import nn
 
 from clrun.blocks.low_rank import copy_for_task, install, layers_of
 from clrun.data.stream import Task
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.method import freeze
 from clrun.methods.task_networks import TaskNetworks
-from clrun.training import Context
 
 
 class Batchensemble(TaskNetworks):

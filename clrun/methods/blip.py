@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from clrun.blocks.curvature import Labels, diagonal_fisher
 from clrun.blocks.params import Carrier, Params, hold_statistics, select
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, PositiveInt, Range
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.system.errors import ConfigError, PositiveInt, Range
 
 FINEST = 20  # bits at which a bound counts as closed; float32 resolves 24
 

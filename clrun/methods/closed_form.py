@@ -9,9 +9,9 @@ from clrun.blocks.params import eval_mode
 from clrun.blocks.statistics import ClassStats
 from clrun.data.split import Batch, Split
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, Count
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.system.errors import ConfigError, Count
 
 ROWS = 1024  # of a pass over features; the last bits of a sum depend on it
 IMAGES = 256  # of a pass over images

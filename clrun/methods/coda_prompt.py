@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from clrun.blocks.inject import Plan, Prefix, require_depth
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, Count, NonNegative, Positive, PositiveInt
+from clrun.learning.context import Context
 from clrun.methods.prompted import Compete, Prompted
-from clrun.training import Context
+from clrun.system.errors import ConfigError, Count, NonNegative, Positive, PositiveInt
 
 
 class CodaPrompt(Prompted):

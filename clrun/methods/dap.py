@@ -16,10 +16,10 @@ from clrun.blocks.inject import Plan
 from clrun.blocks.selection import Selection, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import NonNegative, Positive, PositiveInt
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.method import freeze
 from clrun.methods.prompted import Compete, Keyed, vpt_prompt
-from clrun.training import Context
+from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 FAR_BELOW = 1e4  # how far `task_logit_mask` puts the classes of other tasks below
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.buffers import ReservoirBuffer, share
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count, NonNegative
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method
+from clrun.system.errors import Count, NonNegative
 
 
 class Der(Method):

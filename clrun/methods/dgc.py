@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from clrun.blocks.buffers import Buffer, share
-from clrun.blocks.losses import masked_cross_entropy, task_mean_cross_entropy
 from clrun.blocks.params import Carrier, Params, eval_mode, flatten, gradients, select, shapes_of, unflatten
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, NonNegative, PositiveInt
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.training import Budget, Context
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy, task_mean_cross_entropy
+from clrun.learning.method import Method
+from clrun.system.errors import ConfigError, NonNegative, PositiveInt
 
 Mean = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

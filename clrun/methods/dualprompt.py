@@ -15,9 +15,9 @@ from clrun.blocks.inject import Plan, Prefix, require_depth
 from clrun.blocks.selection import Selection, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count, NonNegative, Positive
+from clrun.learning.context import Context
 from clrun.methods.prompted import Compete, Init, Keyed, drawn
-from clrun.training import Context
+from clrun.system.errors import Count, NonNegative, Positive
 
 
 class Dualprompt(Keyed):

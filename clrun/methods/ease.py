@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.blocks.heads import CosineHead, PrototypeHead
 from clrun.blocks.inject import Plan, mlp_adapters
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import eval_mode
 from clrun.blocks.statistics import ClassStats
 from clrun.data.split import Batch
 from clrun.data.stream import Setting, Task
-from clrun.errors import Fraction, NonNegative, Positive, PositiveInt
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.heads import CosineHead, PrototypeHead
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import freeze
 from clrun.methods.prompted import Prompted
-from clrun.training import Context
+from clrun.system.errors import Fraction, NonNegative, Positive, PositiveInt
 
 
 class Ease(Prompted):

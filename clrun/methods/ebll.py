@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.distillation import CodeAutoencoder, code_loss
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import frozen
 from clrun.blocks.statistics import extract
 from clrun.data.split import Batch, TensorSplit
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, NonNegative, Positive, PositiveInt
-from clrun.knobs import Knob
-from clrun.method import freeze
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import freeze
+from clrun.learning.training import fit
 from clrun.methods.lwf import Lwf
-from clrun.seeding import seed_all
-from clrun.training import Budget, Context, fit
+from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
+from clrun.system.seeding import seed_all
 
 
 class Ebll(Lwf):

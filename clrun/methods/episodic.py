@@ -6,9 +6,9 @@ from torch import nn
 
 from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, share
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.system.errors import ConfigError
 
 Rule = Literal["ring", "reservoir", "class_balanced"]
 RULES = {"reservoir": ReservoirBuffer, "ring": RingBuffer, "class_balanced": ClassBalancedBuffer}

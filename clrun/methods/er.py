@@ -11,9 +11,9 @@ from torch import nn
 from clrun.blocks.buffers import ReservoirBuffer, share
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.system.errors import Count
 
 
 class Er(Method):

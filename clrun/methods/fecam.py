@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from clrun.blocks.statistics import ClassStats, Moments, cholesky
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Count, NonNegative, PositiveInt, Range
+from clrun.learning.context import Context
 from clrun.methods.closed_form import ClosedForm
-from clrun.training import Context
+from clrun.system.errors import ConfigError, Count, NonNegative, PositiveInt, Range
 
 MOMENTS: dict[str, Moments] = {"class": "class", "common": "pooled", "diagonal": "diagonal"}
 

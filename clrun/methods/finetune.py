@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method
 
 
 class Finetune(Method):

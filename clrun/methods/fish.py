@@ -19,9 +19,11 @@ from clrun.blocks.curvature.target import Target
 from clrun.blocks.masks import SparseDelta, largest
 from clrun.blocks.params import Params, flatten, frozen, select, shapes_of, unflatten
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, PositiveInt, Range
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.training import fit
 from clrun.methods.masked import Masked
-from clrun.training import Budget, Context, fit
+from clrun.system.errors import ConfigError, PositiveInt, Range
 
 
 class Fish(Masked):

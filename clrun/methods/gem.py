@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from clrun.blocks.buffers import share
 from clrun.blocks.gradients import project_cone
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import Params, eval_mode, gradients, select
 from clrun.data.split import Batch
-from clrun.errors import Count, NonNegative, PositiveInt
-from clrun.knobs import Knob
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
 from clrun.methods.episodic import Episodic, Rule
-from clrun.training import Context
+from clrun.system.errors import Count, NonNegative, PositiveInt
 
 
 class Gem(Episodic):

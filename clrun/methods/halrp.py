@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.heads import TaskHead
 from clrun.blocks.low_rank import (
     LowRank,
     Residual,
@@ -31,10 +30,13 @@ from clrun.blocks.low_rank import (
 )
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
-from clrun.method import freeze
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.heads import TaskHead
+from clrun.learning.method import freeze
+from clrun.learning.training import fit
 from clrun.methods.task_networks import TaskNetworks
-from clrun.training import Budget, Context, fit
+from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
 
 BYTES = 4  # of a number
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from clrun.blocks.gates import UnitGates
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count, NonNegative, Positive, Range
-from clrun.knobs import Knob
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.training import fit
 from clrun.methods.masked import Masked
-from clrun.training import Context, fit
+from clrun.system.errors import Count, NonNegative, Positive, Range
 
 LIMIT = 6.0  # of an embedding
 FLAT = 50.0  # of s e within cosh

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from clrun.blocks.buffers import Exemplars, herd
 from clrun.blocks.distillation import Teacher, distillation_loss, head_groups
-from clrun.blocks.heads import PrototypeHead
-from clrun.blocks.losses import masked_binary_cross_entropy, masked_cross_entropy
 from clrun.blocks.params import eval_mode
 from clrun.data.split import Batch, Split, concatenate
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, Count, NonNegative, Positive
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.training import Context, fit
+from clrun.learning.context import Context
+from clrun.learning.heads import PrototypeHead
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_binary_cross_entropy, masked_cross_entropy
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.system.errors import ConfigError, Count, NonNegative, Positive
 
 
 class Icarl(Method):

@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clrun.blocks.heads import GrowingHead
 from clrun.blocks.params import clone
 from clrun.data.split import concatenate
 from clrun.data.stream import Stream, Task
-from clrun.method import Method
-from clrun.training import Context, fit
+from clrun.learning.context import Context
+from clrun.learning.heads import GrowingHead
+from clrun.learning.method import Method
+from clrun.learning.training import fit
 
 
 class Joint(Method):

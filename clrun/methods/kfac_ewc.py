@@ -14,9 +14,9 @@ from torch import nn
 
 from clrun.blocks.curvature import Curvature, KroneckerFisher, QuadraticPenalty, isotropic
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Fraction, NonNegative, PositiveInt
+from clrun.learning.context import Context
 from clrun.methods.anchored import Anchored, Norm, Solver
-from clrun.training import Context
+from clrun.system.errors import ConfigError, Fraction, NonNegative, PositiveInt
 
 
 class KfacEwc(Anchored):

@@ -11,9 +11,9 @@ from torch import nn
 from clrun.blocks.curvature import Curvature, Identity, QuadraticPenalty
 from clrun.blocks.params import select, shapes_of
 from clrun.data.stream import Task
-from clrun.errors import NonNegative
+from clrun.learning.context import Context
 from clrun.methods.anchored import Anchored, Norm, Solver
-from clrun.training import Context
+from clrun.system.errors import NonNegative
 
 
 class L2(Anchored):

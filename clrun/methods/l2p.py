@@ -18,9 +18,9 @@ from clrun.blocks.inject import Plan
 from clrun.blocks.selection import Selection, choose, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, NonNegative, Positive, PositiveInt
+from clrun.learning.context import Context
 from clrun.methods.prompted import Compete, Init, Prompted, drawn, plain_features
-from clrun.training import Context
+from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
 
 
 class L2p(Prompted):

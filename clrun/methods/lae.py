@@ -13,14 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.heads import GrowingHead
 from clrun.blocks.inject import Adapter, KeyValueLoRA, Plan, Prefix, require_depth
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count, Fraction, Positive, PositiveInt
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.heads import GrowingHead
+from clrun.learning.method import freeze
 from clrun.methods.prompted import Compete, Prompted
-from clrun.training import Context
+from clrun.system.errors import Count, Fraction, Positive, PositiveInt
 
 Kind = Literal["adapter", "lora", "prefix"]
 

@@ -10,12 +10,12 @@ from typing import Literal
 
 from torch import nn
 
-from clrun.blocks.heads import SolvedHead
 from clrun.blocks.statistics import ClassStats, lda
 from clrun.data.stream import Task
-from clrun.errors import Count, Fraction, NonNegative
+from clrun.learning.context import Context
+from clrun.learning.heads import SolvedHead
 from clrun.methods.closed_form import ClosedForm
-from clrun.training import Context
+from clrun.system.errors import Count, Fraction, NonNegative
 
 
 class Lda(ClosedForm):

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.distillation import Teacher, distillation_loss, head_groups
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import clone, frozen
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import NonNegative, Positive
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.training import Budget, Context, fit
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.system.errors import NonNegative, Positive
 
 
 class Lwf(Method):

@@ -10,9 +10,9 @@ from torch import nn
 
 from clrun.blocks.curvature import Curvature, Labels, QuadraticPenalty, estimate
 from clrun.data.stream import Task
-from clrun.errors import Fraction, NonNegative, PositiveInt
+from clrun.learning.context import Context
 from clrun.methods.anchored import Anchored, Norm, Solver
-from clrun.training import Context
+from clrun.system.errors import Fraction, NonNegative, PositiveInt
 
 
 class Mas(Anchored):

@@ -6,14 +6,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.heads import GrowingHead
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.masks import Guard
 from clrun.blocks.params import hold_statistics
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.heads import GrowingHead
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method
 
 
 class Masked(Method):

@@ -18,9 +18,10 @@ from clrun.blocks.buffers import ReservoirBuffer, share
 from clrun.blocks.params import Params, clone, select
 from clrun.data.split import Batch, Split, Transform
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Count, Fraction, PositiveInt
-from clrun.method import Method
-from clrun.training import Context, fit
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.system.errors import ConfigError, Count, Fraction, PositiveInt
 
 
 class Mer(Method):

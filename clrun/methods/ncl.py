@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from clrun.blocks.curvature import KroneckerFisher, Operator, QuadraticPenalty, isotropic
+from clrun.blocks.optimizers import needs_sgd
 from clrun.blocks.params import gradients
 from clrun.data.stream import Task
-from clrun.errors import NonNegative, Positive, PositiveInt
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.optimizers import needs_sgd
-from clrun.training import Budget, Context
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.method import Method
+from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 
 class Ncl(Method):

@@ -16,10 +16,12 @@ from torch.func import functional_call
 from clrun.blocks.masks import MOST_TASKS, OwnershipMask, Snapshot
 from clrun.blocks.params import Params
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, Fraction
-from clrun.knobs import Knob
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.training import fit
 from clrun.methods.masked import Masked
-from clrun.training import Budget, Context, fit
+from clrun.system.errors import ConfigError, Fraction
 
 
 class Packnet(Masked):

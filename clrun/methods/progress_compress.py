@@ -16,19 +16,21 @@ from torch import Tensor, nn
 
 from clrun.blocks.curvature import Labels, QuadraticPenalty, diagonal_fisher, normalised
 from clrun.blocks.distillation import Teacher, distillation_loss
-from clrun.blocks.heads import GrowingHead
 from clrun.blocks.inject import Injector, Plan
 from clrun.blocks.lateral import Lateral, Note, Reads, block_widths
-from clrun.blocks.losses import masked_cross_entropy
+from clrun.blocks.optimizers import needs_sgd
 from clrun.blocks.params import frozen
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.optimizers import needs_sgd
-from clrun.seeding import seed_all
-from clrun.training import Budget, Context, fit
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.heads import GrowingHead
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.system.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
+from clrun.system.seeding import seed_all
 
 
 class ProgressCompress(Method):

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clrun.blocks.inject import Injector, Plan, require_blocks, require_vit
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.selection import Selection, choose, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError
-from clrun.method import Method, freeze
-from clrun.training import Budget, Context, fit
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method, freeze
+from clrun.learning.training import fit
+from clrun.system.errors import ConfigError
 
 Compete = Literal["current", "seen"]
 Init = Literal["small", "wide"]

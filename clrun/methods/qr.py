@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Diagonal, QuadraticPenalty
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.params import Carrier, flatten, gradients, select, shapes_of
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Fraction, NonNegative
-from clrun.knobs import Knob
-from clrun.method import Method
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method
+from clrun.system.errors import Fraction, NonNegative
 
 TINY = 1e-20  # what the published code adds to the denominator
 

@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.blocks.adaptation import Adaptation, Recipe
-from clrun.blocks.heads import SolvedHead
 from clrun.blocks.ridge import RandomProjection, Spectrum, best_by_gcv, best_held_out, ridge
 from clrun.blocks.statistics import ClassStats
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt, Range
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.heads import SolvedHead
+from clrun.learning.method import freeze
+from clrun.learning.training import fit
 from clrun.methods.closed_form import ClosedForm
-from clrun.seeding import generator
-from clrun.training import Context, fit
+from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt, Range
+from clrun.system.seeding import generator
 
 Phase1 = Literal["none", "adapter", "ssf", "vpt_shallow", "vpt_deep"]
 Rule = Literal["heldout", "gcv", "fixed", "author"]

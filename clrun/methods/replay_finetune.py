@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.buffers import Exemplars
-from clrun.blocks.losses import masked_cross_entropy, task_mean_cross_entropy
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import Count
-from clrun.method import Method
-from clrun.training import Context, fit
+from clrun.learning.context import Context
+from clrun.learning.losses import masked_cross_entropy, task_mean_cross_entropy
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.system.errors import Count
 
 
 class ReplayFinetune(Method):

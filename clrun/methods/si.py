@@ -16,10 +16,10 @@ from clrun.blocks.curvature import Curvature, Diagonal, QuadraticPenalty
 from clrun.blocks.params import Carrier, Shapes, flatten, gradients, select, shapes_of
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import NonNegative, Positive
-from clrun.method import Method
+from clrun.learning.context import Context
+from clrun.learning.method import Method
 from clrun.methods.anchored import Anchored, Norm, Solver
-from clrun.training import Context
+from clrun.system.errors import NonNegative, Positive
 
 
 class Si(Anchored):

@@ -11,12 +11,12 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.blocks.heads import PrototypeHead
 from clrun.blocks.statistics import ClassStats
 from clrun.data.stream import Task
-from clrun.errors import Count
+from clrun.learning.context import Context
+from clrun.learning.heads import PrototypeHead
 from clrun.methods.closed_form import ClosedForm
-from clrun.training import Context
+from clrun.system.errors import Count
 
 
 class Simplecil(ClosedForm):

@@ -10,9 +10,9 @@ from copy import deepcopy
 from torch import nn
 
 from clrun.data.stream import Task
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.method import freeze
 from clrun.methods.task_networks import TaskNetworks
-from clrun.training import Context
 
 
 class Stl(TaskNetworks):

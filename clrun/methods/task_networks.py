@@ -5,12 +5,12 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from clrun.blocks.heads import TaskHead
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.method import Method, freeze
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.heads import TaskHead
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method, freeze
 
 
 class TaskNetworks(Method):

@@ -18,10 +18,11 @@ from clrun.blocks.distillation import Pool, attention_scores, pooled_distance
 from clrun.blocks.inject import Injector, Plan, require_vit
 from clrun.data.split import Batch
 from clrun.data.stream import Task
-from clrun.errors import NonNegative, Positive, PositiveInt
-from clrun.knobs import Knob
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
 from clrun.methods.lwf import Lwf
-from clrun.training import Budget, Context
+from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 
 class VitPad(Lwf):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan
 from clrun.data.stream import Task
-from clrun.errors import Count, Fraction, Positive, PositiveInt
-from clrun.method import freeze
+from clrun.learning.context import Context
+from clrun.learning.method import freeze
 from clrun.methods.prompted import Compete, Prompted, vpt_prompt
-from clrun.training import Context
+from clrun.system.errors import Count, Fraction, Positive, PositiveInt
 
 
 class Vpt(Prompted):

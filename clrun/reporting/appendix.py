@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clrun import __version__
-from clrun.config import conf_dir
+from clrun.config.groups import conf_dir
 from clrun.reporting.charts import text
 from clrun.reporting.collect import Run
 from clrun.reporting.groups import Group, differing, labels

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clrun.config import flatten
-from clrun.errors import ConfigError
-from clrun.files import holder
-from clrun.metrics import AccuracyMatrix, Floats, summary
-from clrun.records import RunRecord
 from clrun.reporting.tables import cost_totals
+from clrun.results.identity import flatten
+from clrun.results.metrics import AccuracyMatrix, Floats, summary
+from clrun.results.records import RunRecord
+from clrun.system.errors import ConfigError
+from clrun.system.files import holder
 
 
 @dataclass(frozen=True)

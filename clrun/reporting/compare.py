@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from clrun.comparison import holm, paired, ranking
-from clrun.config import config_hash
-from clrun.metrics import Floats
 from clrun.reporting.collect import Run
 from clrun.reporting.groups import Group, Pair, below, labels
 from clrun.reporting.tables import SETTINGS
+from clrun.results.comparison import holm, paired, ranking
+from clrun.results.identity import config_hash
+from clrun.results.metrics import Floats
 
 ARENA = ("dataset", "scenario")
 

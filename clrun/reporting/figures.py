@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clrun.errors import ConfigError
-from clrun.files import replacing
-from clrun.metrics import Floats
 from clrun.reporting.tables import SETTINGS, points, printable, settings_of
+from clrun.results.metrics import Floats
+from clrun.system.errors import ConfigError
+from clrun.system.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

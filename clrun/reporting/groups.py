@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from clrun import order_effects, robustness
-from clrun.config import config_hash, inside_hash
-from clrun.metrics import Floats
 from clrun.reporting.collect import Run
 from clrun.reporting.tables import SETTINGS
+from clrun.results import order_effects, robustness
+from clrun.results.identity import config_hash, inside_hash
+from clrun.results.metrics import Floats
 
 WITHIN_GROUP = ("seed", "task_order", "name")  # may vary inside a group, as may the keys outside the hash
 SEARCHED = (
@@ -144,7 +144,7 @@ class Group:
 
 
 def _further(orders: list[tuple[int, ...]], tasks: list[int], finals: Floats) -> dict[str, Any]:
-    """Return the keys of order_robustness.json that explain its first ones; see `clrun.order_effects`."""
+    """Return the keys of order_robustness.json that explain its first ones; see `clrun.results.order_effects`."""
     means = robustness.order_means(finals)
     spread, counted = robustness.sd(finals), int((~np.isnan(means)).sum())
     best = None if np.isnan(means).all() else int(np.nanargmax(means))
@@ -178,7 +178,7 @@ def _further(orders: list[tuple[int, ...]], tasks: list[int], finals: Floats) ->
 
 
 def finals_of(complete: Mapping[Pair, Run], setting: str) -> tuple[list[tuple[int, ...]], list[int], Floats]:
-    """Return (orders, task ids, finals [R, S, T]) for `clrun.robustness`; S is the most seeds of any order.
+    """Return (orders, task ids, finals [R, S, T]) for `clrun.results.robustness`; S is the most seeds of any order.
 
     Orders that cover different tasks (`job.max_tasks`) have no disparity of a task: there are no ids then, and finals
     is [R, S, 1], the average accuracy.

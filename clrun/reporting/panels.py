@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from clrun import order_effects, robustness
 from clrun.reporting.charts import Range, by_position, curves, heat, legend, ranges, scatter, text
 from clrun.reporting.groups import Group
 from clrun.reporting.markup import Cell, figure, order_text, section, table
+from clrun.results import order_effects, robustness
 
 MAPS = 12  # orders of a method whose accuracy matrices are shown
 DOTS = 40  # orders up to which every one is a dot and a row

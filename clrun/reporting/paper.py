@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clrun import order_effects, robustness
-from clrun.files import csv_text, replacing, writing
 from clrun.reporting.groups import Group
 from clrun.reporting.panels import Standings
 from clrun.reporting.tables import SETTINGS, points, printable
+from clrun.results import order_effects, robustness
+from clrun.system.files import csv_text, replacing, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

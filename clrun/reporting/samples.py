@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from clrun.files import replacing
 from clrun.reporting.tables import printable
+from clrun.system.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clrun.errors import ConfigError
 from clrun.reporting.charts import path_of_search, text
 from clrun.reporting.markup import Cell, details, figure, number, order_text, section, table
 from clrun.reporting.tables import SETTINGS, WIDTH, points, printable
+from clrun.system.errors import ConfigError
 
 RECORD = "order_search.json"
 SCHEMA = 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clrun.files import replacing
+from clrun.system.files import replacing
 
 ANNOTATED = 20  # columns up to which every cell shows its share
 

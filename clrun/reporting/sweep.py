@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clrun.errors import ConfigError
-from clrun.files import csv_text, exclusive, json_text, replacing, writing
-from clrun.metrics import METRICS
-from clrun.records import read_run
 from clrun.reporting import searches as order_searches
 from clrun.reporting.collect import Run, collect, run_folders
 from clrun.reporting.compare import compare
 from clrun.reporting.groups import SEARCHED, Group, differing, group_runs, labels
 from clrun.reporting.page import Page, render
 from clrun.reporting.tables import SETTINGS, WIDTH, Line, Standing, comparison_table, listing, printable
+from clrun.results.metrics import METRICS
+from clrun.results.records import read_run
+from clrun.system.errors import ConfigError
+from clrun.system.files import csv_text, exclusive, json_text, replacing, writing
 
 PICTURE = "accuracy_matrix.png"
 FEW = 50  # pictures of single runs that a report draws unasked

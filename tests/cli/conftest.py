@@ -15,7 +15,7 @@ TARGETS = '''
 
 from typing import Literal
 
-from clrun.errors import Count, PositiveInt
+from clrun.system.errors import Count, PositiveInt
 
 
 def dataset(): ...
@@ -36,14 +36,14 @@ class TaskAware(Method):
     needs_task_id = True
 '''
 RUN = '''
-"""Stands for clrun.run in processes that find this folder on their path: leaves what it was given as a file."""
+"""Stands for clrun.running.run in processes that find this folder on their path: leaves what it was given as a file."""
 
 import json
 import sys
 from dataclasses import asdict
 from types import ModuleType
 
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 def preflight(config):
     if config["scenario"]["n_tasks"] > 10:
@@ -58,9 +58,9 @@ def run_config(config, out, *, job):
     (out / "given.json").write_text(json.dumps({"config": config, "job": asdict(job)}))
     return config["seed"] / 10
 
-module = ModuleType("clrun.run")
+module = ModuleType("clrun.running.run")
 module.run_config, module.preflight = run_config, preflight
-sys.modules["clrun.run"] = module
+sys.modules["clrun.running.run"] = module
 '''
 YAMLS = {
     "dataset/none": "_target_: targets.dataset",
@@ -139,6 +139,6 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str,
 @pytest.fixture
 def stub_run(stub: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """The same, with a run in this process that only leaves what it was given."""
-    monkeypatch.setitem(sys.modules, "clrun.run", sys.modules.get("clrun.run"))
+    monkeypatch.setitem(sys.modules, "clrun.running.run", sys.modules.get("clrun.running.run"))
     exec(RUN, {})
     return stub

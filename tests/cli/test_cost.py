@@ -6,7 +6,7 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from test_runs import given
 
-from clrun import config
+from clrun.config import check as config
 
 
 def test_every_job_is_composed_once(clrun, stub_run, folder, monkeypatch: pytest.MonkeyPatch):
@@ -35,7 +35,7 @@ def test_nodes_that_runs_share_are_checked_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(config, "_group_problems", counting)
     monkeypatch.setattr(config, "_known", {})
-    node = {"_target_": "clrun.training.cosine", "_partial_": True, "warmup": 0.5}
+    node = {"_target_": "clrun.learning.budget.cosine", "_partial_": True, "warmup": 0.5}
     others = [{**node, "warmup": warmup} for warmup in (0.5, 2.0)]
     found = [config._known_problems("budget", other, None) for other in (node, *others, *others)]
     assert len(looked_at) == 2

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from clrun.cli import main
-from clrun.errors import Range
-from clrun.signature import locate, parameters
+from clrun.config.signature import locate, parameters
+from clrun.system.errors import Range
 
 CONF = Path(__file__).parents[2] / "conf"
 EXAMPLES = int(os.environ.get("CLRUN_FUZZ", 0))

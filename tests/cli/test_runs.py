@@ -48,7 +48,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(clrun, stub_run, fold
 
 
 def test_a_run_that_writes_nothing_leaves_no_folder(clrun, stub_run, folder, monkeypatch):
-    monkeypatch.setattr(sys.modules["clrun.run"], "run_config", lambda config, out, *, job: 0.0)
+    monkeypatch.setattr(sys.modules["clrun.running.run"], "run_config", lambda config, out, *, job: 0.0)
     assert clrun(*stub_run).code == 0
     assert list(folder.iterdir()) == []
 
@@ -73,7 +73,7 @@ def test_ctrl_c(clrun, stub_run, folder, monkeypatch):
     def interrupted(config, out, *, job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["clrun.run"], "run_config", interrupted)
+    monkeypatch.setattr(sys.modules["clrun.running.run"], "run_config", interrupted)
     done = clrun(*stub_run)
     assert (done.code, done.err) == (130, "")
 
@@ -100,7 +100,9 @@ def test_the_working_directory_is_searched_last(clrun, stub_run, folder):
 def test_torchrun_ranks_above_zero_make_no_folder(clrun, stub_run, folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules["clrun.run"], "run_config", lambda config, out, *, job: seen.append((out, out.exists())) or 0.0
+        sys.modules["clrun.running.run"],
+        "run_config",
+        lambda config, out, *, job: seen.append((out, out.exists())) or 0.0,
     )
     for rank in ("1", "0"):
         for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
@@ -178,7 +180,7 @@ def test_mistakes_in_the_data_end_a_sweep_before_it_starts(clrun, stub_run, fold
 def test_data_are_looked_at_once_for_runs_that_share_them(clrun, stub_run, folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules["clrun.run"], "preflight", lambda config: seen.append(config["scenario"]["n_tasks"])
+        sys.modules["clrun.running.run"], "preflight", lambda config: seen.append(config["scenario"]["n_tasks"])
     )
     assert clrun(*stub_run, "-m", "scenario.n_tasks=3,4", "seed=range(5)").code == 0
     assert seen == [3, 4]
@@ -216,7 +218,7 @@ def test_tables_are_rebuilt_whatever_happens(clrun, stub_run, folder, monkeypatc
     def interrupted(config, out, *, job):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["clrun.run"], "run_config", interrupted)
+    monkeypatch.setattr(sys.modules["clrun.running.run"], "run_config", interrupted)
     done = clrun(*stub_run, "-m", "seed=1,2", "hydra.sweep.dir=c")
     assert (done.code, "THE TABLE" in done.out) == (130, True)
     assert seen == [Path("a"), Path("b"), Path("c")]

@@ -13,11 +13,11 @@ from helpers import CONF, METHODS, assert_same, born, context, cpu, factory, ima
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from clrun.checkpoint import Life
 from clrun.data.stream import Stream, Task
-from clrun.evaluation import Evaluation
-from clrun.method import Method
-from clrun.training import fit
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.running.checkpoint import Life
+from clrun.running.evaluation import Evaluation
 
 SETTINGS = ("cil", "til", "dil")
 # Options under which a learner must be finetuning, bit for bit.

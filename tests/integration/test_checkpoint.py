@@ -15,13 +15,13 @@ import torch
 import yaml
 from running import quiet, run, run_interrupted
 
-from clrun import checkpoint
-from clrun.build import build, make
 from clrun.data.split import Batch
-from clrun.errors import ConfigError
-from clrun.hardware import Hardware
+from clrun.learning.context import Context
 from clrun.methods.finetune import Finetune
-from clrun.training import Context
+from clrun.running import checkpoint
+from clrun.running.build import build, make
+from clrun.system.errors import ConfigError
+from clrun.system.hardware import Hardware
 
 OPTIONS = ("method=ewc", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=2", "job.keep_checkpoint=true")
 

@@ -14,13 +14,14 @@ import torch
 from helpers import CONF
 from running import configuration
 
-from clrun.build import make
-from clrun.config import JobInfo, check
+from clrun.config.check import check
+from clrun.config.job import JobInfo
 from clrun.data.sources.assemble import Domains, assemble
 from clrun.data.sources.sequences import sequence
 from clrun.data.split import Plain
 from clrun.data.stream import Dataset, Stream
-from clrun.run import run_config
+from clrun.running.build import make
+from clrun.running.run import run_config
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 EMBEDDED = ("digits", "glyphs", "synthetic")  # run as they are

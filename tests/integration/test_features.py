@@ -12,11 +12,11 @@ from running import run
 
 from clrun.blocks.logme import logme
 from clrun.blocks.statistics import ClassStats
-from clrun.build import build_images, make
 from clrun.cli import main
 from clrun.data.features import frozen_features
-from clrun.hardware import Hardware
-from clrun.seeding import seed_all
+from clrun.running.build import build_images, make
+from clrun.system.hardware import Hardware
+from clrun.system.seeding import seed_all
 
 QUIET = ("job.progress=false", "job.picture=false", "hardware.threads=1")
 METHODS = ("simplecil", "lda", "ncm")
@@ -162,7 +162,7 @@ def test_a_dry_run_computes_no_features(command, tmp_path: Path) -> None:
 
 
 def test_backbones_are_reused_by_frozen_learners_alone(tmp_path: Path) -> None:
-    from clrun import frozen
+    from clrun.running import feature_records as frozen
 
     made = []
 
@@ -183,6 +183,6 @@ def test_a_short_run_waits_for_the_disk_once(tmp_path: Path, monkeypatch: pytest
     run(tmp_path / "first", "method=simplecil", "backbone=mlp")  # computes the features
     waits = []
     wait = os.fsync
-    monkeypatch.setattr("clrun.files.os.fsync", lambda file: waits.append(file) or wait(file))
+    monkeypatch.setattr("clrun.system.files.os.fsync", lambda file: waits.append(file) or wait(file))
     run(tmp_path / "second", "method=simplecil", "backbone=mlp")
     assert len(waits) == 1, "how the run ended"

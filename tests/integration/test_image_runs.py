@@ -10,11 +10,11 @@ import pytest
 from pictures import write
 from running import cells, quiet, run
 
-from clrun import checkpoint
 from clrun.cli import _warning
-from clrun.compose import slug
-from clrun.config import config_hash
-from clrun.errors import ConfigError, DataWarning
+from clrun.config.compose import slug
+from clrun.results.identity import config_hash
+from clrun.running import checkpoint
+from clrun.system.errors import ConfigError, DataWarning
 
 FILES = ("dataset=folder", "dataset.images.size=8", "scenario.n_tasks=2", "backbone=mlp", "budget.epochs=1")
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from running import run, run_interrupted
 
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 SMALL = ("method=finetune", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
 

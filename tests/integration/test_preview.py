@@ -8,10 +8,10 @@ import pytest
 import torch
 from running import run
 
-from clrun import preview
 from clrun.data.sources.embedded import digits
-from clrun.errors import ConfigError
 from clrun.reporting.samples import BETWEEN, GAP, HEADER, LABEL, LINE, MARGIN, TILE, Band, draw_samples
+from clrun.running import preview
+from clrun.system.errors import ConfigError
 
 DIGITS = digits(val_fraction=0.0, seed=0, augment=[])
 
@@ -81,7 +81,7 @@ def test_many_classes_are_sampled_evenly() -> None:
 def test_rows_that_are_no_images_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from clrun.data.split import Plain
 
-    monkeypatch.setattr("clrun.build.fit_transform", lambda dataset, backbone: (Plain(), ""))
+    monkeypatch.setattr("clrun.running.build.fit_transform", lambda dataset, backbone: (Plain(), ""))
     with pytest.raises(ConfigError, match="^job=preview: the rows of er-digits are no images"):
         run(tmp_path / "run", "job=preview")
     assert not (tmp_path / "run").exists()

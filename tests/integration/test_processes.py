@@ -12,9 +12,9 @@ import torch
 from running import cells, quiet, run
 from safetensors.torch import load_file
 
-from clrun.build import make
-from clrun.errors import ConfigError, NumericalError
-from clrun.hardware import Hardware, launch
+from clrun.running.build import make
+from clrun.system.errors import ConfigError, NumericalError
+from clrun.system.hardware import Hardware, launch
 
 OPTIONS = ("hardware=cpu", "job.max_tasks=2", "budget.epochs=1", "budget.batch_size=50", "job.save_model=true")
 
@@ -59,7 +59,7 @@ def test_resume_with_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     script = f"""
 import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]!r}
 from running import run
-from clrun import checkpoint
+from clrun.running import checkpoint
 if __name__ == "__main__":
     run(__import__("pathlib").Path({str(tmp_path / "out")!r}), *{options!r})
 """
@@ -112,7 +112,7 @@ def test_divergence_in_a_process_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> N
         folder, work, arguments, _, backend = meeting
         worker(0, folder, work, arguments, 1, backend)
 
-    monkeypatch.setattr("clrun.hardware.spawn", spawn_here)
+    monkeypatch.setattr("clrun.system.hardware.spawn", spawn_here)
     with pytest.raises(NumericalError, match="^the loss is nan$"):
         launch(diverged, (), processes=2, device="cpu")
 

@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-import clrun.run
-from clrun import jobs
+import clrun.running.run
 from clrun.cli import main
+from clrun.running import jobs
 
 ROOT = Path(__file__).parents[2]
 README = re.sub(
@@ -140,7 +140,7 @@ def starts(inside, monkeypatch) -> list[Any]:
     starts: list[Any] = []
     monkeypatch.setattr(jobs, "_single", lambda composer, cfg, *, main: starts.append(cfg))
     monkeypatch.setattr(jobs._Recorder, "launch", lambda self, batch, initial_job_idx: starts.extend(batch) or [])
-    monkeypatch.setattr(clrun.run, "preflight", lambda config: None)
+    monkeypatch.setattr(clrun.running.run, "preflight", lambda config: None)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     return starts
 

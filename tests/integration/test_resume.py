@@ -15,9 +15,9 @@ import pytest
 import yaml
 from running import run
 
-from clrun import files
-from clrun.compose import conf_dir
-from clrun.signature import locate
+from clrun.config.groups import conf_dir
+from clrun.config.signature import locate
+from clrun.system import files
 
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
@@ -60,8 +60,8 @@ class Write:
             append(path, text)
             self.moment()
 
-        monkeypatch.setattr("clrun.files.os.replace", replacing)
-        monkeypatch.setattr("clrun.records.append", appending)
+        monkeypatch.setattr("clrun.system.files.os.replace", replacing)
+        monkeypatch.setattr("clrun.results.records.append", appending)
 
     def moment(self) -> None:
         self.count += 1

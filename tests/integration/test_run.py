@@ -14,12 +14,12 @@ import yaml
 from running import cells, run
 from safetensors.torch import load_file
 
-from clrun import files
 from clrun.cli import main
-from clrun.errors import ConfigError
-from clrun.files import locked
-from clrun.metrics import AccuracyMatrix, average_accuracy
-from clrun.records import RunRecord
+from clrun.results.metrics import AccuracyMatrix, average_accuracy
+from clrun.results.records import RunRecord
+from clrun.system import files
+from clrun.system.errors import ConfigError
+from clrun.system.files import locked
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("job.max_tasks=3", "budget.epochs=1")
@@ -171,9 +171,9 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left on device") as error:
         if failing == "replace":
-            patch.setattr("clrun.files.os.replace", full)
+            patch.setattr("clrun.system.files.os.replace", full)
         else:
-            patch.setattr("clrun.records.append", lambda path, text: _written(path, text, full))
+            patch.setattr("clrun.results.records.append", lambda path, text: _written(path, text, full))
         run(out, *options)
     assert len(str(error.value).splitlines()) == 1
     assert json.loads((out / "run.json").read_text())["status"] in ("running", "failed")
@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _written(path: Path, text: str, write) -> None:
-    """Append as `clrun.files.append` does, with its way of reporting."""
+    """Append as `clrun.system.files.append` does, with its way of reporting."""
     with files.writing(path):
         write(path, text)
 
@@ -219,7 +219,7 @@ def test_smoke_never_passes_for_the_whole_run(tmp_path: Path) -> None:
 USER_METHOD = '''
 """Finetuning that forgets even faster."""
 
-from clrun.method import Method
+from clrun.learning.method import Method
 
 
 class Mine(Method):

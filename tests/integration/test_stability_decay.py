@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from running import run
 
-from clrun import tuning
 from clrun.cli import main
-from clrun.loggers import Console
+from clrun.running import tuning
+from clrun.running.loggers import Console
 
 SMALL = ("job.max_tasks=2", "job.max_steps=3", "dataset.val_fraction=0.2", "scenario.setting=til")
 SEARCH = ("job=stability_decay", "job.tuning.lrs=[0.05,0.02]", "job.tuning.first_lrs=[]", *SMALL)

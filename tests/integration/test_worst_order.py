@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from running import quiet, run
 
-from clrun.build import build_images
 from clrun.cli import main
-from clrun.config import JobInfo
-from clrun.edge import task_similarities
-from clrun.errors import ConfigError
+from clrun.config.job import JobInfo
 from clrun.reporting import report
-from clrun.run import run_config
+from clrun.running.build import build_images
+from clrun.running.run import run_config
+from clrun.running.similarity import task_similarities
+from clrun.system.errors import ConfigError
 
 CANONICAL = "clrun.data.orders.canonical"
 SMALL = ("backbone=cnn", "hardware.threads=1", "job.max_steps=2", "job.picture=false", "budget.epochs=1")
@@ -28,8 +28,8 @@ def search(out: Path, *overrides: str, stop: int | None = None) -> dict:
     if stop is None:
         value = run_config(config, out, job=job)
     else:
-        from clrun import run as running
-        from clrun.worst_order import search_worst_order
+        from clrun.running import run as running
+        from clrun.running.worst_order import search_worst_order
 
         def limited(config, folder, job, counts=[0]):  # noqa: B006 - the count lives as long as the search
             counts[0] += 1
@@ -119,7 +119,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
 
 
 def test_a_run_that_fails_is_left_out_unless_it_is_the_first(tmp_path, monkeypatch, capfd):
-    from clrun import run as running
+    from clrun.running import run as running
 
     done, whole = [], running._run
 

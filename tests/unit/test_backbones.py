@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from helpers import CONF, configured
 from torch import nn
 
-from clrun.accounting import token_count
 from clrun.backbones import hub
 from clrun.backbones.pretrained import preflight, read_weights, timm_backbone
 from clrun.backbones.small import BatchNormRows, alexnet, cnn, lenet, mlp, resnet18, resnet32
-from clrun.blocks.heads import GrowingHead
 from clrun.data.sources.embedded import digits
 from clrun.data.transforms import fit_transform
-from clrun.errors import ConfigError
+from clrun.learning.heads import GrowingHead
+from clrun.running.accounting import token_count
+from clrun.system.errors import ConfigError
 
 SMALL: dict[str, Callable[[tuple[int, int, int]], nn.Module]] = {
     "mlp": lambda shape: mlp(shape, hidden=[30, 20]),
@@ -402,7 +402,7 @@ def test_preflight_finds_what_building_would(timm: ModuleType, tmp_path: Path) -
     ):
         with pytest.raises(ConfigError, match=said):
             preflight(**options)
-    assert timm_backbone.preflight is preflight  # where `clrun.run` looks for it
+    assert timm_backbone.preflight is preflight  # where `clrun.running.run` looks for it
 
 
 def test_the_middle_that_a_model_sees(timm: ModuleType) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clrun.blocks.curvature import Diagonal, QuadraticPenalty, diagonal_fisher, gradients, normalised
 from clrun.data.stream import Stream
-from clrun.method import Method
+from clrun.learning.method import Method
 
 PER_SAMPLE = ("exact", "sampled", "true", "predicted")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clrun.blocks.heads import CosineHead, GrowingHead, PrototypeHead, TaskHead
+from clrun.learning.heads import CosineHead, GrowingHead, PrototypeHead, TaskHead
 
 
 @pytest.mark.parametrize("head", [GrowingHead(4, 6), CosineHead(4, 6, scale=3.0)])

@@ -25,7 +25,7 @@ from clrun.blocks.inject import (
     require_vit,
     scale_shift_sites,
 )
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 # Every kind of vision transformer that timm builds from plain blocks.
 KINDS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from helpers import Identity, Net, context, row_stream
 from torch import Tensor, nn
 
-from clrun.blocks.losses import masked_cross_entropy
 from clrun.blocks.low_rank import (
     Factor,
     LowRank,
@@ -24,7 +23,8 @@ from clrun.blocks.low_rank import (
     select_ranks,
     stored_bytes,
 )
-from clrun.method import Method, freeze
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.method import Method, freeze
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clrun.backbones.small import cnn, mlp, resnet18
 from clrun.blocks.gates import UnitGates, gated_layers, spread
 from clrun.blocks.masks import Guard, OwnershipMask, Snapshot, SparseDelta, largest
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),

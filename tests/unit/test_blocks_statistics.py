@@ -8,7 +8,7 @@ from helpers import Net, image_stream
 from torch import Tensor
 
 from clrun.blocks.statistics import ClassStats, ExactSum, extract, lda, oas, solve_positive, together
-from clrun.method import Method
+from clrun.learning.method import Method
 
 TOY = torch.tensor([[1.0, 0], [1, 1], [0, 2], [2, 1]]), torch.tensor([0, 0, 1, 1])
 MOMENTS = ("none", "pooled", "class", "diagonal")

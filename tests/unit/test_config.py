@@ -8,10 +8,11 @@ from typing import Any, Literal
 import pytest
 from torch import Tensor
 
-from clrun.compose import slug
-from clrun.config import OUTSIDE_HASH, check, config_hash, differing_keys, flatten
-from clrun.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
-from clrun.signature import locate, mismatch, parameters
+from clrun.config.check import check
+from clrun.config.compose import slug
+from clrun.config.signature import locate, mismatch, parameters
+from clrun.results.identity import OUTSIDE_HASH, config_hash, differing_keys, flatten
+from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
 
 NODE = {"_target_": "builtins.dict"}
 
@@ -157,7 +158,7 @@ def test_a_good_configuration_passes():
         ({"method.backbone": 1, "method.x": 1}, "method.x: unknown option of method=learner"),
         ({"method": None}, "method: expected a node with a _target_, got None; choose one (clrun list method)"),
         ({"method": [1]}, "method: expected a node with a _target_, got [1]; choose one (clrun list method)"),
-        ({"method._target_": "clrun.config.Jobb"}, "method._target_: cannot import 'clrun.config.Jobb': "),
+        ({"method._target_": "clrun.config.check.Jobb"}, "method._target_: cannot import 'clrun.config.check.Jobb': "),
         (
             {"method._target_": "no_such_package.Mine"},
             "method._target_: cannot import 'no_such_package.Mine': No module",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clrun.blocks.curvature import Composite, Curvature, Diagonal, KroneckerFactored, Tape, estimate, kfac, layers_of
 from clrun.blocks.curvature.layers import inner_sum, inputs
 from clrun.data.stream import Stream
-from clrun.method import Method
+from clrun.learning.method import Method
 
 
 class Wrapped(nn.Module):

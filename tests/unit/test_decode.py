@@ -10,7 +10,7 @@ from pictures import decoding, encoded, noise
 from PIL import Image
 
 from clrun.data.decode import FileList, decode
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 
 def read(image: Image.Image | bytes, channels: int = 3, kind: str = "PNG", **changes: Any) -> np.ndarray:

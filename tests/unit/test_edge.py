@@ -9,7 +9,8 @@ import pytest
 from helpers import image_stream
 from torch import nn
 
-from clrun.edge import edge, task_similarities
+from clrun.data.edge import edge
+from clrun.running.similarity import task_similarities
 
 
 def similarities(n_tasks, seed):

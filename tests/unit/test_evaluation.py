@@ -8,8 +8,8 @@ from helpers import Identity, cpu, row_stream
 from torch import Tensor
 
 from clrun.data.stream import Stream
-from clrun.evaluation import Evaluation
-from clrun.method import Method
+from clrun.learning.method import Method
+from clrun.running.evaluation import Evaluation
 
 
 class Given(Method):

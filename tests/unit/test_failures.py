@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from clrun.errors import ConfigError, NumericalError
-from clrun.failures import told
+from clrun.system.errors import ConfigError, NumericalError
+from clrun.system.failures import told
 
 
 def test_mistakes_have_a_line_each_and_divergence_has_one():

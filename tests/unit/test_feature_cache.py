@@ -15,15 +15,15 @@ import pytest
 import torch
 from helpers import Net, configured, cpu, image_stream
 
-from clrun.accounting import PeakMemory
 from clrun.data import feature_cache
 from clrun.data.feature_cache import ABANDONED, MAPPED, FeatureCache, Features, Floats, default_folder, listing
 from clrun.data.features import FeatureSplit, frozen_features, module_digest
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Stream
 from clrun.data.transforms import fit_transform
-from clrun.errors import ConfigError
-from clrun.seeding import seed_all
+from clrun.running.accounting import PeakMemory
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 ROWS = np.arange(12, dtype=np.float32).reshape(6, 2)
 

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from clrun import files
-from clrun.errors import ConfigError
-from clrun.files import append, cell, csv_text, exclusive, holder, json_text, locked, replacing
+from clrun.system import files
+from clrun.system.errors import ConfigError
+from clrun.system.files import append, cell, csv_text, exclusive, holder, json_text, locked, replacing
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from clrun.files import locked
+from clrun.system.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

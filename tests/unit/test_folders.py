@@ -16,9 +16,9 @@ from clrun.data.sources.folders import folder, folder_domains
 from clrun.data.sources.listing import in_test
 from clrun.data.split import Batch
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, noting
 
-pytestmark = pytest.mark.filterwarnings("error::clrun.errors.DataWarning")  # none but those that a test notes
+pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")  # none but those that a test notes
 
 
 def load(root: Path, **changes: Any) -> Dataset:

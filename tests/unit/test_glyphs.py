@@ -14,8 +14,8 @@ from clrun.backbones.glyph import FOLDER, MEAN, SIZE, STD, glyph_clip, glyph_vit
 from clrun.data.sources.embedded import digits
 from clrun.data.sources.glyphs import FILE, glyphs
 from clrun.data.transforms import ImageTransform, fit_transform
-from clrun.errors import ConfigError
-from clrun.seeding import seed_all
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 MEGABYTE = 1_000_000
 PLAIN = {"val_fraction": 0.0, "seed": 0, "augment": []}

@@ -10,10 +10,10 @@ from PIL import Image
 from clrun.data.sources.hub import hf
 from clrun.data.split import Batch
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, noting
 
 datasets = pytest.importorskip("datasets")
-pytestmark = pytest.mark.filterwarnings("error::clrun.errors.DataWarning")
+pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from clrun.data import image_cache as module
 from clrun.data.decode import FileList, decode
 from clrun.data.image_cache import ImageCache
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 ROWS, SIDE = 23, 6
 ALL = np.arange(ROWS)

@@ -22,8 +22,8 @@ from clrun.data.shifts import Rotation
 from clrun.data.split import Batch, Split, TensorSplit, concatenate
 from clrun.data.stream import Stream, Task
 from clrun.data.transforms import ImageTransform
-from clrun.errors import ConfigError
-from clrun.evaluation import Evaluation
+from clrun.running.evaluation import Evaluation
+from clrun.system.errors import ConfigError
 
 ROWS, SIDE = 23, 6
 

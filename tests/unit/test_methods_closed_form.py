@@ -11,10 +11,10 @@ from torch import Tensor
 
 from clrun.blocks.statistics import cholesky
 from clrun.data.stream import Stream
-from clrun.errors import ConfigError
-from clrun.method import Method
+from clrun.learning.method import Method
 from clrun.methods.fecam import correlation, shrunk
 from clrun.methods.ranpac import uniform
+from clrun.system.errors import ConfigError
 
 # Every kind of statistics and of solution.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -176,7 +176,7 @@ def test_the_authors_rule_is_the_same_in_both_forms() -> None:
         strength = method._by_author(stream.tasks[0], ctx)
         lifted = method.lift(stream.tasks[0].train.images).double()
         targets = torch.nn.functional.one_hot(stream.tasks[0].train.y, 6).double()
-        from clrun.seeding import generator
+        from clrun.system.seeding import generator
 
         order = torch.randperm(len(lifted), generator=generator(0, "task", 0, "ridge"))
         apart, rest = order[: int(0.2 * len(order))], order[int(0.2 * len(order)) :]

@@ -9,17 +9,17 @@ import torch
 from helpers import Net, born, context, cpu, factory, image_stream, live, row_stream, sgd, tiny_vit, trace
 from torch import Tensor, nn
 
-from clrun import checkpoint
-from clrun.accounting import state_bytes
 from clrun.backbones.small import cnn
 from clrun.blocks.distillation import distillation_loss
 from clrun.blocks.lateral import Lateral, block_paths, block_widths
 from clrun.blocks.params import flatten, select
-from clrun.checkpoint import Life
-from clrun.errors import ConfigError
 from clrun.methods.blip import BitGrid
 from clrun.methods.finetune import Finetune
-from clrun.seeding import seed_all
+from clrun.running import checkpoint
+from clrun.running.accounting import state_bytes
+from clrun.running.checkpoint import Life
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 
 def copy_of(module: nn.Module) -> dict[str, Tensor]:

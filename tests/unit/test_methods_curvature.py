@@ -8,12 +8,12 @@ import torch
 from helpers import born, context, factory, image_stream, live, sgd, tiny_vit
 from torch import Tensor, nn
 
-from clrun.accounting import state_bytes
 from clrun.blocks.curvature import Dense, Diagonal, KroneckerFactored, QuadraticPenalty, isotropic
 from clrun.blocks.params import flatten, shapes_of, unflatten
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.training import Budget
+from clrun.learning.budget import Budget
+from clrun.learning.method import Method
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
 
 PENALTIES = ("l2", "ewc", "kfac_ewc")
 STRONG: dict[str, dict[str, Any]] = {

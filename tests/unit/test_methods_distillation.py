@@ -8,7 +8,6 @@ import torch
 from helpers import Net, born, context, factory, image_stream, live, sgd, tiny_vit, trace
 from torch import Tensor
 
-from clrun.accounting import state_bytes
 from clrun.blocks.distillation import (
     Teacher,
     attention_scores,
@@ -21,10 +20,11 @@ from clrun.blocks.distillation import (
 from clrun.blocks.params import flatten, select
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.seeding import seed_all
-from clrun.training import Budget
+from clrun.learning.budget import Budget
+from clrun.learning.method import Method
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 POOLS = ("height", "width", "spatial", "gap", "pixel")
 MEMBERS = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0]]).bool()

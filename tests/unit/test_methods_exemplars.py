@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from helpers import Identity, born, context, factory, image_stream, live, row_stream, sgd, trace
 from torch import Tensor
 
-from clrun.accounting import state_bytes
 from clrun.blocks.buffers import Exemplars, herd
-from clrun.blocks.losses import masked_binary_cross_entropy, masked_cross_entropy, task_mean_cross_entropy
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.seeding import seed_all
+from clrun.learning.losses import masked_binary_cross_entropy, masked_cross_entropy, task_mean_cross_entropy
+from clrun.learning.method import Method
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 
 def unit(seed: int, n: int = 40, d: int = 6) -> Tensor:

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from helpers import Identity, born, context, factory, image_stream, live, row_stream, sgd
 from torch import Tensor
 
-from clrun.accounting import state_bytes
 from clrun.blocks.params import flatten, gradients, select
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
-from clrun.errors import ConfigError
-from clrun.method import Method
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.method import Method
 from clrun.methods.mer import _Sequences
-from clrun.seeding import seed_all
-from clrun.training import Budget, Context
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 
 def plain(

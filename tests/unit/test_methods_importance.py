@@ -8,13 +8,13 @@ import torch
 from helpers import Identity, born, context, factory, image_stream, live, row_stream, sgd, tiny_vit, trace
 from torch import Tensor, nn
 
-from clrun.accounting import state_bytes
 from clrun.blocks.curvature import Diagonal, QuadraticPenalty
 from clrun.blocks.params import clone, flatten, gradients, select, shapes_of
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
-from clrun.method import Method
-from clrun.seeding import seed_all
+from clrun.learning.method import Method
+from clrun.running.accounting import state_bytes
+from clrun.system.seeding import seed_all
 
 
 class Affine(nn.Module):
@@ -343,7 +343,7 @@ def test_backbones_without_parameters_are_fine() -> None:
 
 def test_si_with_adam_learns() -> None:
     method, stream = born(factory("si", strength=100.0), image_stream("til", augment=()))
-    from clrun.training import Budget
+    from clrun.learning.budget import Budget
 
     live(method, stream, budget=Budget(partial(torch.optim.Adam, lr=1e-2), epochs=5, batch_size=16))
     assert method.penalty.importance.isfinite().all()

@@ -9,12 +9,12 @@ from helpers import Net, born, context, factory, image_stream, live, sgd, trace
 from running import configuration, run
 from torch import nn
 
-from clrun import checkpoint
-from clrun.accounting import state_bytes
 from clrun.blocks.low_rank import layers_of, low_rank_layers, stored_bytes
 from clrun.data.stream import Stream
-from clrun.errors import ConfigError
-from clrun.method import Method
+from clrun.learning.method import Method
+from clrun.running import checkpoint
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
 
 PER_TASK = [
     ("halrp", {}),
@@ -340,7 +340,7 @@ def test_a_frozen_backbone_is_stored_by_reference_and_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("clrun.checkpoint.save", saving)
+        patch.setattr("clrun.running.checkpoint.save", saving)
         run(tmp_path / "stopped", *options)
     assert run(tmp_path / "stopped", *options) == value
     csv = [(tmp_path / name / "accuracy.csv").read_bytes() for name in ("whole", "stopped")]

@@ -10,15 +10,15 @@ import torch
 from helpers import Net, context, factory, image_stream, live, sgd, tiny_vit, trace
 from torch import Tensor, nn
 
-from clrun.accounting import state_bytes
 from clrun.backbones.small import cnn, resnet18
 from clrun.blocks.params import flatten, select
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError
-from clrun.method import Method
+from clrun.learning.budget import Budget
+from clrun.learning.method import Method
 from clrun.methods.hat import compensation, slope
-from clrun.seeding import seed_all
-from clrun.training import Budget
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "net": Net,

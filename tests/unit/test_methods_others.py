@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import Identity, born, context, factory, image_stream, live, row_stream, sgd, trace
 
-from clrun.accounting import state_bytes
 from clrun.blocks.params import flatten
-from clrun.errors import ConfigError
-from clrun.training import Budget
+from clrun.learning.budget import Budget
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
 
 
 def backbone(method: torch.nn.Module) -> torch.Tensor:

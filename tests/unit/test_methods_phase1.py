@@ -11,16 +11,16 @@ from helpers import Net, context, cpu, factory, image_stream, live, tiny_vit
 from running import run
 from torch import Tensor
 
-from clrun import checkpoint
-from clrun.accounting import parameter_counts
 from clrun.cli import main
 from clrun.data.features import frozen_features
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError
-from clrun.evaluation import Evaluation
-from clrun.method import Method
-from clrun.seeding import seed_all
-from clrun.training import Budget
+from clrun.learning.budget import Budget
+from clrun.learning.method import Method
+from clrun.running import checkpoint
+from clrun.running.accounting import parameter_counts
+from clrun.running.evaluation import Evaluation
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 D, DEPTH, CLASSES = 32, 4, 6
 KINDS = ("adapter", "ssf", "vpt_shallow", "vpt_deep")

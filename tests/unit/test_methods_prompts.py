@@ -13,19 +13,19 @@ from helpers import Net, born, context, cpu, factory, image_stream, live, sgd, t
 from running import run
 from torch import Tensor, nn
 
-from clrun import checkpoint
-from clrun.accounting import parameter_counts
 from clrun.blocks.inject import Plan, folded
 from clrun.blocks.selection import choose, cosines
 from clrun.data.stream import Stream, Task
-from clrun.errors import ConfigError
-from clrun.evaluation import Evaluation
-from clrun.method import Method
+from clrun.learning.budget import Budget
+from clrun.learning.method import Method
 from clrun.methods.coda_prompt import deviation, orthonormal
 from clrun.methods.ease import similarity
 from clrun.reporting.selection import draw_selection
-from clrun.selection import selection_counts
-from clrun.training import Budget
+from clrun.running import checkpoint
+from clrun.running.accounting import parameter_counts
+from clrun.running.evaluation import Evaluation
+from clrun.running.prompt_selection import selection_counts
+from clrun.system.errors import ConfigError
 
 D, N, DEPTH, CLASSES = 32, 17, 4, 6
 HEAD = CLASSES * (D + 1)

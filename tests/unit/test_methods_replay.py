@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from helpers import Identity, born, context, factory, image_stream, live, row_stream, sgd, trace
 from torch import Tensor
 
-from clrun.accounting import state_bytes
 from clrun.blocks.params import dot, gradients, select
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.seeding import seed_all
-from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.running.accounting import state_bytes
+from clrun.system.errors import ConfigError
+from clrun.system.seeding import seed_all
 
 
 def plain(name: str, **options: Any) -> tuple[Method, Stream]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clrun.metrics import (
+from clrun.results.metrics import (
     METRICS,
     AccuracyMatrix,
     average_accuracy,

@@ -10,12 +10,14 @@ from running import run
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Composite, GramLowRank, estimate
+from clrun.blocks.optimizers import Foof, Kfac, MFac, needs_sgd
 from clrun.blocks.params import flatten
 from clrun.data.split import Batch
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.optimizers import Foof, Kfac, MFac, needs_sgd
-from clrun.training import Budget, Context, fit
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.learning.training import fit
+from clrun.system.errors import ConfigError
 
 KFAC: dict[str, Any] = {
     "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "damping": 1e-3, "average": 0.95, "sharing": "expand",

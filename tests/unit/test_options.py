@@ -12,9 +12,10 @@ import pytest
 from omegaconf import OmegaConf
 from running import configuration
 
-from clrun.config import GROUPS, check
-from clrun.errors import ConfigError, Range
-from clrun.signature import locate, parameters
+from clrun.config.check import check
+from clrun.config.groups import GROUPS
+from clrun.config.signature import locate, parameters
+from clrun.system.errors import ConfigError, Range
 
 CONF = Path(__file__).parents[2] / "conf"
 FILES = [file for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from clrun.data import orders
-from clrun.errors import ConfigError
-from clrun.order_search import OrderSearch, adversarial, moves
+from clrun.data.order_search import OrderSearch, adversarial, moves
+from clrun.system.errors import ConfigError
 
 
 def oracle(n_tasks, seed):

@@ -4,7 +4,7 @@ from itertools import permutations
 import pytest
 
 from clrun.data import orders
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 
 @pytest.mark.parametrize("n_tasks", [1, 2, 5, 31])

@@ -10,15 +10,15 @@ import torch
 from running import quiet
 from torch import nn
 
-from clrun.build import build_images, preflight
-from clrun.config import JobInfo
+from clrun.config.job import JobInfo
+from clrun.config.signature import locate
 from clrun.data.sources.assemble import assemble
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError
-from clrun.method import Method
-from clrun.run import run_config
-from clrun.signature import locate
+from clrun.learning.method import Method
+from clrun.running.build import build_images, preflight
+from clrun.running.run import run_config
+from clrun.system.errors import ConfigError
 
 IMAGES, LABELS = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 10
 
@@ -115,7 +115,7 @@ def config(monkeypatch):
         setattr(module, getattr(part, "__name__", "part"), part)  # where pickle looks for it
         monkeypatch.setitem(sys.modules, "own", module)
         # The real one keeps what it has found once.
-        monkeypatch.setattr("clrun.build.locate", lambda name: part if name == "own.part" else locate(name))
+        monkeypatch.setattr("clrun.running.build.locate", lambda name: part if name == "own.part" else locate(name))
         plain, _ = quiet("job=smoke")
         called = group in ("scenario", "task_order", "backbone", "method")
         partial = {"_partial_": True} if called else {}
@@ -163,15 +163,15 @@ def test_order_that_is_none(part, config):
 def test_method_that_is_none(config):
     with pytest.raises(ConfigError) as error:
         build_images(config("method", Net), None)
-    assert_line(error, "method: own.part is no subclass of clrun.method.Method")
+    assert_line(error, "method: own.part is no subclass of clrun.learning.method.Method")
 
 
 KINDS = {
     "scenario": "clrun.data.stream.Stream",
-    "budget": "clrun.training.Budget",
-    "hardware": "clrun.hardware.Hardware",
-    "logger": "clrun.loggers.Logger",
-    "job": "clrun.config.Job",
+    "budget": "clrun.learning.budget.Budget",
+    "hardware": "clrun.system.hardware.Hardware",
+    "logger": "clrun.running.loggers.Logger",
+    "job": "clrun.config.job.Job",
 }
 
 

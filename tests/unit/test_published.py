@@ -15,7 +15,7 @@ from clrun.data.decode import Decoding
 from clrun.data.sources import large, listed, prepared
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, noting
 
 Write = Callable[[Path], None]
 

@@ -29,7 +29,7 @@ def entry_of_today(script: ModuleType, name: str) -> dict:
 def test_a_table_is_stale_when_code_configuration_or_command_has_changed(script: ModuleType) -> None:
     entry = entry_of_today(script, "logme")
     assert script.changes("logme", entry) == ([], [])
-    for part in ("clrun.methods.simplecil", "conf/method/simplecil.yaml", "clrun.engine"):
+    for part in ("clrun.methods.simplecil", "conf/method/simplecil.yaml", "clrun.running.engine"):
         other = copy.deepcopy(entry)
         assert part in other["parts"]
         other["parts"][part] = "another"

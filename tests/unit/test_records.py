@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from clrun.errors import ConfigError
-from clrun.records import COLUMNS, RunFolder, RunRecord
+from clrun.results.records import COLUMNS, RunFolder, RunRecord
+from clrun.system.errors import ConfigError
 
 
 def row(position, task, task_position, setting="cil", **changes):
@@ -209,7 +209,8 @@ def test_reading_imports_nothing(folder):
     folder.write_run(RUN)
     folder.append_rows(ROWS)
     code = (
-        "import sys, pathlib; from clrun.records import RunRecord; from clrun import reporting, robustness, metrics\n"
+        "import sys, pathlib; from clrun.results.records import RunRecord; from clrun import reporting\n"
+        "from clrun.results import metrics, robustness\n"
         "RunRecord.load(pathlib.Path(sys.argv[1]))\n"
         "reporting.refresh(pathlib.Path(sys.argv[1]).parent)\n"
         "print(sorted({'torch', 'timm', 'torchvision', 'pickle5', 'hydra', 'pandas', 'sklearn'} & set(sys.modules)))"

@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clrun.errors import ConfigError
-from clrun.files import plain
-from clrun.metrics import AccuracyMatrix, summary
-from clrun.records import RunFolder
 from clrun.reporting import refresh, report
 from clrun.reporting.figures import draw_accuracy_matrix
 from clrun.reporting.tables import Line, Standing, comparison_table, final_table, matrix_header, matrix_row
+from clrun.results.metrics import AccuracyMatrix, summary
+from clrun.results.records import RunFolder
+from clrun.system.errors import ConfigError
+from clrun.system.files import plain
 
 ORDERS = [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)]
 FINALS = [(70, 80, 60, 90), (63, 66, 88, 84), (91, 54, 78, 75)]  # by position

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clrun import robustness
+from clrun.results import robustness
 
 ORDERS = [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)]
 BY_POSITION = np.array([[70, 80, 60, 90], [63, 66, 88, 84], [91, 54, 78, 75]]) / 100

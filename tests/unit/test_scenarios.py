@@ -14,7 +14,7 @@ from clrun.data.sources.synthetic import synthetic
 from clrun.data.split import Batch, Plain, TensorSplit
 from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import ImageTransform
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 DIGITS = digits(val_fraction=0.1, seed=0, augment=[])
 SPLIT = dict(n_tasks=5, first=None, sizes=None, class_seed=None, class_order=None, setting="cil")

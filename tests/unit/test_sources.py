@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from clrun import libraries
 from clrun.data.sources import torchvision as tv
 from clrun.data.sources.assemble import cut_validation
 from clrun.data.sources.embedded import DIGIT_GROUPS, digits
 from clrun.data.sources.pickles import read_arrays
 from clrun.data.sources.synthetic import prototypes, synthetic
 from clrun.data.split import Batch
-from clrun.errors import ConfigError, noting
+from clrun.system import libraries
+from clrun.system.errors import ConfigError, noting
 
 COMMON = dict(val_fraction=0.0, seed=0, augment=[])
 SYNTHETIC = dict(
@@ -220,7 +220,8 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 IDX = [(tv.mnist, "MNIST"), (tv.fashion_mnist, "FashionMNIST"), (tv.kmnist, "KMNIST")]
-small = pytest.mark.filterwarnings("ignore::clrun.errors.DataWarning")  # small copies have not the published size
+# Small copies do not have the published size.
+small = pytest.mark.filterwarnings("ignore::clrun.system.errors.DataWarning")
 
 
 @small

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from clrun.training import Budget, cosine
+from clrun.learning.budget import Budget, cosine
 
 
 def rates(warmup: float, steps: int) -> list[float]:

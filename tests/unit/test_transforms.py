@@ -16,7 +16,7 @@ from clrun.data.augment import Crop, Flip, Jitter, RandomResizedCrop, parse_augm
 from clrun.data.split import Plain, TensorSplit
 from clrun.data.stream import Dataset
 from clrun.data.transforms import ImageTransform, fit_transform
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -10,18 +10,18 @@ from helpers import METHODS, Net, Recorder, assert_same, born, configured, cpu, 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from clrun.checkpoint import Life
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
 from clrun.data.transforms import fit_transform
-from clrun.engine import Engine
-from clrun.errors import ConfigError, NumericalError
-from clrun.evaluation import Evaluation
-from clrun.knobs import Knob, decays, read, write
-from clrun.method import Method
-from clrun.seeding import seed_all
-from clrun.training import Context
-from clrun.tuning import StabilityDecay, _Trials
+from clrun.learning.context import Context
+from clrun.learning.knobs import Knob, decays, read, write
+from clrun.learning.method import Method
+from clrun.running.checkpoint import Life
+from clrun.running.engine import Engine
+from clrun.running.evaluation import Evaluation
+from clrun.running.tuning import StabilityDecay, _Trials
+from clrun.system.errors import ConfigError, NumericalError
+from clrun.system.seeding import seed_all
 
 KNOWN = {name: factory(name).func.knobs for name in METHODS}  # type: ignore[attr-defined]
 KNOBBED = [name for name, knobs in KNOWN.items() if knobs]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,21 +13,19 @@ from clrun.blocks.curvature.kfac import kronecker
 from clrun.blocks.curvature.layers import Groups, Sharing, layers_of
 from clrun.blocks.curvature.target import Labels, Target
 from clrun.data.split import Split
-from clrun.errors import ConfigError
-
-if TYPE_CHECKING:
-    from clrun.data.stream import Task
-    from clrun.method import Method
-    from clrun.training import Context
+from clrun.data.stream import Task
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.system.errors import ConfigError
 
 Kind = Literal["diag", "kfac_expand", "kfac_reduce", "gram", "abs_output"]
 
 
 def estimate(
     kind: Kind,
-    method: "Method",
+    method: Method,
     split: Split,
-    ctx: "Context",
+    ctx: Context,
     *,
     of: nn.Module,
     labels: Labels,
@@ -121,7 +119,7 @@ class KroneckerFisher:
                 known = ", ".join(layers_of(backbone, groups="average"))
                 raise ConfigError(f"method.modules: no layer fits '{pattern}' (layers: {known})")
 
-    def __call__(self, method: "Method", task: "Task", ctx: "Context") -> Curvature:
+    def __call__(self, method: Method, task: Task, ctx: Context) -> Curvature:
         """Return that of the backbone of `method` on `task`."""
         return estimate(
             "kfac_expand" if self.sharing == "expand" else "kfac_reduce",
@@ -149,9 +147,9 @@ def require_exact(labels: Labels, top_k: int | None) -> None:
 
 
 def diagonal_fisher(
-    method: "Method",
+    method: Method,
     split: Split,
-    ctx: "Context",
+    ctx: Context,
     *,
     of: nn.Module,
     labels: Labels,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from clrun.blocks.heads import GrowingHead
+from clrun.learning.heads import GrowingHead
 
 Sharing = Literal["expand", "reduce"]
 Groups = Literal["skip", "average"]

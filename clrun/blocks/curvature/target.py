@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,8 @@ from torch.func import functional_call
 
 from clrun.blocks.params import Params, eval_mode, select
 from clrun.data.split import Batch, Split
-
-if TYPE_CHECKING:
-    from clrun.method import Method
-    from clrun.training import Context
+from clrun.learning.context import Context
+from clrun.learning.method import Method
 
 Labels = Literal["exact", "sampled", "true", True, "predicted", "batched"]  # YAML reads the bare word as a boolean
 Columns = Labels | Literal["output"]  # "output": the gradient 2 z of |z|^2, for importances without labels
@@ -51,9 +49,9 @@ class Target:
     @classmethod
     def of(
         cls,
-        method: "Method",
+        method: Method,
         split: Split,
-        ctx: "Context",
+        ctx: Context,
         of: nn.Module,
         *,
         columns: Columns,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
-from clrun.errors import ConfigError
-from clrun.files import exclusive, writing
+from clrun.system.errors import ConfigError
+from clrun.system.files import exclusive, writing
 
 # What the libraries raise on damaged or encrypted archives.
 BROKEN: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error)

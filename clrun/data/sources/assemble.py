@@ -11,8 +11,8 @@ from torch import Tensor
 from clrun.data.augment import parse_augmentations
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, warn
-from clrun.seeding import derive
+from clrun.system.errors import ConfigError, warn
+from clrun.system.seeding import derive
 
 Rows = tuple[Tensor, Tensor]  # images [N, C, H, W] uint8, labels [N] long
 Groups = Mapping[str, tuple[tuple[int, ...], ...]]

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clrun import libraries
 from clrun.data.decode import Decoding
 from clrun.data.images import ImageSplit, in_memory
 from clrun.data.sources.assemble import Domains, Groups, Published, check_counts
 from clrun.data.sources.folders import from_files
 from clrun.data.sources.listing import Listing, entries, some
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError
+from clrun.system import libraries
+from clrun.system.errors import ConfigError
 
 UNREADABLE = (ConfigError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, csv.Error)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

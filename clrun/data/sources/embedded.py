@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from clrun import libraries
 from clrun.data.sources.assemble import Groups, Rows, assemble
 from clrun.data.stream import Dataset
-from clrun.errors import Fraction
+from clrun.system import libraries
+from clrun.system.errors import Fraction
 
 DIGIT_GROUPS: Groups = {
     "parity": ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9)),

@@ -27,7 +27,7 @@ from clrun.data.sources.listing import (
     some,
 )
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, Fraction, warn
+from clrun.system.errors import ConfigError, Fraction, warn
 
 LAYOUT = "expected train/ and test/ with a folder for each class, or folders of classes alone"
 

@@ -10,7 +10,7 @@ import torch
 
 from clrun.data.sources.assemble import Groups, Rows, assemble
 from clrun.data.stream import Dataset
-from clrun.errors import Fraction
+from clrun.system.errors import Fraction
 
 FILE = Path(__file__).parents[1] / "assets" / "glyphs.npz"
 

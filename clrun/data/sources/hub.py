@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from clrun import libraries
 from clrun.data.decode import Decoding
 from clrun.data.images import FileImages, ImageSplit, unreadable
 from clrun.data.sources.assemble import assemble
 from clrun.data.sources.folders import check_classes
 from clrun.data.sources.listing import in_test, printable, some
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, Fraction, did_you_mean, warn
+from clrun.system import libraries
+from clrun.system.errors import ConfigError, Fraction, did_you_mean, warn
 
 OLDEST = 4  # from this version on the library refuses data sets that bring a program
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves

@@ -10,7 +10,7 @@ from clrun.data.sources.assemble import Published
 from clrun.data.sources.benchmark import Benchmark, Content, grouped, labelled, lines, load, torchvision
 from clrun.data.sources.listing import class_folders, list_classes
 from clrun.data.stream import Dataset
-from clrun.errors import Fraction
+from clrun.system.errors import Fraction
 
 RANKS_2021 = {"kingdom": 1, "class": 3}  # position in the folder names of iNaturalist 2021
 

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from clrun import libraries
 from clrun.data.decode import Decoding
 from clrun.data.sources.assemble import Published
 from clrun.data.sources.benchmark import Benchmark, Content, grouped, labelled, lines, load, matlab, torchvision
 from clrun.data.sources.listing import class_folders, in_test, list_classes
 from clrun.data.stream import Dataset
-from clrun.errors import Fraction, Range
+from clrun.system import libraries
+from clrun.system.errors import Fraction, Range
 
 DRAWINGS = 20  # of each character of Omniglot
 

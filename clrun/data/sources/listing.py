@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clrun.data.decode import SUFFIXES
-from clrun.errors import ConfigError
+from clrun.system.errors import ConfigError
 
 SHOWN = 3  # names of files in a message
 

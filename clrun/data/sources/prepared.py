@@ -10,7 +10,7 @@ from clrun.data.sources.benchmark import Benchmark, Content, labelled, lines, lo
 from clrun.data.sources.folders import joined, numbered
 from clrun.data.sources.listing import class_folders, in_test, list_classes
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, Fraction, did_you_mean
+from clrun.system.errors import ConfigError, Fraction, did_you_mean
 
 CORE50_TRAIN = (1, 2, 4, 5, 6, 8, 9, 11)  # sessions; the others are the test images of every protocol
 CORE50_TEST = (3, 7, 10)

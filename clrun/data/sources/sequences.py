@@ -19,7 +19,7 @@ from clrun.data.sources.prepared import notmnist
 from clrun.data.sources.torchvision import cifar10, fashion_mnist, mnist, svhn
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, Fraction, Range
+from clrun.system.errors import ConfigError, Fraction, Range
 
 CHARACTERS = 1200  # of Omniglot in the stream of rotations: 100 tasks of 12
 LETTERS = Decoding(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from clrun.data.sources.assemble import Rows, assemble
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, Fraction, NonNegative, PositiveInt
-from clrun.seeding import generator
+from clrun.system.errors import ConfigError, Fraction, NonNegative, PositiveInt
+from clrun.system.seeding import generator
 
 GRID = 4  # side of the field that carries the class: independent of the resolution
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clrun import libraries
 from clrun.data.sources.assemble import Groups, Published, Rows, assemble, check_counts
 from clrun.data.sources.embedded import DIGIT_GROUPS
 from clrun.data.sources.pickles import read_arrays
 from clrun.data.stream import Dataset
-from clrun.errors import ConfigError, Fraction
+from clrun.system import libraries
+from clrun.system.errors import ConfigError, Fraction
 
 SUPERCLASSES: Groups = {
     "superclass": (

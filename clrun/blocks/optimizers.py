@@ -1,0 +1,394 @@
+"""Second-order optimizers for `budget.optimizer`: K-FAC, FOOF and M-FAC.
+
+An optimizer that wants to see more than gradients has a method `watch(method, ctx)`, a context manager that `fit`
+holds open while it runs. Statistics are averaged over the processes, so that all take the same step.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clrun.blocks.curvature import (
+    Composite,
+    Curvature,
+    Diagonal,
+    GradientWindow,
+    KroneckerFactored,
+    Operator,
+    Sharing,
+    Tape,
+    layers_of,
+)
+from clrun.blocks.curvature.kronecker import as_matrix, as_vector
+from clrun.blocks.curvature.layers import Layer, has_bias, inner_sum, inputs, sides
+from clrun.blocks.params import Params, flatten, shapes_of, unflatten
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.system.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
+
+Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+
+
+def needs_sgd(
+    optimizer: Callable[..., Optimizer], who: str, *, instead: str = "use budget=sgd", **options: float
+) -> None:
+    """Refuse an optimizer that is not plain `torch.optim.SGD` with these options.
+
+    Args:
+        optimizer: a budget's; a partial, whose keywords are its options.
+        who: what needs it, for the message.
+        instead: what to do about it, for the message.
+        options: values that options of SGD must have; one that is not given is 0.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    function, given = getattr(optimizer, "func", optimizer), getattr(optimizer, "keywords", {})
+    if function is not torch.optim.SGD:
+        name = getattr(function, "__name__", function)
+        raise ConfigError(f"{who}: needs budget.optimizer=torch.optim.SGD, not {name}; {instead}")
+    for key, value in options.items():
+        if given.get(key, 0) != value:
+            raise ConfigError(f"budget.optimizer.{key}={given.get(key, 0)}: {who} needs {value:g}")
+
+
+class _Preconditioned(Optimizer):
+    """Gradients multiplied by an operator that is estimated on the way, layer by layer.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        weight_decay: times the weights, added to the gradient.
+    """
+
+    def __init__(self, params: Groups, *, lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.names: dict[str, nn.Parameter] = {}
+        self.steps = 0
+        self.sums: Params = {}  # statistics of this step
+        self.rows = 0.0  # that they are sums over
+        self.context: Context | None = None
+
+    def _begin(self, method: Method, ctx: Context, largest: int) -> dict[str, Layer]:
+        """Learn the names of the parameters; return the layers whose weights are among them."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        self.names = {name: p for name, p in method.named_parameters() if id(p) in own}
+        self.context = ctx
+        name = f"budget.optimizer={type(self).__name__} reads layers"
+        if len(self.names) < len(own):
+            raise ConfigError(f"{name}: this method also trains parameters outside of them; use another budget")
+        if ctx.hardware.compile:
+            raise ConfigError(f"{name}: needs hardware.compile=false")
+        layers = layers_of(method, largest=largest)
+        return {name: layer for name, layer in layers.items() if f"{name}.weight" in self.names}
+
+    def _means(self) -> Params:
+        """Return the statistics of this step, divided by the rows of all processes; forget them."""
+        assert self.context is not None
+        hardware = self.context.hardware
+        sums, rows = self.sums, self.rows
+        if hardware.world > 1:
+            flat = hardware.sum(torch.cat([flatten(sums), flatten(sums).new_tensor([rows])]))
+            sums, rows = unflatten(flat[:-1], shapes_of(sums)), float(flat[-1])
+        self.sums, self.rows = {name: torch.zeros_like(t) for name, t in self.sums.items()}, 0.0
+        return {name: total / max(1.0, rows) for name, total in sums.items()}
+
+    def _decayed(self) -> Params:
+        """Return the gradients with weight decay; a missing one is 0."""
+        decay = {id(p): group["weight_decay"] for group in self.param_groups for p in group["params"]}
+        return {
+            name: (torch.zeros_like(p) if p.grad is None else p.grad).add(p, alpha=decay[id(p)])
+            for name, p in self.names.items()
+        }
+
+    def _move(self, directions: Params, scale: float = 1.0) -> None:
+        """Step against `directions`; a parameter without gradient stays."""
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        for name, direction in directions.items():
+            parameter = self.names[name]
+            if parameter.grad is not None:
+                parameter.add_(direction, alpha=-scale * rates[id(parameter)])
+        self.steps += 1
+
+
+class Kfac(_Preconditioned):
+    """Natural gradient with Kronecker factors: W <- W - lr (G + c/pi I)^-1 grad (A + pi c I)^-1, c^2 = damping.
+
+    Martens and Grosse, ICML 2015, arXiv 1503.05671. Labels are drawn from the model's own prediction, in one more
+    backward pass whenever the statistics are renewed: the Fisher information, not its empirical stand-in. Parameters
+    other than those of linear and convolutional layers have the diagonal Fisher, estimated by the same pass (B times
+    the square of the mean gradient). Rows are judged among the classes that compete in the current task.
+
+    Deviations from the paper: momentum is heavy-ball, its coefficients and the damping are fixed.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        momentum: of the preconditioned gradient.
+        weight_decay: times the weights, added to the gradient before it is preconditioned.
+        damping: added to the curvature, spread over its factors.
+        average: decay of the running averages of the factors.
+        sharing: "expand" or "reduce": how positions share a weight; see `clrun.blocks.curvature.layers`.
+        largest: most inputs or outputs of a layer with Kronecker factors; the others are diagonal.
+        statistics_every: steps between two looks at the factors.
+        invert_every: steps between two inversions.
+        kl_clip: largest lr^2 d'Fd of a step with direction d, a bound on the change of the predictions.
+    """
+
+    def __init__(
+        self,
+        params: Groups,
+        *,
+        lr: NonNegative,
+        momentum: Fraction,
+        weight_decay: NonNegative,
+        damping: Positive,
+        average: Fraction,
+        sharing: Sharing,
+        largest: PositiveInt,
+        statistics_every: PositiveInt,
+        invert_every: PositiveInt,
+        kl_clip: Positive | None,
+    ) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.momentum, self.damping, self.average = momentum, damping, average
+        self.sharing, self.largest = sharing, largest
+        self.statistics_every, self.invert_every, self.kl_clip = statistics_every, invert_every, kl_clip
+        self.layers: Mapping[str, Layer] = {}
+        self.factors: Params = {}
+        self.curvature: Curvature | None = None
+        self.operator: Operator | None = None
+        self.velocity: Tensor | None = None
+
+    @contextmanager
+    def watch(self, method: Method, ctx: Context) -> Iterator[None]:
+        """Estimate the curvature of `method` from its forward passes in training mode."""
+        tape = Tape(self._begin(method, ctx, self.largest), training=True)
+        self.layers = tape.layers
+        self._clear()
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            due = self.steps % self.statistics_every == 0 and not self.rows
+            tape.on = due and module.training and torch.is_grad_enabled()
+
+        def after(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
+            if tape.on:
+                tape.on = False
+                self._look(tape, logits.float())
+                tape.calls.clear()
+
+        handles = [method.register_forward_pre_hook(before), method.register_forward_hook(after)]
+        try:
+            with tape.recording():
+                tape.on = False
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _clear(self) -> None:
+        """Set the sums of all statistics to 0: A_n and G_n of each layer, and the diagonal of everything else."""
+        self.sums = {}
+        for name, layer in self.layers.items():
+            for key, side in zip(("outer", "inner"), sides(layer), strict=True):
+                self.sums[f"{name}:{key}"] = layer.weight.new_zeros(side, side)
+        covered = {f"{name}.{kind}" for name in self.layers for kind in ("weight", "bias")}
+        self.sums |= {name: torch.zeros_like(p) for name, p in self.names.items() if name not in covered}
+
+    def _look(self, tape: Tape, logits: Tensor) -> None:
+        """Set the statistics of this step to those of a batch with these logits [B, C]."""
+        ctx = self.context
+        assert ctx is not None
+        mask = ctx.mask(torch.full((len(logits),), ctx.task.index, device=logits.device))
+        noise = torch.empty(mask.shape).exponential_(generator=ctx.generator("kfac", ctx.hardware.rank))
+        p = logits.detach().masked_fill(~mask, float("-inf")).softmax(dim=1)
+        draw = (p / noise.to(p.device)).argmax(dim=1)
+        directions = torch.eye(p.shape[1], device=p.device)[draw] - p
+        rest = {name: self.names[name] for name in self.sums if name in self.names}
+        if rest:
+            found = torch.autograd.grad(
+                logits, list(rest.values()), directions, retain_graph=True, materialize_grads=True
+            )
+            self.sums |= {name: grad.square() for name, grad in zip(rest, found, strict=True)}
+        if tape.calls:
+            self.sums |= {f"{n}:inner": part for n, part in tape.inner(self.sharing, len(logits)).items()}
+            outer = tape.outer(logits, directions, self.sharing, keep=True)
+            self.sums |= {f"{n}:outer": part for n, part in outer.items()}
+        self.rows = float(len(logits))
+
+    def _build(self) -> Composite:
+        """Return the curvature of the running averages; a layer that is bypassed has factors I."""
+        parts: list[Curvature] = []
+        for name, layer in self.layers.items():
+            own = [f"{name}.weight", *([f"{name}.bias"] if has_bias(layer) else [])]
+            outer, inner = self.factors[f"{name}:outer"], self.factors[f"{name}:inner"]
+            if not inner.any():
+                outer, inner = (torch.eye(len(f)).to(f) for f in (outer, inner))
+            parts.append(KroneckerFactored({n: tuple(self.names[n].shape) for n in own}, outer, inner))
+        rest = {name: value for name, value in self.factors.items() if name in self.names}
+        return Composite.of([*parts, *([Diagonal.of(rest)] if rest else [])])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not used.
+
+        Raises:
+            ConfigError: no training batch was predicted by calling the method.
+        """
+        if self.steps % self.statistics_every == 0:
+            self.factors = _average(self.factors, self._means(), self.average)
+        if self.curvature is None or self.steps % self.invert_every == 0:
+            if not any(factor.any() for factor in self.factors.values()):
+                raise ConfigError(
+                    "budget.optimizer: Kfac reads the predictions of training batches, which this method does not form "
+                    "by calling itself; use budget=foof or budget=m_fac"
+                )
+            self.curvature = self._build()
+            self.operator = self.curvature.inverse(self.damping, "factored")
+        assert self.operator is not None
+        direction = self.operator.mv(self.operator.vector(self._decayed()))
+        if self.momentum:
+            self.velocity = direction if self.velocity is None else self.momentum * self.velocity + direction
+            direction = self.velocity
+        scale = 1.0
+        if self.kl_clip is not None:
+            change = float(self.param_groups[0]["lr"]) ** 2 * self.curvature.quad(direction)
+            scale = float((self.kl_clip / change).sqrt().clamp(max=1)) if change > 0 else 1.0
+        self._move(self.operator.params(direction), scale)
+
+
+class Foof(_Preconditioned):
+    """Gradient descent on neurons: W <- W - lr grad (A + damping I)^-1, A the second moment of a layer's inputs.
+
+    FOOF, Benzing, ICML 2022, arXiv 2201.12250. lr / damping is about the rate of SGD. Parameters other than those of
+    linear and convolutional layers step as if A were I: lr / (1 + damping).
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        momentum: heavy-ball on the gradient, before it is preconditioned.
+        weight_decay: times the weights, added to the gradient.
+        damping: added to A.
+        average: decay of the running average of A.
+        largest: most inputs or outputs of a layer that is preconditioned.
+        statistics_every: steps between two looks at the inputs.
+        invert_every: steps between two inversions.
+    """
+
+    def __init__(
+        self,
+        params: Groups,
+        *,
+        lr: NonNegative,
+        momentum: Fraction,
+        weight_decay: NonNegative,
+        damping: Positive,
+        average: Fraction,
+        largest: PositiveInt,
+        statistics_every: PositiveInt,
+        invert_every: PositiveInt,
+    ) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.momentum, self.damping, self.average, self.largest = momentum, damping, average, largest
+        self.statistics_every, self.invert_every = statistics_every, invert_every
+        self.moments: Params = {}
+        self.inverses: Params = {}
+        self.velocity: Params = {}
+
+    @contextmanager
+    def watch(self, method: Method, ctx: Context) -> Iterator[None]:
+        """Read the inputs of the layers of `method` in training mode."""
+        self.tape = Tape(self._begin(method, ctx, self.largest), training=True)
+        with self.tape.recording():
+            yield
+
+    def _look(self) -> None:
+        """Set the statistics of this step to those of its batches: A of each layer, and whether it was called."""
+        for name, layer in self.tape.layers.items():
+            side = sides(layer)[1]
+            self.sums[name], self.sums[f"{name}:rows"] = layer.weight.new_zeros(side, side), layer.weight.new_zeros(1)
+            for x, _ in self.tape.calls.get(name, []):
+                self.sums[name] += inner_sum(inputs(layer, x, len(x)), "expand")
+                self.sums[f"{name}:rows"] += len(x)
+
+    def _renew(self) -> None:
+        """Move the running averages towards the statistics of this step."""
+        self._look()
+        means = self._means()
+        called = {name: means[f"{name}:rows"] for name in self.tape.layers if means[f"{name}:rows"] > 0}
+        new = {name: means[name] / rows for name, rows in called.items()}
+        self.moments |= _average({name: self.moments[name] for name in new if name in self.moments}, new, self.average)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not used."""
+        if self.tape.on:
+            self._renew()
+        if not self.steps % self.invert_every or self.moments.keys() - self.inverses.keys():
+            for name, moment in self.moments.items():
+                damped = moment.double() + self.damping * torch.eye(len(moment)).to(moment)
+                self.inverses[name] = torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(moment.dtype)
+        grads = self._decayed()
+        if self.momentum:
+            self.velocity = {
+                n: g if n not in self.velocity else self.momentum * self.velocity[n] + g for n, g in grads.items()
+            }
+            grads = self.velocity
+        directions = {name: grad / (1 + self.damping) for name, grad in grads.items()}
+        for name, inverse in self.inverses.items():
+            own = [f"{name}.weight", *([f"{name}.bias"] if has_bias(self.tape.layers[name]) else [])]
+            shapes = {n: tuple(grads[n].shape) for n in own}
+            matrix = as_matrix(flatten({n: grads[n] for n in own}), shapes) @ inverse
+            directions |= unflatten(as_vector(matrix, shapes), shapes)
+        self._move(directions)
+        self.tape.calls.clear()
+        self.tape.on = self.steps % self.statistics_every == 0
+
+
+class MFac(Optimizer):
+    """theta <- theta - lr F^-1 g with F = damping I + 1/m sum g_i g_i' over the last m gradients, g among them.
+
+    M-FAC, Frantar et al., NeurIPS 2021, arXiv 2107.03356. The gradients are those of mini-batches, as published, so
+    that F depends on the batch size. Takes m P numbers (4 bytes each), P the parameters that move.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        weight_decay: times the weights, added to g.
+        damping: lambda.
+        gradients: m.
+    """
+
+    def __init__(
+        self, params: Groups, *, lr: NonNegative, weight_decay: NonNegative, damping: Positive, gradients: PositiveInt
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.damping, self.length = damping, gradients
+        self.window: GradientWindow | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not used."""
+        moved = [(p, group) for group in self.param_groups for p in group["params"]]
+        g = torch.cat(
+            [
+                (torch.zeros_like(p) if p.grad is None else p.grad).add(p, alpha=group["weight_decay"]).flatten()
+                for p, group in moved
+            ]
+        )
+        if self.window is None:
+            self.window = GradientWindow(self.length, len(g), self.damping, g)
+        self.window.insert(g)
+        parts = torch.split(self.window.solve(g), [p.numel() for p, _ in moved])
+        for (p, group), part in zip(moved, parts, strict=True):
+            if p.grad is not None:
+                p.add_(part.view_as(p), alpha=-group["lr"])
+
+
+def _average(past: Params, new: Params, decay: float) -> Params:
+    """Return decay * past + (1 - decay) * new; what has no past begins with the first value."""
+    return {name: torch.lerp(value, past[name], decay) if name in past else value for name, value in new.items()}

@@ -1,0 +1,145 @@
+"""Every node of a configuration against the signature of what it names; the options of a run; the configuration's hash.
+
+Importing this module is cheap: only `check` imports the targets, and with them torch.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+from clrun.config.groups import GROUPS, RESERVED
+from clrun.config.signature import locate, mismatch, parameters
+from clrun.system.errors import ConfigError, Count, did_you_mean
+
+PLAIN: dict[str, Any] = {"name": str, "seed": Count}
+
+
+def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+    """Compare a resolved configuration with the signatures of everything it names, and import it.
+
+    Keys, plain types and declared ranges are compared for each node with a `_target_`, at any depth. Data classes that
+    need no run-time argument are built once, so that `__post_init__` can refuse combinations.
+
+    Args:
+        config: plain containers, interpolations resolved, without the `hydra` node.
+        choices: chosen member of each group, for the messages.
+
+    Raises:
+        ConfigError: one line for each problem.
+    """
+    problems: list[str] = []
+    for key, value in config.items():
+        if key in GROUPS:
+            problems += _known_problems(key, value, choices.get(key))
+        elif key not in PLAIN:
+            problems.append(f"{key}: unknown option{did_you_mean(key, (*GROUPS, *PLAIN))}")
+        elif wrong := mismatch(value, PLAIN[key]):
+            problems.append(f"{key}: {wrong}, got {value!r}")
+        elif key == "name" and not re.fullmatch(r"[^./\\\s][^/\\\n]*", value):
+            problems.append(f"name: must be usable as the name of a folder, got {value!r}")
+    problems += [f"{key}: missing; choose one (clrun list {key})" for key in GROUPS if key not in config]
+    problems += [f"{key}: missing" for key in PLAIN if key not in config]
+    if not problems:
+        problems += _setting_problems(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+_known: dict[tuple[str, str, str | None], list[str]] = {}
+
+
+def _known_problems(group: str, node: Any, choice: str | None) -> list[str]:
+    """Return the problems of a top-level node, looked for once a process: runs of a sweep share most nodes."""
+    key = (group, repr(node), choice)
+    if key not in _known:
+        _known[key] = list(_group_problems(group, node, choice))
+    return _known[key]
+
+
+def _group_problems(group: str, node: Any, choice: str | None) -> Iterator[str]:
+    """Yield the problems of a top-level node."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        yield f"{group}: expected a node with a _target_, got {node!r}; choose one (clrun list {group})"
+    else:
+        yield from _node_problems(node, group, f"{group}={choice}" if choice else group)
+
+
+def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the problem of a method that cannot live in the scenario's setting."""
+    method, setting = locate(config["method"]["_target_"]), config["scenario"].get("setting")
+    settings = getattr(method, "settings", None)
+    if setting is None or settings is None or setting in settings:
+        return
+    name, allowed = getattr(method, "__name__", "the method"), ", ".join(sorted(settings))
+    why = f"{name} needs the task id at test time; " if getattr(method, "needs_task_id", False) else f"{name}: "
+    yield f"{why}scenario.setting={setting} cannot use it ({allowed})"
+
+
+def _node_problems(node: Mapping[str, Any], path: str, label: str) -> Iterator[str]:
+    """Yield the problems of a node with a `_target_` and of the nodes within."""
+    try:
+        target = locate(str(node["_target_"]))
+    except ConfigError as error:
+        yield f"{path}._target_: {error}"
+        return
+    options = {key: value for key, value in node.items() if key not in RESERVED}
+    partial = bool(node.get("_partial_", False))
+    problems = list(_option_problems(target, options, path, label, partial=partial))
+    for key, value in options.items():
+        problems += _nested_problems(value, f"{path}.{key}")
+    yield from problems or _construction_problems(target, options, path, partial=partial)
+
+
+def _nested_problems(value: Any, path: str) -> Iterator[str]:
+    """Yield the problems of the nodes with a `_target_` within a value."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            yield from _node_problems(value, path, str(value["_target_"]).rpartition(".")[2])
+        else:
+            for key, item in value.items():
+                yield from _nested_problems(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _nested_problems(item, f"{path}[{i}]")
+
+
+def _option_problems(
+    target: Callable[..., Any], options: Mapping[str, Any], path: str, label: str, *, partial: bool
+) -> Iterator[str]:
+    """Yield unknown, missing and unfitting options; the positional parameters of a partial node come at run time."""
+    takes = parameters(target)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    for key, value in options.items():
+        if key not in takes:
+            if not takes_any:
+                yield f"{path}.{key}: unknown option of {label}{did_you_mean(key, takes)}"
+        elif value == "???":
+            yield f"{path}.{key}: needs a value; set {path}.{key}=..."
+        elif wrong := mismatch(value, takes[key].annotation):
+            yield f"{path}.{key}: {wrong}, got {value!r}"
+    for key, parameter in takes.items():
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        at_run_time = partial and parameter.kind is not parameter.KEYWORD_ONLY
+        if key not in options and parameter.default is parameter.empty and not (variadic or at_run_time):
+            yield f"{path}.{key}: missing; {label} needs it"
+
+
+def _construction_problems(
+    target: Callable[..., Any], options: Mapping[str, Any], path: str, *, partial: bool
+) -> Iterator[str]:
+    """Yield what the target itself refuses, where trying costs nothing."""
+    try:
+        if is_dataclass(target) and not partial:
+            target(**options)
+        elif any(base.__name__ == "Optimizer" for base in getattr(target, "__mro__", ())):
+            import torch
+
+            optimizer: Any = target([weight := torch.nn.Parameter(torch.zeros(1))], **options)
+            weight.grad = torch.ones(1)
+            if not hasattr(optimizer, "watch"):
+                optimizer.step()  # some want more than gradients, or other ones
+    except ConfigError as error:
+        yield str(error)
+    except (ValueError, TypeError, RuntimeError) as error:  # torch's own checks, as "Invalid learning rate: -1"
+        yield f"{path}: {error}"

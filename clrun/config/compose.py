@@ -1,0 +1,234 @@
+"""Composition of configurations by Hydra, with every mistake told in one line. Nothing here imports torch."""
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from clrun.config.groups import RESERVED
+from clrun.config.groups import conf_dir as conf_dir
+from clrun.results.identity import inside_hash
+from clrun.system.errors import ConfigError, did_you_mean, one_line
+
+SLUG_LENGTH = 100  # of the readable part; file systems allow 255 bytes
+
+
+def slug(overrides: Sequence[str]) -> str:
+    """Return a file name for a job of a sweep: its overrides, shortened, and a hash of them.
+
+    Order does not matter, and overrides outside the configuration hash do not count: a sweep started again finds its
+    folders, whatever was changed in how it shows and stores. The root of the data counts: for the user's own it is how
+    a sweep goes over several of them.
+    """
+    keys = {o: re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in overrides}
+    kept = sorted(o for o, key in keys.items() if inside_hash(key) or key == "dataset.root")
+    text = re.sub(r"[^\w.-]+", "-", "_".join(kept)).strip(".-_")[:SLUG_LENGTH]
+    return f"{text or 'default'}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+
+
+def _slug_of_job(*, _root_: DictConfig) -> str:
+    return slug(list(_root_.hydra.overrides.task))
+
+
+version.setbase("1.3")
+# Registered on import: workers of parallel launchers import the task function, hence this module, before they resolve.
+OmegaConf.register_new_resolver("clrun.unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+OmegaConf.register_new_resolver("clrun.slug", _slug_of_job, replace=True)
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Composes configurations from clrun's files and the user's.
+
+    Attributes:
+        hydra: Hydra with the search path set.
+        name: name of the primary configuration file.
+    """
+
+    hydra: Hydra
+    name: str = "config"
+
+    @classmethod
+    @contextmanager
+    def of(cls, *, config_path: str | None, config_name: str | None, config_dir: str | None) -> Iterator["Composer"]:
+        """Yield a composer for Hydra's options of these names; Hydra's global state lasts as long as the block.
+
+        Raises:
+            ConfigError: no such folder.
+        """
+        search_path = create_config_search_path(os.path.abspath(config_path) if config_path else str(conf_dir()))
+        if config_dir is not None:
+            if not os.path.isdir(config_dir):
+                raise ConfigError(f"--config-dir: no such folder: {config_dir}")
+            anchor = SearchPathQuery(provider="schema")
+            search_path.prepend("command-line", f"file://{os.path.abspath(config_dir)}", anchor)
+        GlobalHydra.instance().clear()
+        try:
+            yield cls(Hydra.create_main_hydra2("clrun", search_path), config_name or "config")
+        finally:
+            GlobalHydra.instance().clear()
+            HydraConfig.instance().cfg = None
+
+    def compose(self, overrides: Sequence[str], *, sweep: bool = False) -> DictConfig:
+        """Compose a configuration, the `hydra` node included, in which `hydra.mode` says whether it is a sweep.
+
+        Args:
+            overrides: of the command line; several values for a key in sweeps only.
+            sweep: compose the configuration of a sweep; a configuration can also say itself that it is one.
+
+        Raises:
+            ConfigError: the mistake in the overrides or in a YAML file, in one line.
+        """
+        loader: Any = self.hydra.config_loader
+        try:
+            if not sweep:
+                cfg: DictConfig = loader.load_configuration(
+                    self.name, list(overrides), RunMode.RUN, validate_sweep_overrides=False
+                )
+                if cfg.hydra.mode != RunMode.MULTIRUN:
+                    parsed = OverridesParser.create().parse_overrides(list(overrides))
+                    loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
+                    cfg.hydra.mode = RunMode.RUN
+                    return cfg
+            cfg = loader.load_configuration(self.name, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+            return cfg
+        except Exception as error:  # composing reads overrides and files and does nothing else
+            raise ConfigError(self._problem(error, overrides)) from error
+
+    def compose_job(self, sweep: DictConfig, overrides: Sequence[str]) -> DictConfig:
+        """Compose the configuration of one job of a sweep as Hydra's launchers do.
+
+        Raises:
+            ConfigError: the mistake, in one line.
+        """
+        try:
+            return self.hydra.config_loader.load_sweep_config(sweep, list(overrides))
+        except Exception as error:
+            raise ConfigError(self._problem(error, overrides)) from error
+
+    def _problem(self, error: Exception, overrides: Sequence[str]) -> str:
+        """Return what is wrong, where, and what to do."""
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+            return self._unknown_key(cause, overrides)
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            return self._unknown_member(error)
+        if isinstance(error, OverrideParseException):
+            return _unreadable_override(error)
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: not valid YAML: {error.problem}"
+        if isinstance(error, ConfigCompositionException) and cause is error:
+            lines = [line for line in str(error).splitlines() if line]
+            several = "Ambiguous value" in lines[0]
+            return f"{lines[0]}; to run them all add -m, a list is written [a,b]" if several else "; ".join(lines)
+        if file := self._unreadable_file():
+            return f"{file}: not a readable configuration file: {_omegaconf_line(cause)}"
+        return f"{' '.join(overrides)}: {_omegaconf_line(cause)}"
+
+    def _unknown_key(self, error: Any, overrides: Sequence[str]) -> str:
+        """Return the message for a key that the composed configuration lacks."""
+        key = str(error.full_key)
+        group, _, inner = key.partition(".")
+        choices = self.hydra.config_loader.compute_defaults_list(
+            self.name, list(overrides), RunMode.MULTIRUN
+        ).overrides.known_choices
+        owner = f" of {group}={choices[group]}" if inner and group in choices else ""
+        siblings = error.parent_node.keys() if isinstance(error.parent_node, DictConfig) else ()
+        known = [str(name) for name in siblings if str(name) not in RESERVED]
+        return f"{key}: unknown option{owner}{did_you_mean(key.rpartition('.')[2], known)}"
+
+    def _unknown_member(self, error: MissingConfigException) -> str:
+        """Return the message for a file that does not exist."""
+        group, _, member = str(error.missing_cfg_file).rpartition("/")
+        if not group:
+            return f"no configuration file '{member}' (--config-name)"
+        known = self.hydra.config_loader.get_group_options(group)
+        available = ", ".join(known) or "none"
+        if group == "hydra/launcher":
+            available += "; more with pip install 'clrun[joblib]' or 'clrun[slurm]'"
+        where = re.match("In '(.*?)'", str(error))
+        inside = "" if where is None or where[1] in (self.name, "hydra/config") else f"{where[1]}: "
+        return f"{inside}no {group} named '{member}'{did_you_mean(member, known)} (available: {available})"
+
+    def _unreadable_file(self) -> str | None:
+        """Return the first of the YAML files on the search path that cannot be read on its own."""
+        for source in self.hydra.config_loader.get_sources():
+            if source.scheme() == "file":
+                for file in sorted(Path(source.path).rglob("*.yaml")):
+                    try:
+                        OmegaConf.load(file)
+                    except Exception:
+                        return str(file)
+        return None
+
+
+def _unreadable_override(error: OverrideParseException) -> str:
+    """Return the message for an override that Hydra's grammar does not accept."""
+    if "=" not in str(error.override):
+        commands = did_you_mean(str(error.override), ("list", "report", "features"))
+        return f"'{error.override}': neither a command nor KEY=VALUE{commands or '; see clrun --help'}"
+    lines = [x for x in str(error).splitlines() if not x.startswith(("Error parsing override", "See https"))]
+    reason = " ".join(lines).partition(" expecting {")[0]
+    return f"'{error.override}': cannot be read: {reason}; quote values with special characters: 'KEY=\"VALUE\"'"
+
+
+def _omegaconf_line(error: BaseException) -> str:
+    """Return the message of an exception without OmegaConf's further lines, led by the key that it is about."""
+    if not isinstance(error, OmegaConfBaseException):
+        return one_line(error)
+    text = str(error).splitlines()[0]
+    if (missing := text.partition("Missing mandatory value: ")[2]) and error.full_key:
+        return f"{missing}: needs a value; set {missing}=..."  # asked for by the interpolation of another key
+    return f"{error.full_key}: {text}" if error.full_key else text
+
+
+def folder_of(cfg: DictConfig, key: str) -> Path:
+    """Return the folder that a key of the `hydra` node names.
+
+    Raises:
+        ConfigError: an interpolation cannot be resolved.
+    """
+    HydraConfig.instance().set_config(cfg)
+    try:
+        return Path(str(OmegaConf.select(cfg, key, throw_on_missing=True)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """Return a composed configuration without its `hydra` node."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+
+
+def plain_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration of a run as plain containers: interpolations resolved, no `hydra` node.
+
+    Raises:
+        ConfigError: an interpolation cannot be resolved.
+    """
+    if "hydra" in cfg:
+        HydraConfig.instance().set_config(cfg)
+        cfg = without_hydra(cfg)
+    try:
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_omegaconf_line(error)) from error
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,78 @@
+"""The options of a run that concern no single part of it (`job`), and how the run was started."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clrun.system.errors import ConfigError, PositiveInt
+
+
+@dataclass(frozen=True)
+class Job:
+    """Limits, evaluation cadence and files of a run.
+
+    Attributes:
+        resume: continue from the checkpoint found in the run's folder.
+        keep_checkpoint: keep the checkpoint of a completed run.
+        progress: bars and lines on the terminal.
+        picture: draw accuracy_matrix.png.
+        save_model: write the final weights as safetensors.
+        save_predictions: write the final prediction of every test sample.
+        feature_cache: folder for the features of frozen backbones; true is the default one, false keeps none.
+        mode: run; or dry_run, print what the run would do; or preview, draw the data. The latter train nothing.
+        eval_initial: evaluate the untrained learner and unseen tasks (domain-incremental only).
+        eval_every: optimizer steps between evaluations within a task; null evaluates after tasks only.
+        eval_split: rows to evaluate on.
+        eval_batch_size: rows of an evaluation batch.
+        max_tasks: learn only so many tasks; null learns all.
+        max_steps: upper limit of the steps of each fit; null for none.
+        max_eval_rows: evaluate at most so many rows of each task; null for all.
+        tuning: chooses hyper-parameters for each task (`clrun.running.tuning`); null learns each task once, as
+            configured.
+
+    Raises:
+        ConfigError: options that exclude each other.
+    """
+
+    resume: bool
+    keep_checkpoint: bool
+    progress: bool
+    picture: bool
+    save_model: bool
+    save_predictions: bool
+    feature_cache: bool | str
+    mode: Literal["run", "dry_run", "preview"]
+    eval_initial: bool
+    eval_every: PositiveInt | None
+    eval_split: Literal["test", "val"]
+    eval_batch_size: PositiveInt
+    max_tasks: PositiveInt | None
+    max_steps: PositiveInt | None
+    max_eval_rows: PositiveInt | None
+    tuning: Callable[..., Any] | None
+
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        if self.tuning is not None and self.eval_every is not None:
+            raise ConfigError("job.eval_every: evaluates one training of a task, job.tuning does many; set it to null")
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """How a run was started.
+
+    Attributes:
+        number: number of the job in its sweep; None for a single run.
+        parallel: jobs of the sweep that run at once on this machine.
+        choices: chosen member of each configuration group.
+        sweep: whether the run belongs to a sweep.
+        overrides: command-line overrides of the run, without Hydra's own.
+        hydra: Hydra's record of the run: file names and texts for the folder `.hydra`.
+    """
+
+    number: int | None
+    parallel: int
+    choices: dict[str, str]
+    sweep: bool
+    overrides: list[str]
+    hydra: dict[str, str]

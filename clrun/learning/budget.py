@@ -1,0 +1,70 @@
+"""What one fit may spend: its length, batch size, optimizer and learning-rate schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from clrun.system.errors import ConfigError, Count, Positive, PositiveInt, Range
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one fit may spend, and with which optimizer.
+
+    Attributes:
+        optimizer: called with the parameters (or parameter groups) of each fit. One with a method `watch(method, ctx)`,
+            a context manager, sees the learner too: `fit` holds it open while it runs (`clrun.blocks.optimizers`).
+        epochs: passes over the split; null when `steps` is given.
+        steps: optimizer steps; null when `epochs` is given.
+        batch_size: rows of a step, over all processes together.
+        schedule: called as schedule(optimizer, total_steps) and stepped once a step; null keeps the learning rate.
+        clip_norm: largest norm of the whole gradient; null does not clip.
+
+    Raises:
+        ConfigError: not exactly one of epochs and steps is given.
+    """
+
+    optimizer: Callable[..., Optimizer]
+    epochs: Count | None = None
+    steps: Count | None = None
+    batch_size: PositiveInt = 32
+    schedule: Callable[..., LRScheduler] | None = None
+    clip_norm: Positive | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the length of a fit has one definition."""
+        if (self.epochs is None) == (self.steps is None):
+            raise ConfigError("budget: give exactly one of epochs and steps (set the other to null)")
+
+    def total_steps(self, rows: int) -> int:
+        """Return the optimizer steps of a fit on `rows` rows."""
+        if self.steps is not None:
+            return self.steps if rows else 0
+        assert self.epochs is not None
+        return self.epochs * math.ceil(rows / self.batch_size)
+
+
+def cosine(optimizer: Optimizer, total_steps: int, *, warmup: Annotated[float, Range(0, 1)]) -> LRScheduler:
+    """Return a schedule that rises linearly over the share `warmup` of the steps and then falls to 0 along a cosine."""
+    rise = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total_steps - rise)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def quarter_cosine(optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Return a schedule that falls to 0 along the first quarter of a cosine, as in the code of CODA-Prompt."""
+
+    def factor(step: int) -> float:
+        return math.cos(0.5 * math.pi * min(1.0, step / max(1, total_steps)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

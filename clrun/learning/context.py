@@ -1,0 +1,83 @@
+"""What a method may know about the run while it learns one task."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from clrun.data.stream import Setting, Stream, Task
+from clrun.learning.budget import Budget
+from clrun.system.hardware import Hardware
+from clrun.system.seeding import generator
+
+
+@dataclass
+class Progress:
+    """Where the running fit stands; updated by `fit` before each step.
+
+    Attributes:
+        phase: name of the fit.
+        epoch: pass over the split, from 0.
+        step: steps done in this fit.
+        total: steps of this fit.
+        lr: learning rate of the step being taken, of the first parameter group.
+        moved: the parameters that the fits of this task have moved.
+    """
+
+    phase: str = ""
+    epoch: int = 0
+    step: int = 0
+    total: int = 0
+    lr: float = 0.0
+    moved: set[nn.Parameter] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may know about the run while it lives through one task.
+
+    Attributes:
+        stream: all tasks; a method reads the data of the current one only, unless its definition says otherwise.
+        task: the current task.
+        budget: what `fit` spends by default.
+        hardware: device, precision and processes.
+        seed: seed of the run.
+        log: records numbers of training (loss, penalties) in metrics.jsonl and the trackers.
+        on_step: called after each optimizer step.
+        max_steps: upper limit of the steps of any fit; None for no limit.
+        progress: where the running fit stands.
+    """
+
+    stream: Stream
+    task: Task
+    budget: Budget
+    hardware: Hardware
+    seed: int
+    log: Callable[[Mapping[str, float | int | str]], None] = lambda record: None
+    on_step: Callable[[Progress], None] = lambda progress: None
+    max_steps: int | None = None
+    progress: Progress = field(default_factory=Progress)
+    _generators: dict[tuple[str | int, ...], torch.Generator] = field(default_factory=dict, repr=False)
+    _masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, t: Tensor, setting: Setting | None = None) -> Tensor:
+        """Return [B, C] bool, the classes competing for samples of the tasks at positions `t` ([B] long).
+
+        The current task counts as learned. `setting` defaults to the stream's.
+        """
+        key = setting or self.stream.setting
+        if key not in self._masks:
+            self._masks[key] = self.stream.candidates(self.task.index + 1, setting).to(self.hardware.device)
+        return self._masks[key][t]
+
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """Return this task's generator for `purpose`: the same object, hence a continuing stream, at every call."""
+        if purpose not in self._generators:
+            self._generators[purpose] = generator(self.seed, "task", self.task.id, *purpose)
+        return self._generators[purpose]
+
+    def augment(self, x: Tensor) -> Tensor:
+        """Return stored images as prepared, augmented floats (the train view)."""
+        view = self.stream.transform.train(x, self.generator("augment", self.hardware.rank))
+        return self.hardware.layout(view)

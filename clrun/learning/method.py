@@ -1,0 +1,143 @@
+"""The base class of every learner: eight hooks, a backbone, a head."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from clrun.data.split import Batch
+from clrun.data.stream import Setting, Stream, Task
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.learning.heads import GrowingHead
+from clrun.learning.knobs import Knob
+from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.training import fit
+
+ALL_SETTINGS: frozenset[Setting] = frozenset({"til", "cil", "dil"})
+
+
+class Method(nn.Module):
+    """A continual learner: the base class trains backbone and head on each task as it comes.
+
+    State is attributes, and must survive pickling and `copy.deepcopy`: the pickled method is the checkpoint. In eval
+    mode `forward` depends on the single sample only.
+
+    Args:
+        backbone: maps prepared images to features [B, D]; has `num_features` = D.
+        num_classes: C, the classes of the whole data set.
+    """
+
+    uses_frozen_features: bool = False  # the engine feeds features of the frozen backbone as batch.x
+    needs_vit: ClassVar[bool] = False  # the backbone must be a timm vision transformer
+    needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
+    hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
+    depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
+    settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
+    knobs: tuple[Knob, ...] = ()  # options that trade plasticity for stability, in the order of their decay
+    order_invariant: bool = False  # claim of this instance: final predictions do not depend on the task order
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes = num_classes
+        self.head: nn.Module = GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
+
+    @classmethod
+    def reads_features(cls, options: Mapping[str, Any]) -> bool:
+        """Return `uses_frozen_features` of an instance with these options."""
+        return cls.uses_frozen_features
+
+    def check(self, stream: Stream) -> None:
+        """Look at the tasks to come, before anything is written.
+
+        Raises:
+            ConfigError: they do not suit the options.
+        """
+
+    def check_budget(self, budget: Budget) -> None:
+        """Look at what a fit may spend, before anything is written.
+
+        Raises:
+            ConfigError: its optimizer does not suit the method.
+        """
+
+    # --- once per task
+
+    def begin_task(self, task: Task, ctx: Context) -> None:
+        """Prepare for `task`: grow, allocate. The engine moves the method to the device afterwards."""
+        self.check_budget(ctx.budget)
+        if isinstance(self.head, GrowingHead):
+            self.head.grow(task.classes)
+
+    def learn(self, task: Task, ctx: Context) -> None:
+        """Learn `task`: one fit, several fits, or a closed form."""
+        fit(self, task.train, ctx)
+
+    def end_task(self, task: Task, ctx: Context) -> None:
+        """Consolidate after `task`."""
+
+    # --- once per step, called by `fit`
+
+    def mix(self, batch: Batch, ctx: Context) -> Batch:
+        """Return the raw batch to train on; replay is added here."""
+        return batch
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        """Return the training loss [] of a prepared batch."""
+        return masked_cross_entropy(self(batch.x), batch.y, ctx.mask(batch.t))
+
+    def adjust_gradients(self, ctx: Context) -> None:
+        """Change `.grad` between backward (averaged over processes) and the optimizer step."""
+
+    def after_step(self, ctx: Context) -> None:
+        """Act after an optimizer step."""
+
+    # --- prediction and parameters
+
+    def forward(self, x: Tensor, task: int | None = None) -> Tensor:
+        """Return logits [B, C] of prepared x; `task` is a position, used by methods with `needs_task_id` only."""
+        logits: Tensor = self.head(self.backbone(x))
+        return logits
+
+    def constant(self, x: Tensor) -> Tensor | None:
+        """Return what a prediction for x needs and no training changes, [B, ...]; None for nothing.
+
+        An evaluation computes it once for the rows of each task and hands it to `forward_with` ever after.
+        """
+        return None
+
+    def choices(self, x: Tensor) -> Tensor | None:
+        """Return how often each of M components is chosen for each sample, [B, M] integers; None without a choice."""
+        return None
+
+    def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
+        """Return what `forward` returns, given what `constant` returned for the same x."""
+        raise NotImplementedError
+
+    def new_parts(self) -> Iterable[nn.Module]:
+        """Return the modules in which `begin_task` has made tensors; the engine moves them to the device."""
+        return [self]
+
+    def trainable(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
+        """Return the parameters, or parameter groups, that `fit` moves by default."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; submodules whose parameters are all frozen stay in eval mode (their statistics stand still)."""
+        super().train(mode)
+        if mode:
+            for child in self.children():
+                parameters = list(child.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    child.eval()
+        return self
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop the training of every parameter of `module`."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+
+
+__all__ = ["ALL_SETTINGS", "Method", "freeze"]

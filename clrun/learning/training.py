@@ -1,0 +1,192 @@
+"""The one training loop: `fit` minimises a loss over the rows of a split."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from clrun.data.split import Batch, Split
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context
+from clrun.system.errors import NumericalError
+from clrun.system.seeding import seed_all
+
+Loss = Callable[[Batch, Context], Tensor]
+Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
+CHECK_EVERY = 50  # steps between two checks that the loss is finite: each check waits for the device
+
+
+class Learner(Protocol):
+    """What `fit` needs of a method; `clrun.learning.method.Method` documents these hooks."""
+
+    def mix(self, batch: Batch, ctx: Context) -> Batch:
+        """Return the raw batch to train on."""
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        """Return the training loss [] of a prepared batch."""
+
+    def adjust_gradients(self, ctx: Context) -> None:
+        """Change the gradients before the optimizer step."""
+
+    def after_step(self, ctx: Context) -> None:
+        """Act after an optimizer step."""
+
+    def trainable(self) -> Parameters:
+        """Return the parameters, or parameter groups, that `fit` trains by default."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Return the buffers, which hold running statistics."""
+
+
+def fit(
+    method: Learner,
+    split: Split,
+    ctx: Context,
+    *,
+    loss: Loss | None = None,
+    params: Parameters | None = None,
+    budget: Budget | None = None,
+    name: str = "fit",
+) -> None:
+    """Minimise `loss(batch, ctx)` over `split`. The only place that owns an optimizer.
+
+    One step: raw batch, `method.mix`, augment, loss, zero gradients, backward, average gradients over the processes,
+    `method.adjust_gradients`, clip, optimizer step, schedule step, `method.after_step`. Optimizer and schedule are new
+    for every fit.
+
+    Args:
+        method: the learner; its hooks run inside each step.
+        split: rows to train on; every process reads its share of each batch.
+        ctx: context of the current task.
+        loss: objective; default `method.loss`.
+        params: parameters or parameter groups to move; default `method.trainable()`.
+        budget: length and optimizer; default the run's.
+        name: keys the generators of shuffling, augmentation and dropout: two phases of a task differ.
+
+    Raises:
+        NumericalError: the loss is not finite; looked at every 50 steps and after the last one.
+    """
+    budget = budget or ctx.budget
+    groups = list(method.trainable() if params is None else params)
+    total = min(budget.total_steps(len(split)), ctx.max_steps if ctx.max_steps is not None else 2**62)
+    if not groups or not total:
+        return
+    optimizer = budget.optimizer(groups)
+    schedule = None if budget.schedule is None else budget.schedule(optimizer, total)
+    view = ctx.generator("augment", name, ctx.hardware.rank)
+    step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
+    ctx.progress.moved.update(step.parameters)
+    seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
+    method.train()
+    watch = getattr(optimizer, "watch", None)  # an optimizer that must see more than gradients
+    with nullcontext() if watch is None else watch(method, ctx):
+        for rows, share in _epochs(split, ctx, budget.batch_size, total, name):
+            value = step(rows, share)
+            if schedule is not None:
+                schedule.step()
+            method.after_step(ctx)
+            ctx.progress.step += 1
+            if ctx.progress.step % CHECK_EVERY == 0 or ctx.progress.step == total:
+                _look(value, ctx)
+            ctx.on_step(ctx.progress)
+    optimizer.zero_grad(set_to_none=True)
+    ctx.hardware.average_buffers(method.buffers())
+
+
+def _epochs(split: Split, ctx: Context, size: int, total: int, name: str) -> Iterator[tuple[Batch, float]]:
+    """Yield `total` raw batches with this process's weight in the mean over the global batch, epoch after epoch.
+
+    The weight is 1 when the rows divide evenly, and 0 with no rows when a last batch has fewer rows than processes.
+    """
+    hardware, progress = ctx.hardware, ctx.progress
+    progress.phase, progress.epoch, progress.step, progress.total = name, 0, 0, total
+    order = ctx.generator("shuffle", name)
+    while True:
+        for start, batch in zip(
+            range(0, len(split), size),
+            split.batches(size, view="raw", shuffle=order, shard=(hardware.rank, hardware.world)),
+            strict=True,
+        ):
+            rows = min(size, len(split) - start)
+            yield batch, len(batch) * hardware.world / rows
+            if progress.step == total:
+                return
+        progress.epoch += 1
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Gradient and update of one batch.
+
+    Attributes:
+        method: the learner.
+        split: where the batches come from; its transform prepares them.
+        ctx: context of the task.
+        loss: objective.
+        optimizer: owns the parameters that move.
+        clip_norm: largest norm of the whole gradient; None does not clip.
+        augmentation: source of the training view.
+    """
+
+    method: Learner
+    split: Split
+    ctx: Context
+    loss: Loss
+    optimizer: Optimizer
+    clip_norm: float | None
+    augmentation: torch.Generator
+    nothing: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that move."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, rows: Batch, share: float) -> Tensor:
+        """Update the parameters; return the loss ([], detached) of this process's raw `rows`, 0 without any.
+
+        `share` is the weight of the rows in the mean over the processes.
+        """
+        hardware, optimizer = self.ctx.hardware, self.optimizer
+        value = self.nothing
+        if share:
+            batch = self._prepared(self.method.mix(rows, self.ctx))
+            with hardware.autocast():
+                value = self.loss(batch, self.ctx)
+        for parameter in self.parameters:
+            parameter.grad = None  # as optimizer.zero_grad does, without its bookkeeping
+        if share:
+            (value if share == 1 else value * share).backward()  # type: ignore[no-untyped-call]
+        hardware.average_gradients(self.parameters)
+        self.method.adjust_gradients(self.ctx)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.ctx.progress.lr = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        return value.detach()
+
+    def _prepared(self, raw: Batch) -> Batch:
+        """Return the batch as the network sees it, with the raw rows beside."""
+        x = self.split.transform.train(raw.x, self.augmentation)
+        return Batch(self.ctx.hardware.layout(x), raw.y, raw.t, raw.i, raw.x)
+
+
+def _look(value: Tensor, ctx: Context) -> None:
+    """Log the loss and stop a run that has left the numbers."""
+    progress, loss = ctx.progress, value.item()
+    if not math.isfinite(loss):
+        raise NumericalError(
+            f"the loss is {loss} in task {ctx.task.id} ({ctx.task.name}), phase {progress.phase}, "
+            f"step {progress.step}; a smaller learning rate or budget.clip_norm may help"
+        )
+    names = ("phase", "epoch", "step", "lr")
+    ctx.log({**{name: getattr(progress, name) for name in names}, "loss": loss})

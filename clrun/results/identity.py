@@ -1,0 +1,71 @@
+"""Which configurations give the same results: the hash of every key that can change a number."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+# Keys that cannot change a result: they name, show, store or speed up a run.
+OUTSIDE_HASH = (
+    "name",
+    "logger",
+    "dataset.root",
+    "dataset.download",
+    "dataset.archive",
+    "dataset.images.max_pixels",
+    "dataset.images.memory",
+    "dataset.images.cache",
+    "hardware.workers",
+    "job.resume",
+    "job.keep_checkpoint",
+    "job.progress",
+    "job.picture",
+    "job.save_model",
+    "job.save_predictions",
+    "job.feature_cache",
+)
+CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
+
+
+@cache
+def inside_hash(key: str) -> bool:
+    """Whether the dotted `key` can change a result."""
+    return not any(key == outside or key.startswith(f"{outside}.") for outside in OUTSIDE_HASH)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of nested mappings by dotted key; lists and empty mappings are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Return 16 hex digits that depend on every key inside the hash; 1 and 1.0 are the same."""
+    lines = [f"{key}={text}" for key, text in sorted(_texts(config).items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Return the dotted keys inside the hash whose values differ, or that only one configuration has."""
+    texts_a, texts_b = _texts(a), _texts(b)
+    return [key for key in sorted(texts_a.keys() | texts_b.keys()) if texts_a.get(key) != texts_b.get(key)]
+
+
+def _texts(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return a canonical text of every leaf inside the hash."""
+
+    def canonical(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [canonical(item) for item in x]
+        if isinstance(x, Mapping):
+            return {str(key): canonical(item) for key, item in x.items()}
+        return int(x) if isinstance(x, float) and x.is_integer() else x
+
+    leaves = flatten(config).items()
+    return {key: CANONICAL.encode(canonical(leaf)) for key, leaf in leaves if inside_hash(key)}

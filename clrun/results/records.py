@@ -1,0 +1,259 @@
+"""The files of one run: written so that a kill or a full disk at any moment leaves the earlier ones whole.
+
+Columns of accuracy.csv: `step` (optimizer steps so far), `position` (tasks learned at this evaluation; 0 = untrained),
+`after` (id of the task learned last; -1 at 0), `task` (id of the evaluated task), `task_position` (its position, from
+0), `split`, `setting`, `correct`, `total`, `task_correct` (rows whose predicted class belongs to the right task), `nll`
+(mean), `phase` ("end" of a task, or "during" it).
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from clrun.results.metrics import AccuracyMatrix, Row
+from clrun.system.errors import ConfigError
+from clrun.system.files import append, csv_text, json_text, locked, replacing, writing
+
+SCHEMA = 1
+COLUMNS = (
+    "step",
+    "position",
+    "after",
+    "task",
+    "task_position",
+    "split",
+    "setting",
+    "correct",
+    "total",
+    "task_correct",
+    "nll",
+    "phase",
+)
+CELL = ("position", "task_position", "task", "correct", "total")
+INTEGERS = ("step", "position", "after", "task", "task_position", "correct", "total", "task_correct")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Writes the files of one run. Every failure to write is a `ConfigError` that names the file and the reason.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    def create(self) -> None:
+        """Make the folder and its parents."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the folder for this process while the block runs (see `clrun.system.files.locked`)."""
+        return locked(self.path / "lock")
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml: the resolved configuration, plain types."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+        self._replace("config.yaml", text, flush=False)
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Write run.json; how the run ended survives a loss of power."""
+        self._replace("run.json", json_text(run, indent=1), flush=run["status"] != "running")
+
+    def read_run(self) -> dict[str, Any] | None:
+        """Return the content of run.json, None without one.
+
+        Raises:
+            ConfigError: it cannot be read or was not written by this version of clrun.
+        """
+        return read_run(self.path) if (self.path / "run.json").exists() else None
+
+    def append_rows(self, rows: Iterable[Row]) -> None:
+        """Append rows to accuracy.csv, sorted by (position, task_position, setting); its header comes first."""
+        path = self.path / "accuracy.csv"
+        append(path, ("" if _size(path) else _header()) + _lines(rows))
+
+    def write_rows(self, rows: Iterable[Row]) -> None:
+        """Write accuracy.csv anew; `rows` keep the order in which they were appended."""
+        self._replace("accuracy.csv", _header() + csv_text(map(_cells, rows)), flush=False)
+
+    def append_log(self, record: Mapping[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
+        append(self.path / "metrics.jsonl", json_text(record))
+
+    def truncate_log(self, learned: int) -> None:
+        """Cut metrics.jsonl before the first record of the task at position `learned`, or before a torn line."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or record.get("position", 0) >= learned:
+                break
+            kept.append(line)
+        with replacing(path) as file:
+            file.write(b"".join(kept))
+
+    def _replace(self, name: str, text: str, *, flush: bool) -> None:
+        with replacing(self.path / name, flush=flush) as file:
+            file.write(text.encode())
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says, read without unpickling or importing anything.
+
+    Attributes:
+        folder: where it was read.
+        name: `name` of the configuration.
+        config: resolved configuration, plain types.
+        status: "running", "completed", "failed" or "interrupted", as stored.
+        error: what ended the run; "" for nothing.
+        choices: member chosen in each config group, e.g. {"method": "er"}.
+        seed: seed of the run.
+        order: task ids by position; () when the run ended before its stream was built.
+        matrices: counts by (split, setting).
+        cost: what it cost, as stored.
+        versions: versions and device, as stored.
+        stored: all of run.json.
+        logme: LogME of the frozen features over all training rows; None when not recorded.
+    """
+
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    status: str
+    error: str
+    choices: dict[str, str]
+    seed: int
+    order: tuple[int, ...]
+    matrices: dict[tuple[str, str], AccuracyMatrix]
+    cost: dict[str, Any]
+    versions: dict[str, Any]
+    stored: dict[str, Any]
+    logme: float | None
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Self:
+        """Read run.json and accuracy.csv of `run_dir`.
+
+        Raises:
+            ConfigError: a file is damaged, foreign or contradicts the other.
+        """
+        run = read_run(run_dir)
+        order = tuple(run["task_order"] or ())
+        path = run_dir / "accuracy.csv"
+        groups: dict[tuple[str, str], list[list[int]]] = {}
+        if order and path.exists():
+            columns = _columns(path)
+            cells = zip(*(columns[name] for name in ("split", "setting", "phase", *CELL)), strict=True)
+            for split, setting, phase, *cell in cells:
+                if phase == "end":
+                    groups.setdefault((split, setting), []).append(cell)
+        try:
+            matrices = {key: AccuracyMatrix.from_cells(found, order=order) for key, found in groups.items()}
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return cls(
+            folder=run_dir,
+            name=str(run["name"]),
+            config=run["config"],
+            status=run["status"],
+            error=str(run.get("error") or ""),
+            choices={str(k): str(v) for k, v in (run.get("choices") or {}).items()},
+            seed=run["seed"],
+            order=order,
+            matrices=matrices,
+            cost=run.get("cost") or {},
+            versions=run.get("versions") or {},
+            stored=run,
+            logme=_number((run.get("logme") or {}).get("all")),
+        )
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """Return the content of run.json, its types checked as far as readers rely on them.
+
+    Raises:
+        ConfigError: it cannot be read or was not written by this version of clrun.
+    """
+    path = run_dir / "run.json"
+    try:
+        run = json.loads(_regular(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({_reason(error)}); remove it to run again") from error
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA}); remove it to run again")
+    order = run.get("task_order") or []
+    sound = isinstance(run.get("config"), dict) and isinstance(run.get("status"), str) and _is_int(run.get("seed"))
+    sound = sound and all(isinstance(run.get(key) or {}, dict) for key in ("choices", "cost", "versions", "logme"))
+    if not sound or not isinstance(order, list) or not all(map(_is_int, order)) or len(set(order)) < len(order):
+        raise ConfigError(f"{path}: config, status, seed or task_order is missing or malformed; remove it to run again")
+    return {"name": "", "task_order": None, **run}
+
+
+def _columns(path: Path) -> dict[str, list[Any]]:
+    """Return the columns of an accuracy.csv: a report reads a million lines, too many for a mapping each.
+
+    A torn last line, as a kill leaves it, is left out.
+
+    Raises:
+        ConfigError: the file cannot be read or has other columns.
+    """
+    try:
+        text = _regular(path).read_bytes().decode()
+        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+        if not lines or tuple(lines[0]) != COLUMNS:
+            raise ValueError("its first line is not the header of accuracy.csv")
+        values = list(zip(*lines[1:], strict=True)) or [()] * len(COLUMNS)
+        kinds = [int if name in INTEGERS else float if name == "nll" else str for name in COLUMNS]
+        return {name: list(map(kind, column)) for name, kind, column in zip(COLUMNS, kinds, values, strict=True)}
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read ({_reason(error)})") from error
+
+
+def _header() -> str:
+    return ",".join(COLUMNS) + "\n"
+
+
+def _lines(rows: Iterable[Row]) -> str:
+    return csv_text(map(_cells, sorted(rows, key=lambda row: (row["position"], row["task_position"], row["setting"]))))
+
+
+def _cells(row: Row) -> list[Any]:
+    return [format(row[name], ".9g") if name == "nll" else row[name] for name in COLUMNS]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _regular(path: Path) -> Path:
+    """Return `path`; a pipe or device of that name would block its reader for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(None, "no such file" if not path.exists() else "not a regular file")
+    return path
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return text.splitlines()[0]

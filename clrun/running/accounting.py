@@ -1,0 +1,166 @@
+"""What a run costs: parameters, bytes of state, FLOPs, peak memory."""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clrun.system.hardware import Hardware
+
+
+def parameter_counts(*modules: nn.Module) -> dict[str, int]:
+    """Return the numbers of parameters of `modules` together, shared ones once: total, and trainable."""
+    unique = {id(p): p for module in modules for p in module.parameters()}.values()
+    return {
+        "total": sum(p.numel() for p in unique),
+        "trainable": sum(p.numel() for p in unique if p.requires_grad),
+    }
+
+
+def token_count(backbone: nn.Module) -> int | None:
+    """Return the tokens of an image in a vision transformer, class token and registers included; None elsewhere."""
+    patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
+    prefix = getattr(backbone, "num_prefix_tokens", None)
+    return None if patches is None or prefix is None else int(patches) + int(prefix)
+
+
+def state_bytes(method: nn.Module) -> dict[str, int]:
+    """Return the bytes of every tensor that outlives a task, by top-level attribute of the method, and their total.
+
+    A storage that several attributes share counts once, for the first of them.
+    """
+    counted: set[int] = set()
+    sizes = {}
+    attributes = {**vars(method), **method._parameters, **method._buffers, **method._modules}
+    for name, value in attributes.items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        size = sum(_bytes(t, counted) for t in _tensors(value, set()))
+        if size:
+            sizes[name] = size
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def _bytes(tensor: Tensor, counted: set[int]) -> int:
+    """Return the bytes of the tensor's storage, 0 when counted before."""
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in counted:
+        return 0
+    counted.add(storage.data_ptr())
+    return storage.nbytes()
+
+
+def _tensors(value: Any, visited: set[int]) -> Iterable[Tensor]:
+    """Yield the tensors reachable from `value` through modules, containers and objects of clrun or of the user."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if isinstance(value, Mapping):
+        children: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple | set):
+        children = value
+    elif isinstance(value, type) or not hasattr(value, "__dict__"):
+        children = [getattr(value, n) for n in getattr(type(value), "__slots__", ()) if hasattr(value, n)]
+    else:
+        children = vars(value).values()
+    for child in children:
+        yield from _tensors(child, visited)
+
+
+def forward_flops(module: nn.Module, x: Tensor, *arguments: Any) -> int | None:
+    """Return the FLOPs (2 a multiply-add) of one forward pass of `x` [1, ...], or None when they cannot be counted.
+
+    Counts what torch.utils.flop_counter knows: matrix products, convolutions, attention.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = module.training
+    module.eval()
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            module(x, *arguments)
+    except NotImplementedError:
+        return None
+    finally:
+        module.train(training)
+    return int(counter.get_total_flops())
+
+
+class PeakMemory:
+    """The largest memory in use since the last `reset`: of the GPU where there is one, else resident memory.
+
+    Attributes:
+        hardware: whose memory.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.hardware = hardware
+
+    def reset(self) -> None:
+        """Begin a new measurement. Resident memory is reset on Linux only; elsewhere its maximum never falls."""
+        if self.hardware.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return
+
+    def read(self) -> int:
+        """Return bytes."""
+        if self.hardware.device.startswith("cuda"):
+            return int(torch.cuda.max_memory_allocated())
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == "darwin" else peak * 1024
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def versions(hardware: Hardware) -> dict[str, Any]:
+    """Return what a result may depend on besides its configuration: code, libraries, threads and device."""
+    names = ("torch", "torchvision", "timm", "numpy", "hydra-core")
+    cuda = hardware.device.startswith("cuda")
+    return {
+        "clrun": _version("clrun"),
+        "git_commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in names},
+        "threads": hardware.threads,
+        "processes": hardware.world,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "platform": platform.platform(),
+    }
+
+
+def _version(name: str) -> str | None:
+    """Return the installed version of a distribution without importing it."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Return the commit of clrun's checkout, else of the working directory's, with "+" for uncommitted changes."""
+    home = Path(__file__).resolve().parents[2]
+    where = home if (home / ".git").exists() else Path.cwd()
+    try:
+        git = ["git", "-C", str(where), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,226 @@
+"""Checkpoints: the pickled method and what the run has recorded, written atomically and read without running code.
+
+A checkpoint may come from anywhere, so it is opened with torch's restricted unpickler, under an explicit list of
+classes and functions: those that the method built by the current command's configuration is made of, batches and
+splits of data, and the classes of clrun's blocks and of the method's own module. What a run's folder says of
+itself plays no part in that list. A method that keeps anything else is refused when its first checkpoint is written.
+"""
+
+import hashlib
+import io
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clrun.learning.method import Method
+from clrun.running.evaluation import Row
+from clrun.system.errors import ConfigError
+from clrun.system.files import replacing
+from clrun.system.hardware import Hardware
+
+SCHEMA = 1
+KEEP = "keep tensors, numbers, lists, dicts, batches and classes of the method's own module, or set job.resume=false"
+
+
+@dataclass
+class Life:
+    """What a run has gone through; with the method, all that resuming needs.
+
+    Attributes:
+        learned: tasks finished.
+        steps: optimizer steps so far.
+        rows: lines of accuracy.csv.
+        costs: one entry a finished task, for run.json.
+    """
+
+    learned: int = 0
+    steps: int = 0
+    rows: list[Row] = field(default_factory=list)
+    costs: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fingerprints(module: nn.Module) -> dict[str, str]:
+    """Return the digest of the bytes of each parameter and buffer of `module`, by name."""
+    return {name: _digest(tensor) for name, tensor in _tensors(module).items()}
+
+
+def save(
+    path: Path,
+    method: Method,
+    life: Life,
+    *,
+    config_hash: str,
+    backbone: dict[str, str],
+    hardware: Hardware,
+    flush: bool = True,
+    known: list[Any] | None = None,
+) -> None:
+    """Write the checkpoint through a temporary file and a rename.
+
+    Args:
+        path: where; the main process writes, the others hand it their method.
+        method: its tensors that still equal the backbone's as loaded are stored by their digest only.
+        life: progress of the run.
+        config_hash: hash of the configuration.
+        backbone: digests of the backbone as loaded (`fingerprints`).
+        hardware: the processes; each has its own method.
+        flush: wait until the disk has it: only then does it survive a loss of power.
+        known: the `parts` of the method as it was built: see whether they are enough to read it back.
+
+    Raises:
+        ConfigError: the disk is full or the folder unwritable; an earlier checkpoint is untouched. The method keeps
+            what could not be read back.
+    """
+    buffer = io.BytesIO()
+    with _by_reference(method, backbone) as referenced:
+        torch.save(method, buffer)
+    if known is not None:
+        try:
+            _unpickled(buffer.getvalue(), known)
+        except Exception as error:
+            raise ConfigError(f"method: cannot be read back from a checkpoint ({_reason(error)}); {KEEP}") from None
+    alone = hardware.world == 1
+    methods = [buffer.getbuffer()] if alone else [bytearray(data) for data in hardware.gather(buffer.getvalue())]
+    if not hardware.main:
+        return
+    # As tensors, which are written as they are: bytes would be pickled, copied and checked twice.
+    stored = [torch.frombuffer(data, dtype=torch.uint8) for data in methods]
+    content = {"schema": SCHEMA, "config_hash": config_hash, "learned": life.learned, "steps": life.steps}
+    content |= {"rows": life.rows, "costs": life.costs, "referenced": referenced, "methods": stored}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replacing(path, flush=flush) as file:
+        file.write(buffer.getbuffer())
+
+
+def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> tuple[Method, Life]:
+    """Return the method and the progress stored at `path`.
+
+    Args:
+        path: the checkpoint.
+        fresh: the method as the current configuration builds it, before the first task.
+        config_hash: hash of the current configuration.
+        hardware: this process takes its own method.
+
+    Raises:
+        ConfigError: the file is damaged, belongs to another configuration or backbone, or names anything that the
+            current method is not made of; in no case has any code of the file run.
+    """
+    content = _read(path, path.read_bytes(), [])
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ConfigError(f"{path}: not a checkpoint of this version of clrun; delete it to start the run again")
+    if content["config_hash"] != config_hash:
+        raise ConfigError(f"{path}: checkpoint of another configuration; use another hydra.run.dir or job.resume=false")
+    stored = content["methods"][hardware.rank]
+    data = stored.numpy().tobytes() if isinstance(stored, Tensor) else stored
+    method = _read(path, data, parts(fresh))
+    if type(method) is not type(fresh):
+        raise ConfigError(f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it")
+    loaded, built = _tensors(method), _tensors(fresh)
+    for name, digest in content["referenced"].items():
+        if name not in loaded or name not in built or _digest(built[name]) != digest:
+            raise ConfigError(
+                f"{path}: was made with other backbone weights ({name}); give it the weights it began with"
+            )
+        loaded[name].data = built[name].data
+    life = Life(content["learned"], content["steps"], content["rows"], content["costs"])
+    hardware.place(method)
+    return method, life
+
+
+def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:
+    """Return what `_unpickled` returns.
+
+    Raises:
+        ConfigError: it refused the file at `path`.
+    """
+    try:
+        return _unpickled(data, allowed)
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: refused, nothing in it was run ({_reason(error)}); delete it to start again"
+        ) from None
+
+
+def _unpickled(data: bytes, allowed: list[Any]) -> Any:
+    """Unpickle `data` with torch's restricted unpickler, extended by exactly the classes and functions `allowed`."""
+    with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a message that says what was refused, without advice on how to allow it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = next((line for line in lines if "global" in line.lower()), lines[0])
+    return named.partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0] or named
+
+
+class _Collector(pickle.Pickler):
+    """Notes every class and function that pickling an object names."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), protocol=2)
+        self.seen: dict[int, Any] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        """Note `value` if it is a class or function, else its class; pickle it in the usual way, numbers apart."""
+        if isinstance(value, torch.UntypedStorage | torch.TypedStorage):
+            return int, ()
+        part = value if callable(value) and hasattr(value, "__qualname__") else type(value)
+        self.seen[id(part)] = part
+        return NotImplemented
+
+
+def parts(method: Method) -> list[Any]:
+    """Return the classes and functions a checkpoint of `method` may name.
+
+    Raises:
+        ConfigError: it cannot be pickled.
+    """
+    collector = _Collector()
+    try:
+        collector.dump(method)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # Python's own words for a lambda, a file, ...
+        raise ConfigError(f"method: cannot be stored in a checkpoint ({error}); {KEEP}") from None
+    found = list(collector.seen.values())
+    homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)} | {"clrun.data.split"}
+    for module in [m for name, m in list(sys.modules.items()) if name in homes or name.startswith("clrun.blocks.")]:
+        found += [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    unsafe = {getattr, setattr, eval, exec, __import__}
+    return [part for part in found if getattr(part, "__module__", None) and part not in unsafe]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers of a backbone, or of a method's backbone, by their name in the backbone."""
+    source = module.backbone if isinstance(module, Method) else module
+    return dict(source.named_parameters()) | dict(source.named_buffers())
+
+
+@contextmanager
+def _by_reference(method: Method, backbone: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Empty the method's tensors that equal the loaded backbone's while it is pickled; yield their digests."""
+    equal = {name: t for name, t in _tensors(method).items() if name in backbone and _digest(t) == backbone[name]}
+    kept = {name: tensor.data for name, tensor in equal.items()}
+    try:
+        for tensor in equal.values():
+            tensor.data = tensor.data.new_empty(0)
+        yield {name: backbone[name] for name in equal}
+    finally:
+        for name, tensor in equal.items():
+            tensor.data = kept[name]
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return a digest of dtype, shape and bytes."""
+    data = tensor.detach().cpu().contiguous()
+    code = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
+    code.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
+    return code.hexdigest()

@@ -1,0 +1,182 @@
+"""The task loop: a learner lives through a stream of tasks and everything worth knowing is recorded."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from clrun.data.stream import Stream, Task
+from clrun.learning.budget import Budget
+from clrun.learning.context import Context, Progress
+from clrun.learning.method import Method
+from clrun.running.accounting import PeakMemory, parameter_counts, state_bytes
+from clrun.running.checkpoint import Life
+from clrun.running.evaluation import Evaluation, Row
+from clrun.system.hardware import Hardware
+from clrun.system.seeding import seed_all
+
+
+class Journal(Protocol):
+    """Where the engine reports to."""
+
+    def begin_task(self, task: Task) -> None:
+        """Note that `task` begins."""
+
+    def step(self, progress: Progress) -> None:
+        """Note an optimizer step."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Record numbers of training."""
+
+    def rows(self, rows: list[Row]) -> None:
+        """Record lines of accuracy.csv."""
+
+    def end_task(self, task: Task, method: Method, life: Life) -> None:
+        """Note that `task` is learned and evaluated; the checkpoint is written here."""
+
+
+class Tuning(Protocol):
+    """Learns a task several times to choose hyper-parameters (`clrun.running.tuning`)."""
+
+    def __call__(self, engine: "Engine", method: Method, task: Task) -> tuple[Method, float, dict[str, Any]]:
+        """Return the method that has learned `task`, the seconds of the kept training, and the record for run.json."""
+
+
+@dataclass
+class Engine:
+    """The loop over tasks.
+
+    Attributes:
+        stream: the tasks.
+        budget: what a fit may spend by default.
+        hardware: what to compute on.
+        seed: seed of the run.
+        evaluation: how to evaluate.
+        journal: where to report to.
+        eval_initial: evaluate the untrained learner, and each task before it is learned (domain-incremental only:
+            elsewhere the classes of an unseen task do not compete yet).
+        eval_every: evaluate every so many optimizer steps too; None does not.
+        max_steps: upper limit of the steps of any fit; None for none.
+        tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
+        life: what the run has gone through.
+    """
+
+    stream: Stream
+    budget: Budget
+    hardware: Hardware
+    seed: int
+    evaluation: Evaluation
+    journal: Journal
+    eval_initial: bool = False
+    eval_every: int | None = None
+    max_steps: int | None = None
+    tuning: Tuning | None = None
+    life: Life = field(default_factory=Life)
+    _evaluating: float = 0.0
+    _moved: int = 0  # parameters that the last task's fits moved
+
+    def run(self, method: Method) -> Method:
+        """Let `method` learn the tasks that are not learned yet, in order; return it, or the copy that lived on."""
+        self.hardware.place(method)
+        if self.hardware.compile:
+            method.backbone.compile()
+        memory = PeakMemory(self.hardware)
+        for task in self.stream.tasks[self.life.learned :]:
+            self.journal.begin_task(task)
+            memory.reset()
+            search: dict[str, Any] = {}
+            if self.tuning is None:
+                seconds = self.train(method, self.context(method, task))
+            else:
+                method, seconds, search["tuning"] = self.tuning(self, method, task)
+            self.life.learned += 1
+            evaluation = self._timed(partial(self._evaluate, method, self.life.learned))
+            steps = self.life.costs[-1]["steps"] if self.life.costs else 0
+            images = len(task.train)
+            self.life.costs.append(
+                {
+                    "task": task.id,
+                    "position": task.index,
+                    "steps": self.life.steps,
+                    "train_seconds": seconds,
+                    "eval_seconds": evaluation,
+                    "images": images,
+                    "images_per_second": self._images(task, self.life.steps - steps) / seconds if seconds else None,
+                    "peak_memory_bytes": memory.read(),
+                    "parameters": parameter_counts(method) | {"trainable": self._moved},
+                    "state_bytes": state_bytes(method),
+                    **search,
+                }
+            )
+            self.journal.end_task(task, method, self.life)
+        return method
+
+    def _images(self, task: Task, steps: int) -> int:
+        """Return the training images that passed through the network: rows of all steps, or one pass without steps."""
+        return steps * min(self.budget.batch_size, len(task.train)) if steps else len(task.train)
+
+    def train(self, method: Method, ctx: Context, *, initial: bool = True) -> float:
+        """Let `method` learn the task of `ctx`; return the seconds it took, without evaluations.
+
+        `initial`: evaluate before the first task, where the run does so and has not yet.
+        """
+        self._evaluating, task = 0.0, ctx.task
+        seed_all(ctx.seed, "task", task.id)
+        method.begin_task(task, ctx)
+        for part in method.new_parts():
+            self.hardware.place(part)
+        if initial and self._initial and not self.life.rows:
+            self._record(self.evaluation(method, self.stream, 0, candidates=1, tasks=len(self.stream.tasks)), "end")
+
+        def work() -> None:
+            method.learn(task, ctx)
+            method.end_task(task, ctx)
+
+        seconds = self._timed(work) - self._evaluating
+        self._moved = sum(p.numel() for p in ctx.progress.moved)
+        return seconds
+
+    @property
+    def _initial(self) -> bool:
+        """Whether tasks are evaluated before they are learned."""
+        return self.eval_initial and self.stream.setting == "dil"
+
+    def context(self, method: Method, task: Task) -> Context:
+        """Return what the method may know while it learns `task`."""
+
+        def on_step(progress: Progress) -> None:
+            self.life.steps += 1
+            self.journal.step(progress)
+            if self.eval_every and self.life.steps % self.eval_every == 0:
+                self._evaluating += self._timed(lambda: self._evaluate_during(method, task))
+
+        def log(record: Any) -> None:
+            self.journal.log({"task": task.id, "position": task.index, **record})
+
+        return Context(
+            self.stream, task, self.budget, self.hardware, self.seed, log=log, on_step=on_step, max_steps=self.max_steps
+        )
+
+    def _evaluate(self, method: Method, learned: int) -> None:
+        """Evaluate the learned tasks, and the next one where it can be read before it is learned."""
+        ahead = min(learned + 1, len(self.stream.tasks)) if self._initial else learned
+        self._record(self.evaluation(method, self.stream, learned, tasks=ahead), "end")
+
+    def _evaluate_during(self, method: Method, task: Task) -> None:
+        """Evaluate in the middle of a task, whose classes compete already."""
+        self._record(self.evaluation(method, self.stream, task.index, candidates=task.index + 1), "during")
+
+    def _record(self, rows: list[Row], phase: str) -> None:
+        """Keep rows for the checkpoint and hand them to the journal."""
+        rows = [{"step": self.life.steps, **row, "phase": phase} for row in rows]
+        self.life.rows += rows
+        self.journal.rows(rows)
+
+    def _timed(self, work: Callable[[], Any]) -> float:
+        """Call `work` and return its wall time in seconds, finished work of the device included."""
+        self.hardware.synchronize()
+        start = time.perf_counter()
+        work()
+        self.hardware.synchronize()
+        return time.perf_counter() - start

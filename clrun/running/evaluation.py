@@ -1,0 +1,178 @@
+"""Evaluation of a learner: integer counts for every setting from one forward pass."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from clrun.data.split import Split
+from clrun.data.stream import Setting, Stream, Task
+from clrun.learning.method import Method
+from clrun.system.hardware import Hardware
+
+Row = dict[str, Any]  # one line of accuracy.csv
+Constants = WeakKeyDictionary[nn.Module, dict[int, list[Tensor | None]]]  # by backbone, task id and batch
+PREPARED = 2**23  # bytes of prepared rows kept from one evaluation to the next
+KEEP = 2**20  # logits held back before they are counted: counting once is cheaper than counting every batch
+FLOOR = math.log(1e-12)  # of one sample's log-likelihood
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How learners are evaluated.
+
+    Attributes:
+        hardware: where; processes share the rows of each split.
+        split: "test" or "val".
+        batch_size: rows of a forward pass.
+        max_rows: at most so many rows of a task, evenly spaced; None for all.
+    """
+
+    hardware: Hardware
+    split: str
+    batch_size: int
+    max_rows: int | None
+    _prepared: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False)
+    _constants: Constants = field(default_factory=WeakKeyDictionary, init=False, repr=False)
+
+    def rows(self, task: Task) -> Split:
+        """Return the evaluated rows of `task`."""
+        split = task.val if self.split == "val" else task.test
+        assert split is not None, "the runner checks that validation rows exist"
+        if self.max_rows is None or len(split) <= self.max_rows:
+            return split
+        return split.select(torch.linspace(0, len(split) - 1, self.max_rows, device=split.y.device).long())
+
+    def settings(self, method: Method, stream: Stream) -> tuple[Setting, ...]:
+        """Return the settings that `method` can be read in on this stream."""
+        if stream.setting == "dil":
+            return ("dil",)
+        return ("til",) if method.needs_task_id else ("cil", "til")
+
+    def logits(self, method: Method, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (logits [n, C] float, labels [n]) of this process's share of the task's rows."""
+        position = task.index if method.needs_task_id else None
+        constants = self._constants.setdefault(method.backbone, {}).setdefault(task.id, [])
+        kept: list[tuple[Tensor, Tensor]] = []
+        for number, (x, y) in enumerate(self._batches(task)):
+            with self.hardware.autocast():
+                if number == len(constants):
+                    constants.append(method.constant(x))
+                constant = constants[number]
+                if constant is not None:
+                    logits = method.forward_with(constant, x, position)
+                else:
+                    logits = method(x) if position is None else method(x, position)
+            kept.append((logits.float(), y))
+            if len(kept) * logits.numel() > KEEP:
+                yield _joined(kept)
+                kept = []
+        if kept:
+            yield _joined(kept)
+
+    def _batches(self, task: Task) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return (x, labels) of this process's share of the task's rows; small tasks are prepared only once."""
+        if task.id in self._prepared:
+            return self._prepared[task.id]
+        shard = (self.hardware.rank, self.hardware.world)
+        read = self.rows(task).batches(self.batch_size, shard=shard)
+        batches = ((self.hardware.layout(batch.x), batch.y) for batch in read if len(batch))
+        first = next(batches, None)
+        if first is None:
+            return ()
+        room = PREPARED - sum(x.nbytes for kept in self._prepared.values() for x, _ in kept)
+        if first[0][0].nbytes * len(self.rows(task)) > room:
+            return chain([first], batches)
+        self._prepared[task.id] = [first, *batches]
+        return self._prepared[task.id]
+
+    def __call__(
+        self, method: Method, stream: Stream, learned: int, *, candidates: int | None = None, tasks: int | None = None
+    ) -> list[Row]:
+        """Evaluate every learned task in every setting.
+
+        Args:
+            method: put into eval mode; its mode is restored.
+            stream: the stream.
+            learned: tasks learned so far; the `position` of the rows.
+            candidates: tasks whose classes compete; default `learned`.
+            tasks: how many tasks to evaluate, by position; default `candidates`.
+
+        Returns:
+            Rows of accuracy.csv without `step` and `phase`, sorted by task position and setting.
+        """
+        candidates = learned if candidates is None else candidates
+        training = method.training
+        if training:
+            method.eval()
+        rows = []
+        after = stream.tasks[learned - 1].id if learned else -1
+        settings = self.settings(method, stream)
+        masks = self._masks(stream, settings, candidates)
+        members = stream.members.to(self.hardware.device)
+        with torch.inference_mode():
+            for task in stream.tasks[: candidates if tasks is None else tasks]:
+                counts = self._count(method, task, masks[:, task.index], members[task.index])
+                total = len(self.rows(task))
+                for setting, (correct, task_correct, nll) in zip(settings, counts.tolist(), strict=True):
+                    row: Row = {"position": learned, "after": after, "task": task.id, "task_position": task.index}
+                    row |= {"split": self.split, "setting": setting, "correct": int(correct), "total": total}
+                    rows.append(row | {"task_correct": int(task_correct), "nll": nll / max(1, total)})
+        if training:
+            method.train()
+        return rows
+
+    def accuracy(self, method: Method, stream: Stream, task: Task) -> float:
+        """Return the share of the rows of `task` that `method` has right, as the last task learned, in its setting."""
+        training = method.training
+        method.eval()
+        own = stream.members[task.index].to(self.hardware.device)
+        masks = self._masks(stream, (stream.setting,), task.index + 1)
+        with torch.inference_mode():
+            counts = self._count(method, task, masks[:, task.index], own)
+        method.train(training)
+        return counts[0, 0].item() / len(self.rows(task))
+
+    def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor) -> Tensor:
+        """Return [S, 3] sums over the task's rows: correct, argmax in the true task, negative log-likelihood.
+
+        `masks` is [S, C], one row a setting; `own` is [C], the classes of the task.
+        """
+        counts = torch.zeros(len(masks), 3, dtype=torch.float64, device=masks.device)
+        for logits, y in self.logits(method, task):
+            # [S, C, n]: reductions over classes run several times faster when samples lie side by side.
+            allowed = logits.t().contiguous().masked_fill(~masks[:, :, None], float("-inf"))
+            choice = allowed.max(dim=1).indices
+            nll = -allowed.log_softmax(dim=1).gather(1, y.expand(len(masks), 1, -1))[:, 0].clamp_min_(FLOOR)
+            counts += torch.stack([choice == y, own[choice], nll], dim=2).sum(dim=1, dtype=torch.float64)
+        return self.hardware.sum(counts)
+
+    def _masks(self, stream: Stream, settings: Sequence[Setting], candidates: int) -> Tensor:
+        """Return [S, T, C] bool: the classes that compete for a sample of each task in each setting."""
+        return torch.stack([stream.candidates(candidates, s) for s in settings]).to(self.hardware.device)
+
+    def predictions(self, method: Method, stream: Stream) -> Iterator[Row]:
+        """Yield, for every row of every learned task, its task, row, label and the prediction in each setting."""
+        method.eval()
+        settings = self.settings(method, stream)
+        masks = self._masks(stream, settings, len(stream.tasks))
+        with torch.inference_mode():
+            for task in stream.tasks:
+                row = 0
+                for logits, y in self.logits(method, task):
+                    choices = logits.masked_fill(~masks[:, task.index, None], float("-inf")).argmax(dim=2)
+                    for label, *chosen in zip(y.tolist(), *choices.tolist(), strict=True):
+                        yield {"task": task.id, "row": row, "label": label, **dict(zip(settings, chosen, strict=True))}
+                        row += 1
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Concatenate pairs of (logits, labels)."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

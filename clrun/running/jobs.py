@@ -1,0 +1,302 @@
+"""Starting runs: one, or the jobs of a sweep through any launcher; all is checked before anything starts."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus, env_override, run_job
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from clrun.config.check import check
+from clrun.config.compose import Composer, folder_of, plain_config, without_hydra
+from clrun.config.job import JobInfo
+from clrun.system.errors import ConfigError, one_line
+from clrun.system.files import writing
+
+JOBS_STARTED = "CLRUN_JOBS_STARTED"  # tells the jobs of a parallel launcher how many were started together
+
+
+def task(cfg: DictConfig) -> float:
+    """Run one composed configuration; the function that Hydra's launchers call, in their processes.
+
+    Returns:
+        The final average accuracy, so that optimising sweepers have something to maximise.
+    """
+    from clrun.running.run import run_config
+
+    hydra = HydraConfig.get()
+    config, choices = plain_config(cfg), _choices(hydra)
+    sweep = hydra.mode == RunMode.MULTIRUN
+    texts = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": hydra.overrides.task}
+    info = JobInfo(
+        number=hydra.job.num if sweep else None,
+        parallel=_jobs_at_once(hydra.launcher) if sweep else 1,
+        choices=choices,
+        sweep=sweep,
+        overrides=list(hydra.overrides.task),
+        hydra={f"{name}.yaml": OmegaConf.to_yaml(node) for name, node in texts.items()},
+    )
+    try:
+        check(config, choices)  # again: sweepers that choose values as they go could not be checked beforehand
+        return run_config(config, Path(hydra.runtime.output_dir), job=info)
+    except Exception as error:
+        if sweep and not isinstance(error, ConfigError):
+            traceback.print_exc()  # in the process of the job; the sweep itself shows one line
+        raise
+
+
+def _choices(hydra: Any) -> dict[str, str]:
+    return {str(group): str(member) for group, member in hydra.runtime.choices.items() if member is not None}
+
+
+def _jobs_at_once(launcher: Any) -> int:
+    """Return how many jobs of a sweep share this machine."""
+    target, batch = str(launcher.get("_target_", "")), int(os.environ.get(JOBS_STARTED, 1))
+    if target.endswith("JoblibLauncher"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = int(launcher.n_jobs or 1)
+        return min(batch, jobs if jobs > 0 else max(1, cores + 1 + jobs))
+    return batch if target.endswith("submitit_launcher.LocalLauncher") else 1
+
+
+def run(composer: Composer, overrides: Sequence[str], *, sweep: bool) -> int:
+    """Start what the overrides ask for and return the exit code: 0, or 1 when jobs of a sweep failed.
+
+    Args:
+        composer: where configurations come from.
+        overrides: of the command line.
+        sweep: every combination of comma-separated values and ranges; a configuration can ask for it, too.
+
+    Raises:
+        ConfigError: a mistake of the user; nothing was started.
+    """
+    cfg = composer.compose(overrides, sweep=sweep)
+    sweep = cfg.hydra.mode == RunMode.MULTIRUN
+    rank = _rank()
+    if rank is not None and (sweep or not any(o.startswith("hydra.run.dir=") for o in overrides)):
+        raise ConfigError("torchrun starts one run in one folder: add hydra.run.dir=FOLDER, leave out -m")
+    if sweep:
+        return _sweep(composer, cfg)
+    _check([cfg])
+    _single(composer, cfg, main=not rank)
+    return 0
+
+
+def _rank() -> int | None:
+    """Return this process's rank under torchrun; None outside."""
+    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["RANK"]) if known else None
+
+
+def _check(cfgs: Sequence[DictConfig | ConfigError]) -> None:
+    """Raise one ConfigError for all problems of all configurations, without repetition."""
+    counts: dict[str, int] = {}
+    seen: dict[str, list[str]] = {}
+    for cfg in cfgs:
+        for line in _problems(cfg, seen):
+            counts[line] = counts.get(line, 0) + 1
+    note = f" of {len(cfgs)} runs]" if len(cfgs) > 1 else ""
+    if counts:
+        raise ConfigError("\n".join(f"{line} [{n}{note}" if note else line for line, n in counts.items()))
+
+
+def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list[str]:
+    """Return the problems of one configuration; `seen` keeps those of data and machine, the same for many runs."""
+    if isinstance(cfg, ConfigError):
+        return str(cfg).splitlines()
+    try:
+        config = plain_config(cfg)
+        check(config, _choices(cfg.hydra))
+    except ConfigError as error:
+        return str(error).splitlines()
+    if _slurm(cfg):
+        return []  # the run will see another machine
+    groups = ("dataset", "scenario", "task_order", "backbone", "hardware", "job")
+    key = json.dumps([config[group] for group in groups])
+    if key not in seen:
+        from clrun.running.run import preflight
+
+        try:
+            preflight(config)
+            seen[key] = []
+        except ConfigError as error:
+            seen[key] = str(error).splitlines()
+    return seen[key]
+
+
+def _slurm(cfg: DictConfig) -> bool:
+    """Whether the jobs of a sweep run on other machines."""
+    return str(cfg.hydra.launcher.get("_target_", "")).endswith("SlurmLauncher")
+
+
+def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> None:
+    """Run one configuration; folders made for it that stay empty are removed."""
+    out = folder_of(cfg, "hydra.run.dir").absolute()
+    if not main:  # of torchrun's processes one makes the folder
+        with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
+            cfg.hydra.runtime.output_dir = str(out)
+        HydraConfig.instance().set_config(cfg)
+        task(without_hydra(cfg))
+        return
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    callbacks = Callbacks(cfg)
+    context = HydraContext(config_loader=composer.hydra.config_loader, callbacks=callbacks)
+    callbacks.on_run_start(config=cfg, config_name=composer.name)
+    try:
+        with writing(out):  # errors of the run itself come in `done`
+            done = run_job(task, cfg, "hydra.run.dir", None, context)
+    finally:
+        _remove_empty(missing)
+    callbacks.on_run_end(config=cfg, config_name=composer.name, job_return=done)
+    if done.status is JobStatus.FAILED:
+        raise done._return_value
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, innermost first, until one holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+class _Composed:
+    """Hydra's loader of configurations, which hands out, once each, what was composed for the check.
+
+    Composing takes longer than all else that happens around a short run.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.found: dict[tuple[str, ...], DictConfig] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """Return the configuration of a job of the sweep."""
+        found = self.found.pop(tuple(sweep_overrides), None)
+        if found is None:
+            loaded: DictConfig = self.loader.load_sweep_config(master_config, sweep_overrides)
+            return loaded
+        OmegaConf.set_readonly(found.hydra, None)  # as it was before it was looked at
+        return found
+
+
+class _Recorder(Launcher):
+    """Launches through another launcher and keeps the failed jobs to itself: no sweeper stops at one."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self.launcher = launcher
+        self.failed: list[JobReturn] = []
+
+    def setup(self, **arguments: Any) -> None:
+        """Do nothing: the launcher within is set up."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Launch the jobs; a failed one counts as completed with the value NaN."""
+        with env_override({JOBS_STARTED: str(len(job_overrides))}):
+            returns = self.launcher.launch(job_overrides, initial_job_idx)
+        for job in returns:
+            if job.status is JobStatus.FAILED:
+                self.failed.append(JobReturn(job.overrides, hydra_cfg=job.hydra_cfg, _return_value=job._return_value))
+                job.status, job.return_value = JobStatus.COMPLETED, math.nan
+        return returns
+
+
+def _sweep(composer: Composer, cfg: DictConfig) -> int:
+    """Run every job of a sweep, rebuild the sweep's tables whatever happens, list the failed jobs."""
+    folder, arguments = folder_of(cfg, "hydra.sweep.dir"), [str(o) for o in cfg.hydra.overrides.task]
+    callbacks = Callbacks(cfg)
+    sweeper = _checked_sweeper(composer, cfg, callbacks)
+    HydraConfig.instance().set_config(cfg)
+    recorder = sweeper.launcher = _Recorder(sweeper.launcher)
+    callbacks.on_multirun_start(config=cfg, config_name=composer.name)
+    try:
+        with writing(folder):
+            sweeper.sweep(arguments=arguments)
+    finally:
+        _refresh(folder)
+    callbacks.on_multirun_end(config=cfg, config_name=composer.name)
+    for job in recorder.failed:
+        print(f"clrun: failed: {_failure(job)}", file=sys.stderr)
+    return 1 if recorder.failed else 0
+
+
+def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks) -> Any:
+    """Return Hydra's sweeper, after every combination that it will run has been checked.
+
+    Sweepers that choose values as they go cannot be asked; their jobs are checked one by one, by `task`.
+    """
+    if _slurm(cfg) and shutil.which("srun") is None:
+        raise ConfigError("hydra/launcher=submitit_slurm: no Slurm here (no srun); use joblib or submitit_local")
+    loader = _Composed(composer.hydra.config_loader)
+    serial = str(cfg.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher")
+    context = HydraContext(config_loader=loader if serial else loader.loader, callbacks=callbacks)  # type: ignore[arg-type]
+    try:
+        sweeper: Any = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
+        if str(cfg.hydra.sweeper._target_).endswith(".BasicSweeper"):
+            parser = OverridesParser.create(config_loader=composer.hydra.config_loader)
+            lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+            parsed = parser.parse_overrides([*lines, *cfg.hydra.overrides.task])
+            [combinations] = sweeper.split_arguments(parsed, None)
+            jobs = _jobs(composer, cfg, combinations)
+            _check(jobs)
+            pairs = zip(combinations, jobs, strict=True)
+            loader.found = {tuple(c): job for c, job in pairs if serial and not isinstance(job, ConfigError)}
+            sweeper.validate_batch_is_legal = lambda batch: None  # done, in clearer words
+            print(f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}")
+    except HydraException as error:  # of the sweep's own options: no run has started
+        raise ConfigError(one_line(error)) from error
+    return sweeper
+
+
+def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]) -> list[DictConfig | ConfigError]:
+    """Return the configuration of every combination, or the mistake in it; sharing a folder is one."""
+    found: list[DictConfig | ConfigError] = []
+    folders: dict[Path, str] = {}
+    for number, overrides in enumerate(combinations):
+        try:
+            job = composer.compose_job(cfg, overrides)
+            with open_dict(job.hydra.job):
+                job.hydra.job.num, job.hydra.job.id = number, str(number)
+            folder, text = folder_of(job, "hydra.sweep.subdir"), " ".join(overrides)
+            if folder in folders:
+                raise ConfigError(f"'{folders[folder]}' and '{text}' would share the folder {folder}")
+            folders[folder] = text
+            found.append(job)
+        except ConfigError as error:
+            found.append(error)
+    return found
+
+
+def _refresh(folder: Path) -> None:
+    """Rewrite the tables of a sweep and print the comparison."""
+    from clrun.reporting.sweep import refresh
+
+    if text := refresh(folder).text:
+        print(f"\n{text}\n\nresults: {folder}")
+
+
+def _failure(job: JobReturn) -> str:
+    """Return one line on a failed job; its folder is removed when the job has left nothing there."""
+    error, folder = job._return_value, Path(job.hydra_cfg.hydra.runtime.output_dir)  # type: ignore[union-attr]
+    _remove_empty([folder])
+    mistake = isinstance(error, ConfigError)
+    what = one_line(error) if mistake else f"{type(error).__name__}: {one_line(error)}"
+    log = folder / "clrun.log"
+    return f"{' '.join(job.overrides or [])}: {what}{f' (see {log})' if log.exists() else ''}"

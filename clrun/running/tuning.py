@@ -1,0 +1,227 @@
+"""Hyper-parameters from the data of the current task alone: the stability-plasticity framework.
+
+De Lange et al., "A continual learning survey: Defying forgetting in classification tasks", TPAMI 2021, arXiv
+1909.08383. Deviations: every training has the run's budget, whose length is fixed (there: until validation accuracy
+stalls); each method learns its own first task (there: all from one network).
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
+from typing import Annotated, Any
+
+from clrun.data.stream import Task
+from clrun.learning.budget import Budget
+from clrun.learning.knobs import Values, decays, read, write
+from clrun.learning.method import Method
+from clrun.running.engine import Engine
+from clrun.running.evaluation import Evaluation
+from clrun.system.errors import ConfigError, Fraction, NumericalError, Positive, PositiveInt, Range
+from clrun.system.seeding import derive
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StabilityDecay:
+    """Maximal plasticity search, then stability decay, for each task; the data of other tasks play no part.
+
+    Plasticity: the network as the task finds it is finetuned with every learning rate of the grid; the best validation
+    accuracy of the task is A*. Stability: the method learns the task from the same state with the best learning rate;
+    while its own accuracy stays below (1 - drop) A*, its knobs are decayed and it learns the task again, from the same
+    state. The last training is kept, converged or not, and the knobs go on to the next task as they then stand: after
+    `max_attempts` in vain, decayed once more than in the last training.
+
+    A method without knobs has the first phase only, in which it learns the task in its own way, and keeps the best
+    training. Only the learning rate of `budget` is searched, not those of budgets among a method's options. Accuracy is
+    that of the run's setting, measured after the method's `end_task`.
+
+    Attributes:
+        lrs: the grid; of equal accuracies, the first in the list wins.
+        first_lrs: tried before the grid, in the first task.
+        repeats: r, seeds over which the accuracy of a learning rate is averaged; the run's own comes first.
+        drop: p, margin below A* that is accepted.
+        decay: a, factor of each decay.
+        max_attempts: trainings of the second phase, at most.
+        reset: whether every task begins with the configured knobs, and not with those left by the last one.
+    """
+
+    lrs: list[Positive]
+    first_lrs: list[Positive]
+    repeats: PositiveInt
+    drop: Fraction
+    decay: Annotated[float, Range(above=0, maximum=1)]
+    max_attempts: PositiveInt
+    reset: bool
+
+    def __post_init__(self) -> None:
+        """Check what ranges cannot say."""
+        if not self.lrs:
+            raise ConfigError("job.tuning.lrs: empty; give at least one learning rate")
+        if self.decay == 1:
+            raise ConfigError("job.tuning.decay: 1 decays nothing; use a factor below 1")
+
+    def check(self, budget: Budget) -> None:
+        """Check that there is a learning rate to search.
+
+        Raises:
+            ConfigError: the optimizer has no option `lr`.
+        """
+        if "lr" not in getattr(budget.optimizer, "keywords", {}):
+            raise ConfigError("job.tuning: budget.optimizer has no option lr, whose value could be searched")
+
+    def trainings(self, method: Method, task: Task) -> int:
+        """Return how often `task` is learned at least."""
+        return len(self._grid(task)) * self.repeats + bool(method.knobs)
+
+    def _grid(self, task: Task) -> list[float]:
+        """Return the learning rates tried on `task`."""
+        return [*([] if task.index else self.first_lrs), *self.lrs]
+
+    def __call__(self, engine: Engine, method: Method, task: Task) -> tuple[Method, float, Record]:
+        """Search while learning `task`.
+
+        Args:
+            engine: does the trainings; its life counts the steps of the kept one alone.
+            method: as the task finds it; not used afterwards.
+            task: the current task.
+
+        Returns:
+            The learner that has learned the task, the seconds of the training kept, and what was tried.
+        """
+        start = read(method, method.knobs)
+        if self.reset and engine.life.costs:
+            start = engine.life.costs[0]["tuning"]["start"]
+        write(method, start)
+        trials = _Trials(engine, method, task)
+        kept, plasticity = self._plasticity(trials)
+        record: Record = {"start": start, "plasticity": plasticity, "stability": None}
+        if method.knobs:
+            kept, record["stability"] = self._stability(trials, start, plasticity)
+        if kept.error is not None:
+            raise kept.error
+        engine.life.steps = trials.steps + kept.steps
+        return kept.method, kept.seconds, record
+
+    def _plasticity(self, trials: "_Trials") -> tuple["_Trial", Record]:
+        """Return the best training over the learning rates, and the record of all."""
+        begun, grid = time.perf_counter(), list[Record]()
+        best: tuple[_Trial, Record] | None = None
+        for lr in self._grid(trials.task):
+            runs = [trials.run(lr, repeat=i, plain=bool(trials.method.knobs)) for i in range(self.repeats)]
+            grid.append({"lr": lr, "accuracy": fmean(run.accuracy for run in runs)})
+            if best is None or grid[-1]["accuracy"] > best[1]["accuracy"]:
+                best = runs[0], grid[-1]
+        assert best is not None
+        return best[0], {**best[1], "grid": grid, "seconds": _since(begun)}
+
+    def _stability(self, trials: "_Trials", start: Values, plasticity: Record) -> tuple["_Trial", Record]:
+        """Return the last training of the method, with the knobs set for the next task, and the record of all."""
+        begun, attempts, converged = time.perf_counter(), list[Record](), False
+        threshold = (1 - self.drop) * plasticity["accuracy"]
+        values: Iterator[Values] = decays(start, trials.method.knobs, self.decay)
+        following: Values | None = next(values)
+        while following is not None and not converged and len(attempts) < self.max_attempts:
+            trained = following
+            trial = trials.run(plasticity["lr"], knobs=trained)
+            attempts.append({"knobs": trained, "accuracy": trial.accuracy})
+            converged = trial.error is None and trial.accuracy >= threshold
+            following = trained if converged else next(values, None)
+        carried = trained if following is None else following
+        write(trial.method, carried)
+        record = {"threshold": threshold, "attempts": attempts, "converged": converged}
+        return trial, {**record, "trained": trained, "carried": carried, "seconds": _since(begun)}
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One training of the task.
+
+    Attributes:
+        method: the learner afterwards.
+        accuracy: of the task's validation rows, a fraction; 0 when training left the numbers.
+        steps: of the optimizer.
+        seconds: of learning.
+        error: the end of a training that left the numbers.
+    """
+
+    method: Method
+    accuracy: float
+    steps: int
+    seconds: float
+    error: NumericalError | None = None
+
+
+@dataclass
+class _Trials:
+    """Trainings of one task, each from the same state and with the same random numbers.
+
+    Attributes:
+        engine: trains.
+        method: as the task finds it; every training has a copy.
+        task: the task.
+        steps: of the run before the task.
+        count: trainings so far.
+        evaluation: as the run's, of validation rows.
+    """
+
+    engine: Engine
+    method: Method
+    task: Task
+    steps: int = field(init=False)
+    count: int = field(default=0, init=False)
+    evaluation: Evaluation = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note where the run stands, and how it evaluates."""
+        self.steps = self.engine.life.steps
+        self.evaluation = replace(self.engine.evaluation, split="val")
+
+    def run(self, lr: float, *, repeat: int = 0, plain: bool = False, knobs: Values | None = None) -> _Trial:
+        """Learn the task from the state in which the run met it.
+
+        Args:
+            lr: learning rate of the budget.
+            repeat: 0 for the seed of the run.
+            plain: finetune the network instead.
+            knobs: values of the method's knobs; None leaves them.
+        """
+        engine = self.engine
+        method = _finetuning(self.method) if plain else copy.deepcopy(self.method)
+        write(method, knobs or {})
+        if engine.hardware.compile:
+            method.backbone.compile()
+        seed = derive(engine.seed, "repeat", repeat) if repeat else engine.seed
+        number, self.count = self.count, self.count + 1
+        engine.life.steps = self.steps
+        budget = replace(engine.budget, optimizer=partial(engine.budget.optimizer, lr=lr))
+        context = engine.context(method, self.task)
+
+        def log(record: Mapping[str, Any]) -> None:
+            context.log({"trial": number, **record})
+
+        try:
+            ctx = replace(context, budget=budget, seed=seed, log=log)
+            seconds = engine.train(method, ctx, initial=not plain and not repeat)
+        except NumericalError as error:
+            if engine.hardware.world > 1:
+                raise  # not every process need have seen it
+            return _Trial(method, 0.0, engine.life.steps - self.steps, math.nan, error)
+        accuracy = self.evaluation.accuracy(method, engine.stream, self.task)
+        return _Trial(method, accuracy, engine.life.steps - self.steps, seconds)
+
+
+def _finetuning(method: Method) -> Method:
+    """Return a learner that finetunes a copy of the network of `method`."""
+    plain = Method(copy.deepcopy(method.backbone), method.num_classes)
+    plain.head = copy.deepcopy(method.head)
+    return plain
+
+
+def _since(begun: float) -> float:
+    """Return the seconds since a reading of the clock."""
+    return time.perf_counter() - begun

@@ -1,0 +1,214 @@
+"""`task_order=adversarial`: runs the search for the worst order, each order in a folder of its own below the search's.
+
+order_search.json is its path: every order tried, its accuracy, what it was made from, and whether it was run or reused.
+"""
+
+import math
+import shlex
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clrun.config.compose import slug
+from clrun.config.job import JobInfo
+from clrun.data.order_search import Order, OrderSearch, Proposal
+from clrun.data.orders import canonical
+from clrun.data.split import Plain
+from clrun.data.stream import Stream
+from clrun.reporting import refresh
+from clrun.reporting.collect import Run, collect
+from clrun.reporting.groups import below
+from clrun.reporting.searches import RECORD, SCHEMA, read
+from clrun.results.identity import config_hash, flatten
+from clrun.results.records import RunFolder
+from clrun.running.build import make
+from clrun.system.errors import ConfigError
+from clrun.system.files import json_text, replacing
+from clrun.system.hardware import under_torchrun
+
+Config = Mapping[str, Any]
+RunOrder = Callable[[Config, Path, JobInfo], float]
+HIDDEN = ("task_order.budget",)  # may change when a search goes on
+
+
+def search_worst_order(config: Config, out: Path, job: JobInfo, *, run: RunOrder) -> float:
+    """Search in the folder `out`, or go on with what is there; write the record, then tables and report.html.
+
+    A run that fails has no accuracy, and the search goes on without it; when the first one fails, it ends.
+
+    Args:
+        config: resolved and checked; its task_order is `clrun.data.order_search.adversarial`.
+        out: the folder of the search.
+        job: how it was started.
+        run: runs one configuration in one folder and returns its final average accuracy.
+
+    Returns:
+        The lowest accuracy; NaN without any.
+
+    Raises:
+        ConfigError: a mistake of the user.
+        Exception: the first error that ended a run, after the search.
+    """
+    if under_torchrun():
+        raise ConfigError("task_order=adversarial: runs many runs; use hardware.processes instead of torchrun")
+    if config["job"]["max_tasks"] is not None:
+        raise ConfigError("job.max_tasks: orders would differ in the tasks that are learned; set it to null")
+    stream: Stream = make(config["scenario"])(make(config["dataset"]), canonical, Plain())
+    folder = RunFolder(out)
+    stored = read(out / RECORD) if config["job"]["resume"] and (out / RECORD).exists() else None
+    if stored is not None and stored["config_hash"] != _hash(config, HIDDEN):
+        raise ConfigError(f"{out}: holds a search with another configuration; choose another hydra.run.dir")
+    folder.create()
+    with folder.locked():
+        searcher = _Searcher(config, out, job, stream, run)
+        try:
+            searcher.search(stored)
+        finally:
+            text = refresh(out).text
+    if config["job"]["progress"]:
+        print(f"\n{text}\n\nresults: {out}")
+    if searcher.error is not None:
+        raise searcher.error
+    return searcher.lowest()
+
+
+class _Searcher:
+    """Drives the search and keeps its record."""
+
+    def __init__(self, config: Config, out: Path, job: JobInfo, stream: Stream, run: RunOrder) -> None:
+        self.config, self.out, self.job, self.run, self.setting = config, out, job, run, stream.setting
+        self.options: Config = config["task_order"]
+        self.numbers: dict[Order, int] = {}
+        self.error: Exception | None = None
+        self.state = OrderSearch(
+            len(stream.tasks), **{key: self.options[key] for key in ("starts", "patience", "seed")}
+        )
+        self.record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": config["name"],
+            "choices": job.choices,
+            "config_hash": _hash(config, HIDDEN),
+            "command": shlex.join(["clrun", *job.overrides]),
+            "again": self._again(),
+            "setting": self.setting,
+            "seed": config["seed"],
+            "n_tasks": len(stream.tasks),
+            "budget": self.options["budget"],
+            "started": 0,
+            "status": "running",
+            "worst": None,
+            "trials": [],
+        }
+
+    def search(self, stored: Config | None) -> None:
+        """Reuse what is there, then try orders until the budget is spent or all were tried."""
+        known = self._known() if stored is None else [t for t in stored["trials"] if t["source"] == "earlier run"]
+        for trial in known:
+            self._note(trial | {"order": tuple(trial["order"])})
+            self.state.know(tuple(trial["order"]), _number(trial["accuracy"]))
+        self._write()
+        self._say(f"search for the worst order of {self.record['n_tasks']} tasks: {self.options['budget']} runs")
+        while self.record["started"] < self.options["budget"] and (proposal := self.state.propose()):
+            self._try(proposal)
+        done = self.record["started"] < self.options["budget"]
+        self.record["status"] = "every order tried" if done else "budget spent"
+        self._write()
+
+    def lowest(self) -> float:
+        """Return the lowest accuracy; NaN without any."""
+        worst = self.state.worst()
+        return math.nan if worst is None else self.state.accuracies[worst]
+
+    def _try(self, proposal: Proposal) -> None:
+        tasks = list(proposal.order)
+        folder = self.out / "orders" / slug([f"tasks={tasks}"])
+        order = {"_target_": "clrun.data.orders.listed", "_partial_": True, "tasks": tasks}
+        config = {**self.config, "task_order": order, "job": {**self.config["job"], "progress": False}}
+        overrides = [o for o in self.job.overrides if not o.startswith("task_order")]
+        overrides += ["task_order=listed", f"task_order.tasks=[{','.join(map(str, tasks))}]"]
+        status, accuracy = "completed", math.nan
+        try:
+            accuracy = _tied(self.run(config, folder, replace(self.job, overrides=overrides, hydra={})))
+        except ConfigError:
+            raise
+        except Exception as error:
+            if self.state.worst() is None:
+                raise  # no order works
+            traceback.print_exc()
+            status, self.error = "failed", self.error or error
+        parent = None if proposal.parent is None else self.numbers[proposal.parent]
+        self.state.tell(proposal, accuracy)
+        self.record["started"] += 1
+        self._note(
+            {
+                "order": proposal.order,
+                "accuracy": accuracy,
+                "source": proposal.source,
+                "parent": parent,
+                "move": proposal.move,
+                "reused": False,
+                "status": status,
+                "folder": folder.relative_to(self.out).as_posix(),
+            }
+        )
+        self._write()
+        trial = self.record["trials"][-1]
+        came = f"{trial['move']} in #{parent}" if parent else trial["source"]
+        shown = "failed" if math.isnan(accuracy) else f"{100 * accuracy:.1f}"
+        worst = f"worst {100 * self.lowest():.1f}"
+        count = f"{self.record['started']}/{self.options['budget']}"
+        self._say(f"{count:>7}  #{trial['number']:<4} {shown:>6}  ({worst})  {' '.join(map(str, tasks))}  {came}")
+
+    def _note(self, trial: dict[str, Any]) -> None:
+        number = len(self.record["trials"]) + 1
+        self.numbers[trial["order"]] = number
+        self.record["trials"].append({"number": number, **trial})
+
+    def _write(self) -> None:
+        worst = self.state.worst()
+        if worst is not None:
+            accuracy = self.state.accuracies[worst]
+            self.record["worst"] = {"number": self.numbers[worst], "order": worst, "accuracy": accuracy}
+        with replacing(self.out / RECORD) as file:
+            file.write(json_text(self.record, indent=1).encode())
+
+    def _known(self) -> list[dict[str, Any]]:
+        """Return finished runs of the same configuration in any order, the first of equals, as trials."""
+        own, found = _hash(self.config, ("task_order",)), dict[Order, dict[str, Any]]()
+        runs = collect([Path(folder) for folder in self.options["reuse"]])[0]
+        for run in sorted(runs, key=lambda one: str(one.folder)):
+            accuracy = run.metrics.get(self.setting, {}).get("average_accuracy")
+            if accuracy is not None and self._alike(run, own):
+                trial = {"order": run.order, "accuracy": _tied(accuracy), "source": "earlier run"}
+                trial |= {"parent": None, "move": "", "reused": True, "status": "completed", "folder": str(run.folder)}
+                found.setdefault(run.order, trial)
+        return list(found.values())
+
+    def _alike(self, run: Run, own: str) -> bool:
+        complete = run.status == "completed" and len(run.order) == self.state.n_tasks
+        return complete and _hash(run.config, ("task_order",)) == own
+
+    def _again(self) -> str:
+        """Return the command that runs the worst order with other seeds, but for the order."""
+        words = [o for o in self.job.overrides if not o.startswith(("task_order", "seed=", "hydra."))]
+        return shlex.join(["clrun", "-m", *words, "seed=range(1,6)", "task_order=listed"])
+
+    def _say(self, line: str) -> None:
+        if self.config["job"]["progress"]:
+            print(line, flush=True)
+
+
+def _hash(config: Config, without: tuple[str, ...]) -> str:
+    """Return the hash of a configuration, flattened or not, without some keys."""
+    return config_hash({key: value for key, value in flatten(config).items() if not below(key, without)})
+
+
+def _tied(accuracy: float) -> float:
+    """Return a mean over tasks without the rounding errors that depend on the order in which they are added."""
+    return round(accuracy, 12)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -1,0 +1,246 @@
+"""Device, precision, threads and processes of a run; starting processes and averaging their gradients.
+
+Data parallelism is explicit: after backward, one all-reduce over the gradients. No wrapper module, hence no prefixes
+in parameter names, and growing heads and several backward passes need no care.
+"""
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
+
+from clrun.system.errors import ConfigError, Count, NumericalError, PositiveInt
+
+GROUP_TIMEOUT = timedelta(minutes=5)
+
+
+@dataclass
+class Hardware:
+    """What one process of a run computes on.
+
+    Attributes:
+        device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1"; after `setup` the device in use.
+        processes: processes on this machine that share each batch; under torchrun its world size counts instead.
+        precision: "fp32"; "tf32" (fp32 with TF32 matrix products on the GPU); "bf16" (autocast of forward passes).
+        threads: CPU threads of each process; null divides the cores among the processes and jobs running at once.
+        workers: threads of each process that decode images of data sets read from files, ahead of what uses them; 0
+            decodes when they are asked for; null has one a core shared as for `threads`.
+        deterministic: refuse operations whose result may differ between two runs.
+        channels_last: keep images and convolution weights in channels-last order, which convolutions prefer.
+        compile: compile the backbone with torch.compile.
+        rank: this process among `world`.
+        world: processes of the run.
+    """
+
+    device: str
+    processes: PositiveInt
+    precision: Literal["fp32", "tf32", "bf16"]
+    threads: PositiveInt | None
+    workers: Count | None
+    deterministic: bool
+    channels_last: bool
+    compile: bool
+    rank: int = field(default=0, init=False)
+    world: int = field(default=1, init=False)
+
+    def setup(self, *, rank: int = 0, world: int = 1, job: int = 0, parallel: int = 1) -> None:
+        """Claim the device and set the process-wide switches of torch, so that no earlier job's setting stays.
+
+        Args:
+            rank: this process among `world`.
+            world: processes of the run.
+            job: number of the job in a sweep; chooses the GPU of a job that runs beside others.
+            parallel: jobs running at once on this machine.
+
+        Raises:
+            ConfigError: no such device here, or the precision is not available on it.
+        """
+        self.rank, self.world = rank, world
+        self.device = _pick_device(self.device, int(os.environ.get("LOCAL_RANK", rank)), job if parallel > 1 else 0)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)) * parallel
+        self.threads = self.threads or max(1, cores // beside)
+        self.workers = max(1, cores // beside) if self.workers is None else self.workers
+        torch.set_num_threads(self.threads)
+        cuda = self.device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            if self.precision == "bf16" and not torch.cuda.is_bf16_supported():
+                raise ConfigError(f"hardware.precision=bf16: {torch.cuda.get_device_name()} has no bf16; use fp32")
+        if self.precision == "tf32" and not cuda:
+            raise ConfigError(f"hardware.precision=tf32 needs a GPU, the device is {self.device}; use fp32 or bf16")
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        torch.backends.cudnn.benchmark = not self.deterministic
+        if self.deterministic and cuda:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(self.deterministic)
+        # Filling fresh memory guards against reading it unwritten; it changes no result and costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes run."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16)
+        return nullcontext()
+
+    def place(self, module: nn.Module) -> None:
+        """Move `module` to the device, its convolution weights in the order that images have here."""
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        module.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
+
+    def layout(self, x: Tensor) -> Tensor:
+        """Return images [B, C, H, W] in the order chosen by `channels_last`; other tensors as they are."""
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next counts finished work."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Return the sum of `value` over the processes (in place)."""
+        if self.world > 1:
+            distributed.all_reduce(value)
+        return value
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the processes.
+
+        A gradient missing on some processes counts as zero there; one missing on all of them stays missing.
+        """
+        if self.world == 1 or not parameters:
+            return
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.sum(torch.cat([g.reshape(-1).float() for g in grads] + [present]))
+        parts = torch.split(flat, [g.numel() for g in grads] + [len(parameters)])
+        for parameter, part, somewhere in zip(parameters, parts[:-1], parts[-1].tolist(), strict=True):
+            if somewhere:
+                parameter.grad = (part / self.world).view_as(parameter).to(parameter.dtype)
+
+    def average_buffers(self, buffers: Iterable[Tensor]) -> None:
+        """Replace floating-point buffers (running statistics) by their mean over the processes."""
+        if self.world > 1:
+            for buffer in buffers:
+                if buffer.is_floating_point():
+                    buffer.copy_(self.sum(buffer.clone()) / self.world)
+
+    def gather(self, value: bytes) -> list[bytes]:
+        """Return the `value` of every process, by rank, on the main process; an empty list on the others."""
+        if self.world == 1:
+            return [value]
+        slots: list[bytes] | None = [b""] * self.world if self.main else None
+        distributed.gather_object(value, slots)
+        return slots or []
+
+
+def _pick_device(wanted: str, local_rank: int, job: int) -> str:
+    """Return the device string of this process; GPUs are dealt out by process and by job."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "auto":
+        wanted = "cuda" if gpus else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"hardware.device: no device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        raise ConfigError(f"hardware.device: '{wanted}' is not supported; use auto, cpu, cuda or cuda:N")
+    if not gpus:
+        raise ConfigError(f"hardware.device={wanted}: torch sees no GPU on this machine; use hardware=cpu")
+    index = (local_rank + job) % gpus if device.index is None else device.index
+    if index >= gpus:
+        raise ConfigError(f"hardware.device={wanted}: this machine has {gpus} GPU(s), numbered from 0")
+    return f"cuda:{index}"
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or another launcher that speaks its environment variables) started this process."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes: int, device: str) -> float:
+    """Call `work(*arguments, rank, world)` in one process, in `processes` new ones, or as one of torchrun's.
+
+    Args:
+        work: importable by name (new processes import it); its result on the main process is returned.
+        arguments: picklable.
+        processes: how many; 1 calls `work` here.
+        device: `hardware.device`; decides between gloo and nccl.
+
+    Raises:
+        ConfigError: a process found a mistake of the user, or this torch lacks the backend.
+        NumericalError: training diverged in a process.
+        RuntimeError: a process failed; the others were stopped. The message holds its traceback.
+    """
+    if not (processes > 1 or under_torchrun()):
+        return work(*arguments, 0, 1)
+    cuda = torch.cuda.is_available() and device != "cpu"
+    backend = "nccl" if cuda else "gloo"
+    if not distributed.is_available() or not distributed.is_backend_available(backend):
+        raise ConfigError(f"hardware.processes={processes}: this torch has no {backend} backend; use 1")
+    if under_torchrun():
+        return _join("env://", work, arguments, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), backend)
+    if cuda and processes > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"hardware.processes={processes}: this machine has {count} GPU(s), one process each")
+    with tempfile.TemporaryDirectory(prefix="clrun-") as folder:
+        meeting = (Path(folder), work, arguments, processes, backend)
+        try:
+            spawn(_worker, meeting, nprocs=processes)  # type: ignore[no-untyped-call]
+        except Exception as error:
+            for kind in (ConfigError, NumericalError):
+                for message in sorted(Path(folder).glob(f"{kind.__name__}-*")):
+                    raise kind(message.read_text()) from None
+            raise RuntimeError(f"a process of the run failed: {error}") from None
+        return float(json.loads((Path(folder) / "result").read_text()))
+
+
+def _worker(
+    rank: int, folder: Path, work: Callable[..., float], arguments: tuple[Any, ...], world: int, backend: str
+) -> None:
+    """Run one spawned process; leaves its result, or how it failed, as a file in `folder`."""
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    try:
+        result = _join(f"file://{folder}/rendezvous", work, arguments, rank, world, backend)
+    except (ConfigError, NumericalError) as error:
+        (folder / f"{type(error).__name__}-{rank}").write_text(str(error))
+        raise
+    if rank == 0:
+        (folder / "result").write_text(json.dumps(result))
+
+
+def _join(
+    url: str, work: Callable[..., float], arguments: tuple[Any, ...], rank: int, world: int, backend: str
+) -> float:
+    """Run `work` as a member of a process group."""
+    distributed.init_process_group(backend, init_method=url, rank=rank, world_size=world, timeout=GROUP_TIMEOUT)
+    try:
+        return work(*arguments, rank, world)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _die_with_parent(parent: int) -> None:
+    """End this process when its parent is gone: an orphan would wait for its peers until the group's timeout."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
