@@ -212,7 +212,7 @@ MUTATIONS = (
     Mutation(
         "seed_by_position",
         "index",
-        "learning/training.py",
+        "learning/context.py",
         'generator(self.seed, "task", self.task.id, *purpose)',
         'generator(self.seed, "task", self.task.index, *purpose)',
         "random numbers follow the position of a task instead of its identity",
@@ -221,7 +221,7 @@ MUTATIONS = (
     Mutation(
         "warmup_start",
         "off by one",
-        "learning/training.py",
+        "learning/budget.py",
         "return (step + 1) / (rise + 1)",
         "return step / (rise + 1)",
         "the first step of a warm-up has the learning rate 0",

@@ -192,7 +192,8 @@ def parts(method: Method) -> list[Any]:
         raise ConfigError(f"method: cannot be stored in a checkpoint ({error}); {KEEP}") from None
     found = list(collector.seen.values())
     homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)} | {"clrun.data.split"}
-    for module in [m for name, m in list(sys.modules.items()) if name in homes or name.startswith("clrun.blocks.")]:
+    ours = ("clrun.blocks.", "clrun.learning.")
+    for module in [m for name, m in list(sys.modules.items()) if name in homes or name.startswith(ours)]:
         found += [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
     unsafe = {getattr, setattr, eval, exec, __import__}
     return [part for part in found if getattr(part, "__module__", None) and part not in unsafe]

@@ -162,7 +162,7 @@ def test_a_dry_run_computes_no_features(command, tmp_path: Path) -> None:
 
 
 def test_backbones_are_reused_by_frozen_learners_alone(tmp_path: Path) -> None:
-    from clrun.running import feature_records as frozen
+    from clrun.running import backbone_reuse as frozen
 
     made = []
 
