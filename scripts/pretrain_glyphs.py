@@ -4,9 +4,10 @@
     python scripts/pretrain_glyphs.py glyph_clip --work DIR     # starts from glyph_vit; letters, digits and captions
     python scripts/measure_glyphs.py                            # numbers of both, written into the model cards
 
-Needs the Debian packages of `scripts/glyph_fonts.py` (licences there); glyph_clip also needs `clrun[clip]`. Training
-resumes from the checkpoint in DIR, which is written every minute. Every random number is keyed by (seed, step), so an
-interrupted run ends in the weights of an uninterrupted one, on the same machine and with the same versions.
+Needs the Debian packages of `scripts/glyph_fonts.py` (licences there); glyph_clip also needs the package
+open_clip_torch. Training resumes from the checkpoint in DIR, which is written every minute. Every random number is
+keyed by (seed, step), so an interrupted run ends in the weights of an uninterrupted one, on the same machine and with
+the same versions.
 
 Data. No stored image is used: each training image is a character of a random family (handwriting-like families more
 often), style and letter, as a white mask, thickened or thinned, put through a random affine and a smooth elastic warp,

@@ -4,14 +4,12 @@ Both come from `scripts/pretrain_glyphs.py`. `glyph_vit` has seen Latin letters 
 `glyph_clip` has seen Latin letters and digits, and their names as text.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from clrun.system import libraries
-from clrun.system.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "glyph_models"
 SIZE = 28  # side of the images that the models take
@@ -72,10 +70,8 @@ def glyph_clip(*, pretrained: bool) -> tuple[Any, Any]:
         pretrained: whether to load the weights that ship with the package; otherwise they are random.
 
     Raises:
-        ConfigError: open_clip is not installed (`pip install clrun[clip]`).
+        ConfigError: open_clip is not installed.
     """
-    if find_spec("open_clip") is None:  # its package has another name
-        raise ConfigError("glyph_clip needs open_clip, which is not installed; run pip install clrun[clip]")
     open_clip = libraries.load("open_clip")
     folder = FOLDER / "glyph_clip"
     name = f"local-dir:{folder}"

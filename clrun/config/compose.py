@@ -27,6 +27,7 @@ from clrun.config.groups import RESERVED
 from clrun.config.groups import conf_dir as conf_dir
 from clrun.results.identity import inside_hash
 from clrun.system.errors import ConfigError, did_you_mean, one_line
+from clrun.system.libraries import pip_install
 
 SLUG_LENGTH = 100  # of the readable part; file systems allow 255 bytes
 
@@ -163,7 +164,8 @@ class Composer:
         known = self.hydra.config_loader.get_group_options(group)
         available = ", ".join(known) or "none"
         if group == "hydra/launcher":
-            available += "; more with pip install 'clrun[joblib]' or 'clrun[slurm]'"
+            joblib, slurm = (pip_install(f"hydra_plugins.hydra_{name}_launcher") for name in ("joblib", "submitit"))
+            available += f"; joblib: {joblib}; submitit_slurm and submitit_local: {slurm}"
         where = re.match("In '(.*?)'", str(error))
         inside = "" if where is None or where[1] in (self.name, "hydra/config") else f"{where[1]}: "
         return f"{inside}no {group} named '{member}'{did_you_mean(member, known)} (available: {available})"

@@ -11,6 +11,7 @@ from clrun.learning.context import Progress
 from clrun.reporting.tables import final_table, matrix_header, matrix_row, points, printable
 from clrun.system.errors import ConfigError
 from clrun.system.files import writing
+from clrun.system.libraries import not_installed
 
 Show = Literal["all", "end", "nothing"]  # on the terminal: everything, one line at the end (jobs side by side), nothing
 
@@ -134,7 +135,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError("logger=tensorboard: not installed; pip install 'clrun[tensorboard]'") from None
+            raise ConfigError(f"logger=tensorboard: {not_installed('tensorboard')}") from None
         self._console, self._open = Console(), SummaryWriter
         self._writer: Any = None
         self._steps = 0

@@ -64,7 +64,7 @@ def test_steps_go_on_where_a_killed_run_stopped(tmp_path, writers):
 
 def test_without_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ConfigError, match=r"^logger=tensorboard: not installed; pip install 'clrun\[tensorboard\]'$"):
+    with pytest.raises(ConfigError, match="^logger=tensorboard: .*is not installed; run pip install tensorboard$"):
         run(tmp_path / "run", "logger=tensorboard", *SMALL)
     assert not (tmp_path / "run").exists()
 

@@ -171,7 +171,7 @@ class TestDualEncoder:
         assert text["vocab_size"] == 512 + len(merges) + 2
 
     def test_opens_through_open_clip_with_its_preprocessing(self, offline):
-        open_clip = pytest.importorskip("open_clip", reason="needs the extra clrun[clip]")
+        open_clip = pytest.importorskip("open_clip", reason="needs the package open_clip_torch")
         model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{CLIP}")
         ours, _ = glyph_clip(pretrained=True)
         with torch.no_grad():
@@ -182,7 +182,7 @@ class TestDualEncoder:
         assert torch.allclose(shown, torch.tensor((1 - MEAN[0]) / STD[0]))
 
     def test_zero_shot_tells_digits_apart(self, offline):
-        pytest.importorskip("open_clip", reason="needs the extra clrun[clip]")
+        pytest.importorskip("open_clip", reason="needs the package open_clip_torch")
         model, tokenizer = glyph_clip(pretrained=True)
         names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
         batch = images_of(digits(**PLAIN).test)
@@ -198,7 +198,7 @@ class TestDualEncoder:
             glyph_clip(pretrained=True)
 
     def test_words_unknown_to_the_vocabulary_are_spelled(self):
-        pytest.importorskip("open_clip", reason="needs the extra clrun[clip]")
+        pytest.importorskip("open_clip", reason="needs the package open_clip_torch")
         _, tokenizer = glyph_clip(pretrained=False)
         known, unknown = tokenizer(["seven", "zebra"])
         assert (known != 0).sum() == 3  # start, word, end

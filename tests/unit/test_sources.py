@@ -15,7 +15,6 @@ from clrun.data.sources.embedded import DIGIT_GROUPS, digits
 from clrun.data.sources.pickles import read_arrays
 from clrun.data.sources.synthetic import prototypes, synthetic
 from clrun.data.split import Batch
-from clrun.system import libraries
 from clrun.system.errors import ConfigError, noting
 
 COMMON = dict(val_fraction=0.0, seed=0, augment=[])
@@ -389,25 +388,3 @@ def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(mnist, "download_and_extract_archive", offline)
     with pytest.raises(ConfigError, match="^dataset.root: MNIST cannot be read .*downloading failed"):
         tv.mnist(root=str(tmp_path), download=True, **COMMON)
-
-
-# --- libraries
-
-
-def test_a_library_that_is_not_installed() -> None:
-    with pytest.raises(ConfigError, match="^nosuchlibrary.part cannot be imported: nosuchlibrary is not installed; "):
-        libraries.load("nosuchlibrary.part")
-
-
-def test_torch_and_torchvision_of_different_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "operator torchvision::nms does not exist"
-    (tmp_path / "brokenvision.py").write_text(f"raise RuntimeError({message!r})\n")
-    (tmp_path / "otherwise.py").write_text("raise RuntimeError('something else')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError) as error:
-        libraries.load("brokenvision")
-    assert message in str(error.value) and "pip install --upgrade --force-reinstall torch torchvision" in str(
-        error.value
-    )
-    with pytest.raises(RuntimeError, match="^something else$"):
-        libraries.load("otherwise")

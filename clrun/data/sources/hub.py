@@ -186,7 +186,7 @@ def _tables(path: str, config: str | None, revision: str | None) -> Any:
     if int(library.__version__.split(".")[0]) < OLDEST:
         raise ConfigError(
             f"dataset=hf needs datasets {OLDEST} or newer, which run no code of a data set; found "
-            f"{library.__version__}; run pip install --upgrade datasets"
+            f"{library.__version__}; run {libraries.pip_install('datasets', upgrade=True)}"
         )
     if not sys.stderr.isatty():
         library.disable_progress_bars()
