@@ -29,10 +29,8 @@ def imported(file: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
-        elif (
-            isinstance(node, ast.Call) and ast.unparse(node.func) in LOADERS and isinstance(node.args[0], ast.Constant)
-        ):
-            yield str(node.args[0].value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in LOADERS:
+            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 
 FILES = sorted((ROOT / "clrun").rglob("*.py"))
