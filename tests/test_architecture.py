@@ -38,7 +38,7 @@ NARROW: dict[str, tuple[str, ...]] = {
 SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 # What the command line imports before it knows that a run begins: no torch.
 LIGHT = ("results", "reporting", "config", "cli", "running.jobs", "data.feature_cache", "data.orders")
-LIGHT += ("system.errors", "system.failures", "system.files", "system.libraries")
+LIGHT += ("system.errors", "system.failures", "system.files", "system.libraries", "system.processes")
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 

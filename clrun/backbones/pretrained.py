@@ -11,7 +11,7 @@ from torch import nn
 
 from clrun.backbones import hub
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean
+from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean, first_line, one_line
 
 Shape = tuple[int, int, int]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -127,9 +127,9 @@ def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> A
             return timm.create_model(name, **options)
     except Exception as error:  # the network libraries below timm raise errors of their own kinds
         if pretrained and not name.startswith("local-dir:"):
-            raise ConfigError(hub.missing(name, _first_line(error))) from error
+            raise ConfigError(hub.missing(name, first_line(error)[:200])) from error
         if ":" in name:
-            raise ConfigError(f"backbone.name: {name} cannot be opened ({_first_line(error)})") from error
+            raise ConfigError(f"backbone.name: {name} cannot be opened ({first_line(error)[:200]})") from error
         raise
 
 
@@ -139,7 +139,7 @@ def _check_size(model: nn.Module, name: str, size: Shape) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"backbone.image_size: {name} cannot take {size[1]} ({_first_line(error)})") from error
+        raise ConfigError(f"backbone.image_size: {name} cannot take {size[1]} ({first_line(error)[:200]})") from error
     model.train()
 
 
@@ -152,7 +152,7 @@ def _load(model: nn.Module, name: str, path: Path) -> None:
             state = convert(state, model)
         result = model.load_state_dict(state, strict=False)
     except (RuntimeError, KeyError, TypeError) as error:  # shapes, or names that the conversion expects
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(f"backbone.weights: {path} does not fit {name} ({reason})") from error
     classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -179,7 +179,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors' error has no public base class but Exception
         kind = "holds more than tensors and is refused" if isinstance(error, pickle.UnpicklingError) else "is broken"
-        raise ConfigError(f"backbone.weights: {path} {kind} ({_first_line(error)})") from error
+        raise ConfigError(f"backbone.weights: {path} {kind} ({first_line(error)[:200]})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -194,8 +194,3 @@ def _weights_file(path: Path) -> None:
         raise ConfigError(f"backbone.weights: there is no file {path}")
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"backbone.weights: {path} is neither a .safetensors nor a .pth, .pt or .bin file")
-
-
-def _first_line(error: Exception) -> str:
-    """Return the beginning of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

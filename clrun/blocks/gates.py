@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from clrun.blocks.inject import COMPILED
 from clrun.blocks.params import Carrier, Params, select
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, one_line
 
 UNIT_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -243,9 +243,9 @@ def _of_graph(backbone: nn.Module) -> list[Gated]:
     try:
         graph = _Tracer().trace(backbone)
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"backbone: the layers of {type(backbone).__name__} cannot be followed ({reason}); use cnn, mlp or a ViT"
+            f"backbone: the layers of {type(backbone).__name__} cannot be followed ({one_line(error)}); "
+            "use cnn, mlp or a ViT"
         ) from None
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     nodes = [n for n in graph.nodes if n.op == "call_module" and calls.count(str(n.target)) == 1]

@@ -26,7 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from clrun.config.groups import RESERVED
 from clrun.config.groups import conf_dir as conf_dir
 from clrun.results.identity import inside_hash
-from clrun.system.errors import ConfigError, did_you_mean, one_line
+from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
 
 SLUG_LENGTH = 100  # of the readable part; file systems allow 255 bytes
@@ -196,7 +196,7 @@ def _omegaconf_line(error: BaseException) -> str:
     """Return the message of an exception without OmegaConf's further lines, led by the key that it is about."""
     if not isinstance(error, OmegaConfBaseException):
         return one_line(error)
-    text = str(error).splitlines()[0]
+    text = first_line(error)
     if (missing := text.partition("Missing mandatory value: ")[2]) and error.full_key:
         return f"{missing}: needs a value; set {missing}=..."  # asked for by the interpolation of another key
     return f"{error.full_key}: {text}" if error.full_key else text
@@ -212,7 +212,7 @@ def folder_of(cfg: DictConfig, key: str) -> Path:
     try:
         return Path(str(OmegaConf.select(cfg, key, throw_on_missing=True)))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key}: {first_line(error)}") from error
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:

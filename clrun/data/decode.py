@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, Count, Range
+from clrun.system.errors import ConfigError, Count, Range, first_line, one_line
 
 Pixels = NDArray[np.uint8]
 PIXEL_LIMIT = 178_956_970  # Pillow refuses larger images by itself
@@ -121,7 +121,7 @@ class FileList:
         try:
             state = (self.root / self.names[row]).stat()
         except OSError as error:
-            raise ConfigError(f"{self.name(row)}: cannot be read ({error.strerror or error})") from error
+            raise ConfigError(f"{self.name(row)}: cannot be read ({first_line(error)})") from error
         return state.st_size, state.st_mtime_ns
 
 
@@ -169,10 +169,10 @@ def _reason(file: Path | bytes, error: Exception) -> str:
         if not (len(file) if isinstance(file, bytes) else file.stat().st_size):
             return "the file is empty"
     except OSError as unreadable:
-        return unreadable.strerror or str(unreadable)
+        return first_line(unreadable)
     if type(error).__name__ == "UnidentifiedImageError":
         return f"not an image of a known format: {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def _turned(image: Any, options: Decoding) -> Any:

@@ -23,7 +23,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
 
 SCHEMA = 1
@@ -373,7 +373,7 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{folder}: features cannot be stored there ({error.strerror or error}); set job.feature_cache=FOLDER, "
+            f"{folder}: features cannot be stored there ({first_line(error)}); set job.feature_cache=FOLDER, "
             "or job.feature_cache=false to keep them in memory"
         ) from error
 

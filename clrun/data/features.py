@@ -19,6 +19,7 @@ from tqdm import tqdm
 from clrun.data.feature_cache import FeatureCache, Features, Floats, default_folder
 from clrun.data.split import Plain, Split, TensorSplit
 from clrun.data.stream import Stream, Task
+from clrun.system.digests import tensor_digest
 from clrun.system.errors import ConfigError
 from clrun.system.hardware import Hardware
 
@@ -238,7 +239,7 @@ def module_digest(module: nn.Module) -> str:
         digest.update(repr((name, _name(type(part)), described(options))).encode())
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {_tensor_digest(tensor)}".encode())
+        digest.update(f"{name} {tensor_digest(tensor)}".encode())
     return digest.hexdigest()
 
 
@@ -248,7 +249,7 @@ def described(value: Any) -> Any:
     Attributes that an object's `train_only` names are left out.
     """
     if isinstance(value, Tensor):
-        return _tensor_digest(value)
+        return tensor_digest(value)
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
     if isinstance(value, list | tuple):
@@ -273,11 +274,3 @@ def _plain(value: Any) -> bool:
 
 def _name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _tensor_digest(tensor: Tensor) -> str:
-    """Return a digest of type, shape and bytes."""
-    data = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{data.dtype} {tuple(data.shape)}".encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
-    return digest.hexdigest()

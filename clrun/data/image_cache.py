@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from clrun.data.decode import Decoding, Files, Pixels, decode
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import cache_folder, exclusive, replacing, writing
 
 SCHEMA = 1
@@ -166,7 +166,7 @@ class ImageCache:
         try:
             return content.read_bytes()
         except OSError as error:
-            raise ConfigError(f"{content}: cannot be read ({error.strerror or error})") from error
+            raise ConfigError(f"{content}: cannot be read ({first_line(error)})") from error
 
     def _make_room(self, current: Path, images: int) -> None:
         """Remove what killed processes have left behind, and see whether the disk has room."""

@@ -8,7 +8,6 @@ Shapes: `M` stored rows, `B` batch, `C` channels, `S` side of the stored squares
 """
 
 import hashlib
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -26,6 +25,7 @@ from clrun.data.decode import Decoding, Files, Pixels, decode
 from clrun.data.image_cache import ImageCache
 from clrun.data.split import Batch, Split, TensorSplit
 from clrun.system.errors import ConfigError
+from clrun.system.processes import core_count
 
 Rows = NDArray[np.int64]
 Take = Callable[[Rows], Pixels]  # rows [B] -> images [B, S, S, C]
@@ -269,22 +269,17 @@ def in_memory(split: ImageSplit) -> TensorSplit:
     """
     key = split.images.fingerprint()
     if key not in _loaded:
-        whole = ImageSplit(split.images, split.labels, workers=_cores())
+        whole = ImageSplit(split.images, split.labels, workers=core_count())
         parts = [batch.x.contiguous() for batch in whole.batches(256, view="raw")]
         _loaded[key] = torch.cat([torch.empty(0, *split.images.shape[1:], dtype=torch.uint8), *parts])
     return TensorSplit(_loaded[key], split.labels, split.rows, split.positions, split.transform, split.shift)
-
-
-def _cores() -> int:
-    """Return how many threads this process can run at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def unreadable(images: FileImages) -> dict[int, str]:
     """Return what is wrong with each image that cannot be decoded, by row; every image is tried, once a process."""
     key = images.fingerprint()
     if key not in _unreadable:
-        with ThreadPoolExecutor(_cores(), "clrun-decode") as pool:
+        with ThreadPoolExecutor(core_count(), "clrun-decode") as pool:
             problems = pool.map(images.problem, range(len(images.files)))
             _unreadable[key] = {row: text for row, text in enumerate(problems) if text is not None}
     return _unreadable[key]

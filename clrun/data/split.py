@@ -3,7 +3,6 @@
 Shapes: `B` batch, `N` rows of a split, `M` stored rows. Labels are data-set class ids everywhere.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,8 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from clrun.system.digests import tensor_digest
 
 View = Literal["eval", "train", "raw"]
 
@@ -191,9 +192,7 @@ class TensorSplit(Split):
 
     def fingerprint(self) -> str:
         """Return a digest of shape, type and bytes of the stored images."""
-        digest = hashlib.sha256(f"{tuple(self.images.shape)} {self.images.dtype}".encode())
-        digest.update(self.images.detach().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return tensor_digest(self.images)
 
     def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         return (self.images[rows] for rows in parts)

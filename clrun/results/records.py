@@ -17,7 +17,7 @@ from typing import Any, Self
 import yaml
 
 from clrun.results.metrics import AccuracyMatrix, Row
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import append, csv_text, json_text, locked, replacing, writing
 
 SCHEMA = 1
@@ -192,7 +192,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     try:
         run = json.loads(_regular(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({_reason(error)}); remove it to run again") from error
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)}); remove it to run again") from error
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA}); remove it to run again")
     order = run.get("task_order") or []
@@ -220,7 +220,7 @@ def _columns(path: Path) -> dict[str, list[Any]]:
         kinds = [int if name in INTEGERS else float if name == "nll" else str for name in COLUMNS]
         return {name: list(map(kind, column)) for name, kind, column in zip(COLUMNS, kinds, values, strict=True)}
     except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read ({_reason(error)})") from error
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _header() -> str:
@@ -252,8 +252,3 @@ def _number(value: Any) -> float | None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return text.splitlines()[0]

@@ -6,7 +6,6 @@ splits of data, and the classes of clrun's blocks and of the method's own module
 itself plays no part in that list. A method that keeps anything else is refused when its first checkpoint is written.
 """
 
-import hashlib
 import io
 import pickle
 import sys
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from clrun.learning.method import Method
 from clrun.running.evaluation import Row
-from clrun.system.errors import ConfigError
+from clrun.system.digests import tensor_digest
+from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import replacing
 from clrun.system.hardware import Hardware
 
@@ -49,7 +49,7 @@ class Life:
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
     """Return the digest of the bytes of each parameter and buffer of `module`, by name."""
-    return {name: _digest(tensor) for name, tensor in _tensors(module).items()}
+    return {name: tensor_digest(tensor) for name, tensor in _tensors(module).items()}
 
 
 def save(
@@ -126,7 +126,7 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
         raise ConfigError(f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it")
     loaded, built = _tensors(method), _tensors(fresh)
     for name, digest in content["referenced"].items():
-        if name not in loaded or name not in built or _digest(built[name]) != digest:
+        if name not in loaded or name not in built or tensor_digest(built[name]) != digest:
             raise ConfigError(
                 f"{path}: was made with other backbone weights ({name}); give it the weights it began with"
             )
@@ -158,8 +158,8 @@ def _unpickled(data: bytes, allowed: list[Any]) -> Any:
 
 def _reason(error: Exception) -> str:
     """Return the line of a message that says what was refused, without advice on how to allow it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    named = next((line for line in lines if "global" in line.lower()), lines[0])
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = next((line for line in lines if "global" in line.lower()), first_line(error))
     return named.partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0] or named
 
 
@@ -208,7 +208,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def _by_reference(method: Method, backbone: dict[str, str]) -> Iterator[dict[str, str]]:
     """Empty the method's tensors that equal the loaded backbone's while it is pickled; yield their digests."""
-    equal = {name: t for name, t in _tensors(method).items() if name in backbone and _digest(t) == backbone[name]}
+    equal = {name: t for name, t in _tensors(method).items() if name in backbone and tensor_digest(t) == backbone[name]}
     kept = {name: tensor.data for name, tensor in equal.items()}
     try:
         for tensor in equal.values():
@@ -217,11 +217,3 @@ def _by_reference(method: Method, backbone: dict[str, str]) -> Iterator[dict[str
     finally:
         for name, tensor in equal.items():
             tensor.data = kept[name]
-
-
-def _digest(tensor: Tensor) -> str:
-    """Return a digest of dtype, shape and bytes."""
-    data = tensor.detach().cpu().contiguous()
-    code = hashlib.blake2b(f"{data.dtype}{tuple(data.shape)}".encode(), digest_size=16)
-    code.update(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
-    return code.hexdigest()

@@ -1,6 +1,5 @@
 """What a run on frozen features records beside its results: where the features came from, and how good they are."""
 
-import hashlib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import fingerprint
 from clrun.data.split import Split
 from clrun.data.stream import Stream
+from clrun.system.digests import tensor_digest
 
 WIDEST = 4096  # features beyond which decomposing D x D matrices is not worth its time
 _known: dict[str, dict[str, Any]] = {}  # scores of this process's earlier runs: the order of tasks does not matter
@@ -55,7 +55,7 @@ def transferability(stream: Stream) -> dict[str, Any] | None:
 def _identity(split: Split) -> tuple[str, ...]:
     """Return what tells apart rows and labels of splits."""
     rows = torch.arange(len(split)) if split.rows is None else split.rows
-    return fingerprint(split), *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in (rows, split.y))
+    return fingerprint(split), tensor_digest(rows), tensor_digest(split.y)
 
 
 def _sums(split: Split, width: int, num_classes: int) -> ClassStats:

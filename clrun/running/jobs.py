@@ -25,6 +25,7 @@ from clrun.config.compose import Composer, folder_of, plain_config, without_hydr
 from clrun.config.job import JobInfo
 from clrun.system.errors import ConfigError, one_line
 from clrun.system.files import writing
+from clrun.system.processes import core_count, torchrun_rank
 
 JOBS_STARTED = "CLRUN_JOBS_STARTED"  # tells the jobs of a parallel launcher how many were started together
 
@@ -66,9 +67,8 @@ def _jobs_at_once(launcher: Any) -> int:
     """Return how many jobs of a sweep share this machine."""
     target, batch = str(launcher.get("_target_", "")), int(os.environ.get(JOBS_STARTED, 1))
     if target.endswith("JoblibLauncher"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jobs = int(launcher.n_jobs or 1)
-        return min(batch, jobs if jobs > 0 else max(1, cores + 1 + jobs))
+        jobs = int(launcher.n_jobs or 1)  # a negative number counts down from the cores: -1 is all of them
+        return min(batch, jobs if jobs > 0 else max(1, core_count() + 1 + jobs))
     return batch if target.endswith("submitit_launcher.LocalLauncher") else 1
 
 
@@ -85,7 +85,7 @@ def run(composer: Composer, overrides: Sequence[str], *, sweep: bool) -> int:
     """
     cfg = composer.compose(overrides, sweep=sweep)
     sweep = cfg.hydra.mode == RunMode.MULTIRUN
-    rank = _rank()
+    rank = torchrun_rank()
     if rank is not None and (sweep or not any(o.startswith("hydra.run.dir=") for o in overrides)):
         raise ConfigError("torchrun starts one run in one folder: add hydra.run.dir=FOLDER, leave out -m")
     if sweep:
@@ -93,12 +93,6 @@ def run(composer: Composer, overrides: Sequence[str], *, sweep: bool) -> int:
     _check([cfg])
     _single(composer, cfg, main=not rank)
     return 0
-
-
-def _rank() -> int | None:
-    """Return this process's rank under torchrun; None outside."""
-    known = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return int(os.environ["RANK"]) if known else None
 
 
 def _check(cfgs: Sequence[DictConfig | ConfigError]) -> None:

@@ -26,7 +26,7 @@ from clrun.results.records import RunFolder
 from clrun.running.build import make
 from clrun.system.errors import ConfigError
 from clrun.system.files import json_text, replacing
-from clrun.system.hardware import under_torchrun
+from clrun.system.processes import under_torchrun
 
 Config = Mapping[str, Any]
 RunOrder = Callable[[Config, Path, JobInfo], float]

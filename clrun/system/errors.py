@@ -24,6 +24,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of an exception; the bare reason of an OSError; the type without message."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
 class DataWarning(UserWarning):
     """Something about the data that the user should know: shown once, and kept in run.json."""
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 
 BEAT = 30.0  # seconds between two signs of life of a lock
 SILENCE = 120.0  # seconds without a sign of life after which a lock of another machine is taken over
@@ -41,8 +41,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(f"{path}: cannot be written ({reason}); make room or choose another folder") from error
+        raise ConfigError(
+            f"{path}: cannot be written ({first_line(error)}); make room or choose another folder"
+        ) from error
 
 
 @contextmanager

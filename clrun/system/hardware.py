@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from clrun.system.errors import ConfigError, Count, NumericalError, PositiveInt
+from clrun.system.processes import core_count, under_torchrun
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 
@@ -68,10 +69,10 @@ class Hardware:
         """
         self.rank, self.world = rank, world
         self.device = _pick_device(self.device, int(os.environ.get("LOCAL_RANK", rank)), job if parallel > 1 else 0)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)) * parallel
-        self.threads = self.threads or max(1, cores // beside)
-        self.workers = max(1, cores // beside) if self.workers is None else self.workers
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)) * parallel  # processes that share the cores
+        own_cores = max(1, core_count() // sharing)
+        self.threads = self.threads or own_cores
+        self.workers = own_cores if self.workers is None else self.workers
         torch.set_num_threads(self.threads)
         cuda = self.device.startswith("cuda")
         if cuda:
@@ -170,11 +171,6 @@ def _pick_device(wanted: str, local_rank: int, job: int) -> str:
     if index >= gpus:
         raise ConfigError(f"hardware.device={wanted}: this machine has {gpus} GPU(s), numbered from 0")
     return f"cuda:{index}"
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun (or another launcher that speaks its environment variables) started this process."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes: int, device: str) -> float:

@@ -4,7 +4,7 @@ import importlib
 import shlex
 from types import ModuleType
 
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 
 # What pip must install for each third-party module that clrun imports, as in pyproject.toml. The name of a package is
 # often not the name of its module. A test compares both tables with pyproject.toml and with the imports in the code.
@@ -82,9 +82,8 @@ def load(name: str) -> ModuleType:
     except (RuntimeError, ImportError, OSError) as error:
         if "torchvision" not in f"{error}{name}":
             raise
-        reason = str(error).splitlines()[0]
         raise ConfigError(
             f"{name} cannot be imported because torch and torchvision were built for different versions "
-            f"({reason}); install both from the same source: "
-            "pip install --upgrade --force-reinstall torch torchvision"
+            f"({first_line(error)}); "
+            "install both from the same source: pip install --upgrade --force-reinstall torch torchvision"
         ) from error

@@ -13,7 +13,7 @@ from clrun.data.sources.folders import from_files
 from clrun.data.sources.listing import Listing, entries, some
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, one_line
 
 UNREADABLE = (ConfigError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError, csv.Error)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -99,7 +99,7 @@ def load(
     except UNREADABLE as error:
         remedy = "downloading failed" if fetch is not None else ""
         remedy = remedy or ("or set dataset.download=true" if benchmark.download else "or prepare it as its YAML says")
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ConfigError(
             f"dataset.root: {benchmark.name} cannot be read from {root}: expected {benchmark.layout}; set dataset.root "
             f"or CLRUN_DATA to the folder that holds it, {remedy} ({reason})"

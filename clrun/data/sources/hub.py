@@ -17,7 +17,7 @@ from clrun.data.sources.folders import check_classes
 from clrun.data.sources.listing import in_test, printable, some
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, Fraction, did_you_mean, warn
+from clrun.system.errors import ConfigError, Fraction, did_you_mean, one_line, warn
 
 OLDEST = 4  # from this version on the library refuses data sets that bring a program
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
@@ -198,7 +198,7 @@ def _tables(path: str, config: str | None, revision: str | None) -> Any:
             return found if isinstance(found, dict) else {"train": found}
         return library.load_dataset(str(home) if home.is_dir() else path, config, revision=revision)
     except Exception as error:  # the library and the network below it have many kinds
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300]
         raise ConfigError(
             f"dataset.path: {path} cannot be loaded ({reason}); give a name on the Hub that this machine can reach or "
             "has loaded before, or a folder"

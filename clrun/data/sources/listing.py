@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clrun.data.decode import SUFFIXES
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 
 SHOWN = 3  # names of files in a message
 
@@ -72,7 +72,7 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be read ({error.strerror or error})") from error
+        raise ConfigError(f"{folder}: cannot be read ({first_line(error)})") from error
 
 
 def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = None) -> Listing:

@@ -15,7 +15,7 @@ from clrun.data.sources.embedded import DIGIT_GROUPS
 from clrun.data.sources.pickles import read_arrays
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, Fraction
+from clrun.system.errors import ConfigError, Fraction, first_line
 
 SUPERCLASSES: Groups = {
     "superclass": (
@@ -351,9 +351,10 @@ def _dataset(facts: Facts, root: str, download: bool, *, val_fraction: float, se
         raise
     except Exception as error:  # readers of damaged files raise almost anything
         remedy = "downloading failed" if download else "or set dataset.download=true"
+        reason = first_line(error).partition(". ")[0]
         raise ConfigError(
             f"dataset.root: {facts.title} cannot be read from {root}: expected {facts.layout}; set dataset.root or "
-            f"CLRUN_DATA to the folder that holds it, {remedy} ({_reason(error)})"
+            f"CLRUN_DATA to the folder that holds it, {remedy} ({reason})"
         ) from error
     dataset = assemble(
         facts.name,
@@ -388,8 +389,3 @@ def _rows(part: Any) -> Rows:
     images: Tensor = torch.as_tensor(np.ascontiguousarray(part.data))
     labels = part.targets if hasattr(part, "targets") else part.labels
     return images.unsqueeze(1) if images.ndim == 3 else images, torch.as_tensor(labels).long()
-
-
-def _reason(error: Exception) -> str:
-    """Return the first sentence of an error's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
