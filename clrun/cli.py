@@ -84,9 +84,11 @@ def _command(argv: list[str]) -> int:
     with Composer.of(**places) as composer:
         showing = args.help or args.hydra_help or args.cfg or args.info or args.resolve
         if not showing:
-            return run(
-                composer, [*args.overrides, "hydra.mode=RUN"] if args.run else args.overrides, sweep=args.multirun
-            )
+            overrides = [*args.overrides, "hydra.mode=RUN"] if args.run else args.overrides
+            failed = run(composer, overrides, sweep=args.multirun).failed
+            for line in failed:
+                print(f"clrun: failed: {line}", file=sys.stderr)
+            return 1 if failed else 0
         composer.compose(args.overrides, sweep=args.multirun)  # for its clear errors
     return _hydra(args, parser)
 

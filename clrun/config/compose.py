@@ -70,7 +70,7 @@ class Composer:
     @classmethod
     @contextmanager
     def of(cls, *, config_path: str | None, config_name: str | None, config_dir: str | None) -> Iterator["Composer"]:
-        """Yield a composer for Hydra's options of these names; Hydra's global state lasts as long as the block.
+        """Yield a composer for Hydra's options of these names; Hydra's global state is restored after the block.
 
         Raises:
             ConfigError: no such folder.
@@ -81,12 +81,12 @@ class Composer:
                 raise ConfigError(f"--config-dir: no such folder: {config_dir}")
             anchor = SearchPathQuery(provider="schema")
             search_path.prepend("command-line", f"file://{os.path.abspath(config_dir)}", anchor)
+        initialized, composed = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
         GlobalHydra.instance().clear()
         try:
             yield cls(Hydra.create_main_hydra2("clrun", search_path), config_name or "config")
         finally:
-            GlobalHydra.instance().clear()
-            HydraConfig.instance().cfg = None
+            GlobalHydra.instance().hydra, HydraConfig.instance().cfg = initialized, composed
 
     def compose(self, overrides: Sequence[str], *, sweep: bool = False) -> DictConfig:
         """Compose a configuration, the `hydra` node included, in which `hydra.mode` says whether it is a sweep.

@@ -64,9 +64,9 @@ def refresh(sweep_dir: Path) -> SweepResult:
         ConfigError: the folder cannot be written.
     """
     if next(run_folders(sweep_dir), None) is None:
-        return _result([])
+        return read_runs([])
     with exclusive(sweep_dir / ".lock"):
-        result = _result([sweep_dir])
+        result = read_runs([sweep_dir])
         _write(result, sweep_dir)
     return replace(result, page=sweep_dir / "report.html")
 
@@ -93,7 +93,7 @@ def report(
     for folder in dirs:
         if not folder.is_dir():
             raise ConfigError(f"report: no such folder: {folder}")
-    result = _result(dirs)
+    result = read_runs(dirs)
     if not result.runs and not result.skipped:
         raise ConfigError(f"report: no run (run.json) in {', '.join(map(str, dirs))}")
     target = out if out or len(dirs) > 1 else dirs[0]
@@ -144,7 +144,8 @@ def _drawn(runs: Iterable[Run]) -> list[tuple[str, str]]:
     return undrawn
 
 
-def _result(roots: Sequence[Path]) -> SweepResult:
+def read_runs(roots: Sequence[Path]) -> SweepResult:
+    """Read every run at or below `roots`; nothing is written."""
     runs, skipped = collect(roots)
     searches, unreadable = order_searches.find(roots)
     skipped += unreadable
@@ -186,12 +187,22 @@ def page_of(result: SweepResult, title: str) -> Page:
 
 
 def sweep_csv(runs: Sequence[Run]) -> str:
-    """Return sweep.csv: a line a run, fractions in full precision, and every config key in which the runs differ."""
+    """Return sweep.csv: one line per run, as `sweep_table` has them."""
+    header, lines = sweep_table(runs)
+    return csv_text([header, *lines])
+
+
+def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
+    """Return the header and one line per run: fractions in full precision, every config key in which the runs differ.
+
+    None stands for a value that a run does not have; orders are task ids separated by spaces.
+    """
     settings = [setting for setting in SETTINGS if any(setting in run.metrics for run in runs)]
     measured = [(setting, name) for setting in settings for name in METRICS]
     keys = differing([run.config for run in runs], ("seed", "name"))
     header = [*COLUMNS, *(f"{setting}_{name}" for setting, name in measured)]
-    lines: list[list[Any]] = [[*header, "parameters", "state_bytes", "train_seconds", "logme", "error", *keys]]
+    header += ["parameters", "state_bytes", "train_seconds", "logme", "error", *keys]
+    lines: list[list[Any]] = []
     for run in runs:
         line: list[Any] = [run.label, run.name, run.status, run.method, run.backbone, run.dataset]
         line += [run.config.get("scenario.setting"), run.seed, " ".join(map(str, run.order))]
@@ -205,7 +216,7 @@ def sweep_csv(runs: Sequence[Run]) -> str:
             *(run.config.get(key) for key in keys),
         ]
         lines.append(line)
-    return csv_text(lines)
+    return header, lines
 
 
 def _lines(groups: Sequence[Group], entries: Sequence[list[dict[str, Any]]]) -> list[Line]:

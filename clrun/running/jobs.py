@@ -4,9 +4,9 @@ import json
 import math
 import os
 import shutil
-import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ from clrun.system.files import writing
 from clrun.system.processes import core_count, torchrun_rank
 
 JOBS_STARTED = "CLRUN_JOBS_STARTED"  # tells the jobs of a parallel launcher how many were started together
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was started, and which jobs of a sweep failed.
+
+    Attributes:
+        folder: the folder of the run or of the sweep.
+        failed: one line for each failed job of a sweep.
+    """
+
+    folder: Path
+    failed: tuple[str, ...] = ()
 
 
 def task(cfg: DictConfig) -> float:
@@ -72,13 +85,14 @@ def _jobs_at_once(launcher: Any) -> int:
     return batch if target.endswith("submitit_launcher.LocalLauncher") else 1
 
 
-def run(composer: Composer, overrides: Sequence[str], *, sweep: bool) -> int:
-    """Start what the overrides ask for and return the exit code: 0, or 1 when jobs of a sweep failed.
+def run(composer: Composer, overrides: Sequence[str], *, sweep: bool, show: Callable[[str], None] = print) -> Outcome:
+    """Start the run or the sweep that the overrides ask for.
 
     Args:
         composer: where configurations come from.
         overrides: of the command line.
         sweep: every combination of comma-separated values and ranges; a configuration can ask for it, too.
+        show: prints the number of runs before a sweep and its tables after it.
 
     Raises:
         ConfigError: a mistake of the user; nothing was started.
@@ -89,10 +103,9 @@ def run(composer: Composer, overrides: Sequence[str], *, sweep: bool) -> int:
     if rank is not None and (sweep or not any(o.startswith("hydra.run.dir=") for o in overrides)):
         raise ConfigError("torchrun starts one run in one folder: add hydra.run.dir=FOLDER, leave out -m")
     if sweep:
-        return _sweep(composer, cfg)
+        return _sweep(composer, cfg, show)
     _check([cfg])
-    _single(composer, cfg, main=not rank)
-    return 0
+    return Outcome(_single(composer, cfg, main=not rank))
 
 
 def _check(cfgs: Sequence[DictConfig | ConfigError]) -> None:
@@ -136,15 +149,15 @@ def _slurm(cfg: DictConfig) -> bool:
     return str(cfg.hydra.launcher.get("_target_", "")).endswith("SlurmLauncher")
 
 
-def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> None:
-    """Run one configuration; folders made for it that stay empty are removed."""
+def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
+    """Run one configuration and return its folder; folders made for it that stay empty are removed."""
     out = folder_of(cfg, "hydra.run.dir").absolute()
     if not main:  # of torchrun's processes one makes the folder
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = str(out)
         HydraConfig.instance().set_config(cfg)
         task(without_hydra(cfg))
-        return
+        return out
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     callbacks = Callbacks(cfg)
     context = HydraContext(config_loader=composer.hydra.config_loader, callbacks=callbacks)
@@ -157,6 +170,7 @@ def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> None:
     callbacks.on_run_end(config=cfg, config_name=composer.name, job_return=done)
     if done.status is JobStatus.FAILED:
         raise done._return_value
+    return out
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -212,11 +226,11 @@ class _Recorder(Launcher):
         return returns
 
 
-def _sweep(composer: Composer, cfg: DictConfig) -> int:
-    """Run every job of a sweep, rebuild the sweep's tables whatever happens, list the failed jobs."""
+def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> Outcome:
+    """Run every job of a sweep and rebuild the sweep's tables, whatever happens."""
     folder, arguments = folder_of(cfg, "hydra.sweep.dir"), [str(o) for o in cfg.hydra.overrides.task]
     callbacks = Callbacks(cfg)
-    sweeper = _checked_sweeper(composer, cfg, callbacks)
+    sweeper = _checked_sweeper(composer, cfg, callbacks, show)
     HydraConfig.instance().set_config(cfg)
     recorder = sweeper.launcher = _Recorder(sweeper.launcher)
     callbacks.on_multirun_start(config=cfg, config_name=composer.name)
@@ -224,14 +238,12 @@ def _sweep(composer: Composer, cfg: DictConfig) -> int:
         with writing(folder):
             sweeper.sweep(arguments=arguments)
     finally:
-        _refresh(folder)
+        _refresh(folder, show)
     callbacks.on_multirun_end(config=cfg, config_name=composer.name)
-    for job in recorder.failed:
-        print(f"clrun: failed: {_failure(job)}", file=sys.stderr)
-    return 1 if recorder.failed else 0
+    return Outcome(folder.absolute(), tuple(map(_failure, recorder.failed)))
 
 
-def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks) -> Any:
+def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, show: Callable[[str], None]) -> Any:
     """Return Hydra's sweeper, after every combination that it will run has been checked.
 
     Sweepers that choose values as they go cannot be asked; their jobs are checked one by one, by `task`.
@@ -253,7 +265,7 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks) 
             pairs = zip(combinations, jobs, strict=True)
             loader.found = {tuple(c): job for c, job in pairs if serial and not isinstance(job, ConfigError)}
             sweeper.validate_batch_is_legal = lambda batch: None  # done, in clearer words
-            print(f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}")
+            show(f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}")
     except HydraException as error:  # of the sweep's own options: no run has started
         raise ConfigError(one_line(error)) from error
     return sweeper
@@ -278,12 +290,12 @@ def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]
     return found
 
 
-def _refresh(folder: Path) -> None:
-    """Rewrite the tables of a sweep and print the comparison."""
+def _refresh(folder: Path, show: Callable[[str], None]) -> None:
+    """Rewrite the tables of a sweep and show the comparison."""
     from clrun.reporting.sweep import refresh
 
     if text := refresh(folder).text:
-        print(f"\n{text}\n\nresults: {folder}")
+        show(f"\n{text}\n\nresults: {folder}")
 
 
 def _failure(job: JobReturn) -> str:
