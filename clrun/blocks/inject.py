@@ -1,14 +1,13 @@
 """Prompts, prefixes, adapters, LoRA and SSF on unmodified timm vision transformers.
 
-A `Plan` says what one forward pass gets; `Injector.use` puts it there with hooks that are bound methods of objects
-which live as long as the pass. At rest a backbone has no hooks: the pass without a plan is the plain model, and nothing
-of a plan is pickled. The backbone's weights are never touched, and its own attention, fused or not, does the work.
+A `Plan` lists the changes to one forward pass. `Injector.use` makes them with forward hooks, which exist only during
+that pass: without a plan the backbone is the plain model, and no part of a plan is pickled with it. The backbone's
+weights are never changed, and attention is computed by the backbone's own code, fused or not.
 
 Shapes: `B` images, `P` prefix tokens of the plain model (class token, registers), `N` tokens of the plain model, `L`
-injected tokens, `D` width, `H` heads.
+injected tokens, `D` width, `H` attention heads.
 """
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,23 +26,25 @@ COMPILED = "hardware.compile: compiled code ignores hooks (prompts, adapters, ga
 
 @runtime_checkable
 class TokenSource(Protocol):
-    """What makes the tokens of a block from the tokens that enter it."""
+    """A function that computes the tokens to inject into a block from the tokens that enter the block."""
 
     length: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return [B, length, D] for the plain model's tokens x [B, N, D]."""
+        """Return the tokens to inject [B, length, D] for the plain model's tokens x [B, N, D]."""
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values that every token of a block attends to beside those of the tokens, without any projection.
+    """Keys and values that every token of a block attends to in addition to those of the tokens.
+
+    They are used as they are, without the key and value projections of the block.
 
     Attributes:
         keys: [L, D] or [B, L, D].
-        values: likewise.
-        compensated: divide the weight of the prefix by its share of the attention, as LAE does (Gao et al., ICCV 2023,
-            section 3.3): what is learned then does not shrink where the tokens attract most attention.
+        values: [L, D] or [B, L, D].
+        compensated: divide the contribution of the prefix by its share of the attention, as LAE does (Gao et al., ICCV
+            2023, section 3.3): the effect of the prefix is then not reduced where the tokens attract most attention.
     """
 
     keys: Tensor
@@ -52,24 +53,25 @@ class Prefix:
 
     @property
     def length(self) -> int:
-        """L."""
+        """The number L of keys."""
         return self.keys.shape[-2]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one forward pass gets. Blocks are counted from 0, paths are those of `nn.Module.get_submodule`.
+    """The changes to one forward pass. Blocks are numbered from 0; paths are those of `nn.Module.get_submodule`.
 
     Attributes:
-        tokens: by block, tokens [L, D] or [B, L, D] (or their source) that enter it after the P prefix tokens. They
-            replace those of the block before that has some; these flow on to the next block that has some, and are
-            taken out before the final normalisation.
-        keep_tokens: leave the tokens in, for `forward_features`.
-        prefix: by block.
-        parallel: by path, a module whose output of the submodule's input is added to the submodule's output.
-        sequential: by path, a module whose output of the submodule's output is added to it.
-        beside_mlp: by block, a module whose output of the un-normalised stream is added to what the MLP adds to it.
-        scaled: by path, a module that replaces the submodule's output by its own output of it.
+        tokens: by block, tokens [L, D] or [B, L, D] (or a `TokenSource`) that are inserted after the P prefix tokens at
+            the input of the block. They pass through this block and all following ones, until they are replaced by the
+            tokens of a later block or removed before the final normalisation.
+        keep_tokens: do not remove the tokens before the final normalisation; for `forward_features`.
+        prefix: by block, keys and values for its attention.
+        parallel: by path, a module m; the output y of the submodule for its input x becomes y + m(x).
+        sequential: by path, a module m; the output y of the submodule becomes y + m(y), after `parallel`.
+        beside_mlp: by block, a module m; what the block adds to its residual stream x in its second half, the output of
+            its MLP, becomes that output plus m(x), with x not normalised.
+        scaled: by path, a module m; the output y of the submodule becomes m(y), after `parallel` and `sequential`.
     """
 
     tokens: Mapping[int, "Tensor | TokenSource"] = field(default_factory=dict)
@@ -82,31 +84,32 @@ class Plan:
 
 
 class Injector:
-    """Gives forward passes of a backbone their plans.
+    """Applies plans to forward passes of a backbone.
 
-    Under gradient checkpointing the backward pass runs the blocks again: the hooks of a pass with gradients then stay
-    until the next pass begins or `release` is called, and a step must not have two such passes with different plans.
+    Under gradient checkpointing the backward pass runs the blocks again. The hooks of a pass with gradients then stay
+    until the next pass begins or `release` is called, and there must not be two such passes with different plans before
+    a backward pass.
     """
 
     def __init__(self) -> None:
         self._kept: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave hooks that wait for a backward pass out of copies and checkpoints."""
+        """Return the state without hooks that wait for a backward pass: copies and checkpoints do not contain them."""
         return {"_kept": []}
 
     def release(self) -> None:
-        """Remove the hooks that a pass under gradient checkpointing has left."""
+        """Remove the hooks that a pass under gradient checkpointing has left on the backbone."""
         for handle in self._kept:
             handle.remove()
         self._kept = []
 
     @contextmanager
     def use(self, vit: nn.Module, plan: Plan) -> Iterator[None]:
-        """Give `plan` to the forward passes of `vit` within the block.
+        """Apply `plan` to the forward passes of `vit` within the `with` block.
 
         Raises:
-            ConfigError: the backbone is compiled; the compiled code would not see the hooks.
+            ConfigError: the backbone is compiled, and compiled code ignores hooks.
         """
         self.release()
         if getattr(vit, "_compiled_call_impl", None) is not None:
@@ -123,10 +126,14 @@ class Injector:
 
 
 def require_vit(backbone: nn.Module, method: str) -> None:
-    """Refuse a backbone that cannot take prompts and prefixes.
+    """Refuse a backbone into which prompts and prefixes cannot be injected.
+
+    Args:
+        backbone: the backbone.
+        method: name of the method, for the message.
 
     Raises:
-        ConfigError: it is no timm `VisionTransformer` of plain blocks with plain attention.
+        ConfigError: it is not a timm `VisionTransformer` of plain blocks with plain attention.
     """
     timm: Any = sys.modules.get("timm.models.vision_transformer")
     use = "use the backbones vit_*, glyph_vit, or timm with a VisionTransformer (ViT, DeiT, DINOv2, CLIP)"
@@ -141,7 +148,11 @@ def require_vit(backbone: nn.Module, method: str) -> None:
 
 
 def require_blocks(backbone: nn.Module, method: str) -> None:
-    """Refuse a backbone that cannot take adapters and SSF beside its blocks (RoPE models such as EVA can).
+    """Refuse a backbone without the blocks that adapters and SSF need; RoPE models such as EVA have them.
+
+    Args:
+        backbone: the backbone.
+        method: name of the method, for the message.
 
     Raises:
         ConfigError: it has no list of blocks with `norm1`, `attn`, `norm2`, `mlp` and `drop_path2`.
@@ -156,10 +167,15 @@ def require_blocks(backbone: nn.Module, method: str) -> None:
 
 
 def require_depth(backbone: nn.Module, blocks: list[int], option: str) -> None:
-    """Refuse blocks that the backbone does not have, or that are listed twice.
+    """Refuse block numbers that the backbone does not have, or that are listed twice.
+
+    Args:
+        backbone: the backbone.
+        blocks: the numbers.
+        option: name of the option that lists them, for the message.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: a number is wrong or listed twice.
     """
     depth = len(backbone.blocks)  # type: ignore[arg-type]
     wrong = [b for b in blocks if not 0 <= b < depth]
@@ -172,7 +188,7 @@ def require_depth(backbone: nn.Module, blocks: list[int], option: str) -> None:
 
 
 def _attached(vit: nn.Module, plan: Plan) -> Iterator[RemovableHandle]:
-    """Attach the hooks of a plan, yielding the handle of each."""
+    """Register the hooks of a plan one after the other, and yield the handle of each."""
     blocks: Any = getattr(vit, "blocks", None)
     before = 0
     for index in sorted(plan.tokens):
@@ -187,7 +203,7 @@ def _attached(vit: nn.Module, plan: Plan) -> Iterator[RemovableHandle]:
         yield vit.get_submodule(path).register_forward_hook(changed.change)
     for index, module in plan.beside_mlp.items():
         beside = _BesideMlp(module)
-        yield blocks[index].norm2.register_forward_pre_hook(beside.note)
+        yield blocks[index].norm2.register_forward_pre_hook(beside.store)
         yield blocks[index].drop_path2.register_forward_hook(beside.add)
     for index, prefix in plan.prefix.items():
         if prefix.length:
@@ -195,7 +211,7 @@ def _attached(vit: nn.Module, plan: Plan) -> Iterator[RemovableHandle]:
 
 
 class _TokensAt:
-    """Puts tokens into a block after the prefix tokens, in place of `before` earlier ones."""
+    """Inserts tokens at the input of a block after the `prefix` first ones, in place of `before` injected earlier."""
 
     def __init__(self, prefix: int, before: int, source: Tensor | TokenSource) -> None:
         self.prefix, self.before, self.source = prefix, before, source
@@ -213,7 +229,7 @@ class _TokensAt:
 
 
 class _Strip:
-    """Takes injected tokens out."""
+    """Removes the injected tokens, which are the `length` ones after the `prefix` first ones."""
 
     def __init__(self, prefix: int, length: int) -> None:
         self.prefix, self.length = prefix, length
@@ -224,7 +240,7 @@ class _Strip:
 
 
 class _Changed:
-    """Changes the output of a submodule."""
+    """Changes the output of a submodule by the modules of `Plan.parallel`, `sequential` and `scaled`."""
 
     def __init__(self, parallel: nn.Module | None, sequential: nn.Module | None, scaled: nn.Module | None) -> None:
         self.parallel, self.sequential, self.scaled = parallel, sequential, scaled
@@ -240,26 +256,28 @@ class _Changed:
 
 
 class _BesideMlp:
-    """Adds a function of the stream that enters the second half of a block to what the MLP adds to it."""
+    """Adds a function of the residual stream at the second half of a block to the output of the block's MLP."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.stream: Tensor | None = None
 
-    def note(self, module: nn.Module, args: Any) -> None:
+    def store(self, module: nn.Module, args: Any) -> None:
         self.stream = args[0]
 
     def add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        assert self.stream is not None, "norm2 comes before drop_path2"
+        assert self.stream is not None, "norm2 is called before drop_path2"
         stream, self.stream = self.stream, None
         changed: Tensor = output + self.module(stream)
         return changed
 
 
 class _PrefixedAttention:
-    """Prefix keys and values without a line of attention: L rows are appended, overwritten after `qkv`, and cut off.
+    """Prefix keys and values for an attention whose code stays as it is.
 
-    The appended rows ask too; their answers are dropped. No other row can see the difference to a concatenation.
+    L rows of zeros are appended to the input of the attention. After the projection `qkv` their keys and values are
+    overwritten by those of the prefix, and after the attention the rows are removed. The queries of the appended rows
+    are computed in vain; for all other rows the result is that of concatenated keys and values.
     """
 
     def __init__(self, attention: Any, prefix: Prefix) -> None:
@@ -275,7 +293,7 @@ class _PrefixedAttention:
         yield attention.register_forward_hook(self.cut)
 
     def pad(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        assert kwargs.get("attn_mask") is None, "a mask would have to be padded too"
+        assert kwargs.get("attn_mask") is None, "an attention mask would have to be padded as well"
         return (F.pad(args[0], (0, 0, 0, self.length)), *args[1:]), kwargs
 
     def write(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -291,21 +309,22 @@ class _PrefixedAttention:
         return output[:, : -self.length]
 
     def _correction(self, qkv: Tensor) -> Tensor:
-        """Return (1 - w) Attention(q, prefix) [B, N + L, D], with w the share of the attention that the prefix gets.
+        """Return (1 - w) Attention(q, prefix) [B, N + L, D], where w is the prefix's share of the attention weights.
 
-        The sum of joint attention and this is the joint attention with its prefix part divided by w.
+        Added to the joint attention, this divides the contribution of the prefix by w.
         """
         batch, length, _ = qkv.shape
         heads = qkv.view(batch, length, 3, self.attention.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = self.attention.q_norm(heads[0]), self.attention.k_norm(heads[1]), heads[2]
-        mark = q.new_zeros(1, 1, q.shape[2], q.shape[3])  # as wide as q: what every fused kernel takes
-        mark[:, :, -self.length :] = 1
-        share = F.scaled_dot_product_attention(q, k, mark.expand_as(q))[..., :1]
+        # Values that are 1 for the prefix and 0 elsewhere give w. They are as wide as q, as fused kernels require.
+        indicator = q.new_zeros(1, 1, q.shape[2], q.shape[3])
+        indicator[:, :, -self.length :] = 1
+        weight = F.scaled_dot_product_attention(q, k, indicator.expand_as(q))[..., :1]
         alone = F.scaled_dot_product_attention(q, k[:, :, -self.length :], v[:, :, -self.length :])
-        return ((1 - share) * alone).transpose(1, 2).flatten(2)
+        return ((1 - weight) * alone).transpose(1, 2).flatten(2)
 
     def compensate(self, module: nn.Module, args: Any) -> tuple[Any, ...]:
-        assert self.correction is not None, "qkv comes before proj"
+        assert self.correction is not None, "qkv is called before proj"
         correction, self.correction = self.correction, None
         return (args[0] + correction, *args[1:])
 
@@ -314,14 +333,14 @@ class _PrefixedAttention:
 
 
 class Adapter(nn.Module):
-    """A bottleneck whose output is added: scale (W_up dropout(act(W_down x + b)) + b_up), 0 before training.
+    """The bottleneck scale * (W_up dropout(act(W_down x + b_down)) + b_up), whose output is 0 before training.
 
     Args:
         width: D.
-        bottleneck: r.
-        activation: between the two maps.
-        dropout: share of the r activations dropped in training.
-        scale: initial factor.
+        bottleneck: r, the number of activations between the two linear maps.
+        activation: act.
+        dropout: probability with which each of the r activations is dropped in training.
+        scale: initial value of the factor `scale`.
         learn_scale: whether the factor is trained.
     """
 
@@ -344,14 +363,14 @@ class Adapter(nn.Module):
         self.scale: nn.Parameter | float = nn.Parameter(torch.tensor(scale)) if learn_scale else scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is added [..., D] for x [..., D]."""
+        """Return the change [..., D] to be added, for x [..., D]."""
         hidden = F.relu(self.down(x)) if self.activation == "relu" else F.gelu(self.down(x))
         change: Tensor = self.scale * self.up(F.dropout(hidden, self.dropout, self.training))
         return change
 
 
 def mlp_adapters(depth: int, width: int, bottleneck: int, *, scale: float, dropout: float) -> nn.ModuleDict:
-    """Return an adapter for the MLP of every block, by its number (AdaptFormer, Chen et al., NeurIPS 2022)."""
+    """Return one adapter per block for `Plan.beside_mlp`, by block number (AdaptFormer, Chen et al., NeurIPS 2022)."""
     adapters = nn.ModuleDict()
     for block in range(depth):
         adapters[str(block)] = Adapter(
@@ -361,11 +380,11 @@ def mlp_adapters(depth: int, width: int, bottleneck: int, *, scale: float, dropo
 
 
 class KeyValueLoRA(nn.Module):
-    """Low-rank updates of the key and value projections, s (B A x) each; queries stay as they are.
+    """Low-rank updates s B A x of the key and of the value projection; queries are not changed.
 
     Args:
         width: D.
-        rank: r.
+        rank: r; A is [r, D], B is [D, r], and s is a trained factor per projection.
     """
 
     def __init__(self, width: int, rank: int) -> None:
@@ -377,22 +396,17 @@ class KeyValueLoRA(nn.Module):
         self.scale = nn.Parameter(torch.ones(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the output of `qkv` [..., 3 D] for its input [..., D]."""
+        """Return the change to the output of `qkv` [..., 3 D] for its input x [..., D]."""
         key, value = (self.scale[k] * F.linear(F.linear(x, self.down[k]), self.up[k]) for k in (0, 1))
         return torch.cat([torch.zeros_like(key), key, value], dim=-1)
 
-    def delta(self) -> Tensor:
-        """Return what is added to the weight of `qkv`, [3 D, D]."""
-        key, value = self.scale[:, None, None] * (self.up @ self.down)
-        return torch.cat([torch.zeros_like(key), key, value])
-
 
 class ScaleShift(nn.Module):
-    """y -> scale * y + shift (SSF, Lian et al., NeurIPS 2022, equation 2).
+    """The map y -> scale * y + shift (SSF, Lian et al., NeurIPS 2022, equation 2).
 
     Args:
-        width: of y.
-        std: of the initial scale about 1 and shift about 0 (published: 0.02).
+        width: number of features of y.
+        std: standard deviation of the initial scale around 1 and of the initial shift around 0 (published: 0.02).
     """
 
     def __init__(self, width: int, *, std: float) -> None:
@@ -406,9 +420,9 @@ class ScaleShift(nn.Module):
 
 
 def scale_shift_sites(vit: nn.Module) -> dict[str, int]:
-    """Return path and width of every output that SSF scales.
+    """Return the width of every output that SSF scales and shifts, by path.
 
-    These are the outputs of the patch embedding, of each block's normalisations and linear maps, and of the last
+    These are the outputs of the patch embedding, of the normalisations and linear maps of each block, and of the final
     normalisation.
     """
     width = int(vit.embed_dim)  # type: ignore[arg-type]
@@ -423,37 +437,6 @@ def scale_shift_sites(vit: nn.Module) -> dict[str, int]:
     return sites | {last: width}
 
 
-def folded(vit: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of `vit` with the LoRA and SSF of `plan` in its weights; the original stays as it is.
-
-    Raises:
-        ValueError: the plan holds anything that is no change of weights.
-    """
-    if plan.tokens or plan.prefix or plan.sequential or plan.beside_mlp:
-        raise ValueError("only low-rank updates and scales can be folded into weights")
-    merged = copy.deepcopy(vit)
-    with torch.no_grad():
-        for path, update in plan.parallel.items():
-            if not isinstance(update, KeyValueLoRA):
-                raise ValueError(f"{type(update).__name__} at {path} is no low-rank update")
-            merged.get_submodule(path).weight += update.delta()  # type: ignore[operator]
-        for path, scale in plan.scaled.items():
-            if not isinstance(scale, ScaleShift):
-                raise ValueError(f"{type(scale).__name__} at {path} is no scale")
-            module: Any = merged.get_submodule(path)
-            if path == "patch_embed":
-                module = module.proj if isinstance(module.norm, nn.Identity) else module.norm
-            _rescale(module, scale)
-    return merged
-
-
-def _rescale(module: Any, change: ScaleShift) -> None:
-    """Fold a scale and shift of the output into the weight and bias of a linear map, convolution or normalisation."""
-    bias = torch.zeros_like(change.shift) if module.bias is None else module.bias
-    module.weight.mul_(change.scale.view(-1, *[1] * (module.weight.dim() - 1)))
-    module.bias = nn.Parameter(change.scale * bias + change.shift)
-
-
 __all__ = [
     "Adapter",
     "Injector",
@@ -462,7 +445,6 @@ __all__ = [
     "Prefix",
     "ScaleShift",
     "TokenSource",
-    "folded",
     "mlp_adapters",
     "require_blocks",
     "require_depth",

@@ -18,7 +18,6 @@ from clrun.blocks.curvature import (
     Diagonal,
     GradientWindow,
     KroneckerFactored,
-    Operator,
     Sharing,
     Tape,
     layers_of,
@@ -161,7 +160,7 @@ class Kfac(_Preconditioned):
         self.layers: Mapping[str, Layer] = {}
         self.factors: Params = {}
         self.curvature: Curvature | None = None
-        self.operator: Operator | None = None
+        self.operator: Curvature | None = None
         self.velocity: Tensor | None = None
 
     @contextmanager

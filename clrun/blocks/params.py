@@ -1,12 +1,11 @@
-"""Algebra on named tensors (`dict[str, Tensor]`), and modules whose state follows them to their device.
+"""Algebra on named tensors (`dict[str, Tensor]`), temporary modes of modules, and modules that carry plain tensors.
 
-Nothing else in the package flattens or aligns parameters. Symbols: `P` numbers in all tensors together.
+Symbols: all tensors of a mapping together have `P` entries.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Self
 
 import torch
@@ -16,74 +15,46 @@ Params = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 
-def select(
-    module: nn.Module, *, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
-) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters of `module` whose name matches a pattern of `include` and none of `exclude`.
-
-    Patterns are those of the shell (`head.*`); the order is that of the module.
-    """
-
-    def wanted(name: str) -> bool:
-        return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-
-    return {name: p for name, p in module.named_parameters() if p.requires_grad and wanted(name)}
+def select(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters of `module` by name, in the order of the module."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def gradients(params: Mapping[str, Tensor]) -> Params:
-    """Return the gradients of `params`; a missing one counts as zero."""
+    """Return the gradients of `params` by name; a missing gradient counts as zeros."""
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
 
 
 def clone(params: Mapping[str, Tensor]) -> Params:
-    """Return detached copies: an anchor must not follow the parameter it was taken from."""
+    """Return detached copies by name, which do not change when the parameters do."""
     return {name: p.detach().clone() for name, p in params.items()}
 
 
 def shapes_of(params: Mapping[str, Tensor]) -> Shapes:
-    """Return the shape of each tensor."""
+    """Return the shape of each tensor by name."""
     return {name: tuple(p.shape) for name, p in params.items()}
 
 
 def flatten(params: Mapping[str, Tensor]) -> Tensor:
-    """Return [P], the tensors one after the other in the order of the mapping."""
+    """Return the vector [P] of all entries, tensor by tensor in the order of the mapping."""
     return torch.cat([p.reshape(-1) for p in params.values()]) if params else torch.zeros(0)
 
 
 def unflatten(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Params:
-    """Return views of `vector` [P] in these shapes: the inverse of `flatten`."""
+    """Return views of `vector` [P] with these names and shapes: the inverse of `flatten`."""
     parts = torch.split(vector, [math.prod(shape) for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """Return the inner product [] of tensors of the same names, summed in float64."""
+    """Return the inner product [] of two mappings with the same names and shapes, summed in float64."""
     products = [(a[name] * b[name]).sum(dtype=torch.float64) for name in a]
     return torch.stack(products).sum()
 
 
-def corner(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the view of the first `shape` entries of `tensor` along each dimension: where a tensor grew from."""
-    return tensor[tuple(slice(0, size) for size in shape)]
-
-
-def match(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield (name, old tensor, its corner of the new tensor) for the names both have.
-
-    Raises:
-        ValueError: a tensor lost dimensions or entries.
-    """
-    for name, before in old.items():
-        if name in new:
-            after = new[name]
-            if before.dim() != after.dim() or any(b > a for b, a in zip(before.shape, after.shape, strict=True)):
-                raise ValueError(f"{name} shrank from {tuple(before.shape)} to {tuple(after.shape)}")
-            yield name, before, corner(after, before.shape)
-
-
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put `module` in eval mode; afterwards every submodule has the mode it had."""
+    """Put `module` in eval mode for the `with` block; afterwards every submodule is in its earlier mode."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -95,7 +66,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Stop the training of every parameter of `modules`; afterwards each trains as it did."""
+    """Set `requires_grad` of all parameters of `modules` to False for the `with` block, and restore it afterwards."""
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
@@ -107,21 +78,21 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 
 def hold_statistics(module: nn.Module) -> None:
-    """Put the batch normalisation layers of `module` in eval mode, so that their running statistics stand still."""
+    """Put the batch normalisation layers of `module` in eval mode, so that their running statistics do not change."""
     for submodule in module.modules():
         if isinstance(submodule, nn.modules.batchnorm._BatchNorm):
             submodule.eval()
 
 
 class Carrier(nn.Module):
-    """A module whose state is tensors in plain attributes that follow it to its device.
+    """A module that keeps tensors in plain attributes, which move with it to its device.
 
-    Unlike buffers they are not weights: they stay out of `state_dict`, hence of exported weights, and are never
-    averaged over processes, of which each may hold its own.
+    Unlike buffers these tensors are not part of `state_dict`, and hence not of exported weights. They are never
+    averaged over processes: each process may have different ones.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the attributes too; every `.to(device)` of an owner comes through here."""
+        """Apply `fn` to the attributes too: torch calls this for every `.to(device)` of the module or its owner."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -134,14 +105,12 @@ __all__ = [
     "Params",
     "Shapes",
     "clone",
-    "corner",
     "dot",
     "eval_mode",
     "flatten",
     "frozen",
     "gradients",
     "hold_statistics",
-    "match",
     "select",
     "shapes_of",
     "unflatten",

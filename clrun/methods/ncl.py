@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from clrun.blocks.curvature import KroneckerFisher, Operator, QuadraticPenalty, isotropic
+from clrun.blocks.curvature import Curvature, KroneckerFisher, QuadraticPenalty, isotropic
 from clrun.blocks.optimizers import needs_sgd
 from clrun.blocks.params import gradients
 from clrun.data.stream import Task
@@ -77,7 +77,7 @@ class Ncl(Method):
         self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
         self.fisher.check(backbone)
         self.prior = QuadraticPenalty(1.0, how=add)
-        self.covariance: Operator | None = None  # within a task
+        self.covariance: Curvature | None = None  # within a task
 
     def check_budget(self, budget: Budget) -> None:
         needs_sgd(budget.optimizer, "method=ncl", weight_decay=0)

@@ -231,10 +231,13 @@ FOUND_BY_METHODS = {
         ["method=kfac_ewc", "method.add=list"],
         "method.add=list: method.solver=proximal needs one product; use add=kl or solver=grad",
     ),
-    "pattern of no layer": (["method=kfac_ewc", "method.modules=[conv9]"], "method.modules: no layer fits 'conv9' ..."),
+    "pattern of no layer": (
+        ["method=kfac_ewc", "method.modules=[conv9]"],
+        "method.modules: no layer matches 'conv9' (layers: ...",
+    ),
     "classes of a sample": (
         ["method=ewc", "method.top_k=2"],
-        "method.top_k: says which classes method.labels=exact sums over; labels is sampled",
+        "method.top_k: limits the sum over classes of method.labels=exact, but method.labels is sampled; set ...",
     ),
     "no strength": (["method=ranpac", "method.strengths=[]"], "method.strengths: must list at least one strength"),
     "forgetting what comes first": (

@@ -262,17 +262,6 @@ def test_separate_equals_the_sum_of_penalties_up_to_a_constant() -> None:
     torch.testing.assert_close(torch.stack(differences), differences[0].expand(4), rtol=0, atol=1e-12)
 
 
-def test_grown_parameters_are_matched_by_name_and_corner() -> None:
-    small, large, penalty = nn.Linear(2, 2), nn.Linear(2, 3), QuadraticPenalty(1.0)
-    penalty.update(small, Diagonal.of({name: torch.ones_like(p) for name, p in small.named_parameters()}))
-    with torch.no_grad():
-        large.weight[:2], large.bias[:2] = small.weight + 1, small.bias
-    assert penalty(large).item() == pytest.approx(0.5 * 4)
-    penalty.update(large, Diagonal.of({name: torch.zeros_like(p) for name, p in large.named_parameters()}))
-    assert penalty.importance.tolist() == [1, 1, 1, 1, 0, 0, 1, 1, 0]
-    assert penalty(large).item() == 0
-
-
 def test_proximal_is_the_minimiser_and_stable() -> None:
     module, penalty = Vector(0, 0, 0), QuadraticPenalty(1.0)
     penalty.update(module, importance(0, 2, 1e8))

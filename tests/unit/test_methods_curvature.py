@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import born, context, factory, image_stream, live, sgd, tiny_vit
+from matrices import Dense, as_dense
 from torch import Tensor, nn
 
-from clrun.blocks.curvature import Dense, Diagonal, KroneckerFactored, QuadraticPenalty, isotropic
+from clrun.blocks.curvature import Diagonal, KroneckerFactored, QuadraticPenalty, isotropic
 from clrun.blocks.params import flatten, shapes_of, unflatten
 from clrun.learning.budget import Budget
 from clrun.learning.method import Method
@@ -51,7 +52,7 @@ class Weights(nn.Module):
 
 def learn(module: Weights, x: Tensor, y: Tensor, penalty: QuadraticPenalty) -> None:
     """Move the weights to where the gradient of the squared loss and the penalty is 0."""
-    n, k = len(x), penalty.curvature.dense()
+    n, k = len(x), as_dense(penalty.curvature)
     hessian = torch.kron(torch.eye(len(module.w)).double(), x.T @ x / n)
     with torch.no_grad():
         solution = torch.linalg.solve(hessian + k, (y.T @ x / n).flatten() + k @ penalty.anchor)

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Net, born, context, cpu, factory, image_stream, live, sgd, tiny_vit, trace
+from matrices import folded
 from running import run
 from torch import Tensor, nn
 
-from clrun.blocks.inject import Plan, folded
+from clrun.blocks.inject import Plan
 from clrun.blocks.selection import choose, cosines
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget

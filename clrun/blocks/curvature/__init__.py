@@ -1,38 +1,25 @@
 """Curvature of the loss around the learned weights, and the quadratic penalty that uses it.
 
-Conventions of every estimate: the per-sample mean F = 1/N sum_n E_y[g g^T] with g = grad log p(y | x_n), whatever the
-batch size; eval mode, un-augmented rows, fp32, a seeded subset; the model, its modes, `.grad` and the global random
-numbers stay bitwise as they were. Published penalty weights often refer to F / B, or omit the 1/2.
+All estimates share these conventions. F = 1/N sum_n E_y[g g'] is the mean over N rows x_n, whatever the batch size,
+with g the gradient of log p(y | x_n). Rows are a seeded subset of the training rows without augmentation; the method is
+in eval mode and computes in float32. The method, its training mode, its `.grad` and the global random state are bitwise
+the same afterwards. Published penalty weights often refer to F / B for a batch size B, or omit the factor 1/2.
 """
 
 from clrun.blocks.curvature.estimate import Kind, KroneckerFisher, diagonal_fisher, estimate, require_exact
-from clrun.blocks.curvature.forms import (
-    Blocks,
-    Composite,
-    Curvature,
-    Damping,
-    Dense,
-    Diagonal,
-    Identity,
-    Operator,
-    Sum,
-)
-from clrun.blocks.curvature.gram import GradientWindow, GramInverse, GramLowRank
+from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Identity, Sum
 from clrun.blocks.curvature.kronecker import KroneckerEigen, KroneckerFactored, Terms, isotropic
 from clrun.blocks.curvature.layers import Groups, Sharing, Tape, layers_of
+from clrun.blocks.curvature.m_fac import GradientWindow
 from clrun.blocks.curvature.penalty import QuadraticPenalty, normalised
 from clrun.blocks.curvature.target import Labels
 
 __all__ = [
-    "Blocks",
     "Composite",
     "Curvature",
     "Damping",
-    "Dense",
     "Diagonal",
     "GradientWindow",
-    "GramInverse",
-    "GramLowRank",
     "Groups",
     "Identity",
     "Kind",
@@ -40,7 +27,6 @@ __all__ = [
     "KroneckerFactored",
     "KroneckerFisher",
     "Labels",
-    "Operator",
     "QuadraticPenalty",
     "Sharing",
     "Sum",

@@ -1,4 +1,4 @@
-"""One entry to every estimate of curvature."""
+"""`estimate`, the one function behind every estimate of curvature, and the sets of its options that methods share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clrun.blocks.curvature.forms import Curvature, Diagonal
-from clrun.blocks.curvature.gradients import diagonal, gram
+from clrun.blocks.curvature.gradients import diagonal
 from clrun.blocks.curvature.kfac import kronecker
 from clrun.blocks.curvature.layers import Groups, Sharing, layers_of
 from clrun.blocks.curvature.target import Labels, Target
@@ -18,7 +18,7 @@ from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.system.errors import ConfigError
 
-Kind = Literal["diag", "kfac_expand", "kfac_reduce", "gram", "abs_output"]
+Kind = Literal["diag", "kfac_expand", "kfac_reduce", "abs_output"]
 
 
 def estimate(
@@ -31,69 +31,62 @@ def estimate(
     labels: Labels,
     samples: int | None,
     top_k: int | None = None,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
     modules: Sequence[str] = ("*",),
     largest: int | None = None,
     groups: Groups = "skip",
-    limit: int | None = None,
 ) -> Curvature:
-    """Return an estimate of the Fisher information F, per-sample mean, for the trainable parameters of `of`.
+    """Return an estimate of the Fisher information F, the mean over rows, for the trainable parameters of `of`.
 
-    Every label policy is a set of columns s [C] in logit space, F = 1/N sum_n sum_s (J_n' s)(J_n' s)' with J_n the
-    Jacobian of the logits. Only classes that compete in the run's setting have probability.
+    F = 1/N sum_n sum_s (J_n' s)(J_n' s)', where J_n is the Jacobian of the logits of row n and s [C] are the columns of
+    that row. `labels` says which columns a row has. Below, p [C] are the predicted probabilities of a row and e_c is
+    the unit vector of class c. Only classes that compete in the run's setting have a probability above 0.
 
     Args:
-        kind: "diag": the diagonal. "kfac_expand", "kfac_reduce": a Kronecker product for each linear and convolutional
-            layer, and the diagonal for every other parameter (norms, tokens, position embeddings); expand is the safe
-            choice and that of class tokens, reduce that of networks that average over positions. "gram": the matrix
-            itself, as one row a gradient. "abs_output": no Fisher but the diagonal 1/N sum_n |d |f(x_n)|^2 / d theta|
-            of the logits of competing classes, which needs no labels (MAS, Aljundi et al., ECCV 2018, 1711.09601).
-        method: the learner; afterwards it is bitwise what it was.
-        split: rows to estimate on; every process reads the same ones.
-        ctx: context of the current task; its generator "fisher" chooses rows and labels.
-        of: submodule of `method`; the names of the result are its own.
-        labels: "exact": sqrt(p_c) (e_c - p) for every class c, the closed form of the expectation over y ~ p; all
-            others take one e_y - p: "sampled", one y ~ p a row, unbiased; "true", the row's label (empirical Fisher:
-            biased, 0 where the model fits); "predicted", the most probable class (biased); "batched", y ~ p for a
-            whole batch (of the budget's size) and B times the square of the mean gradient: unbiased, because the B
-            gradients are independent with mean 0, at the cost of one backward a batch, with more variance. For
-            Kronecker factors "batched" is "sampled". For "abs_output" it stands for the published codes, whose
-            gradients of one batch cancel before the absolute value is taken; anything else takes it row by row.
-        samples: rows used, drawn without replacement; None for all.
-        top_k: with "exact", sum over the k most probable classes of a row and add nothing for the rest; None for all.
-        include: patterns of the shell for the names of parameters that count; one must match.
-        exclude: patterns none of which may match.
-        modules: patterns for the names of layers with Kronecker factors; one must match.
-        largest: most inputs or outputs of such a layer, whose factors have that many squared numbers; None: no limit.
-        groups: of convolutions: "skip" gives them a diagonal, "average" takes groups as positions.
-        limit: most rows of "gram".
+        kind: "diag": the diagonal of F. "kfac_expand", "kfac_reduce": a Kronecker product per linear and convolutional
+            layer, and the diagonal for all other parameters (norms, tokens, position embeddings). Use "kfac_expand" if
+            in doubt and for networks with a class token, "kfac_reduce" for networks that average over positions.
+            "abs_output": not F but the diagonal 1/N sum_n |d |f(x_n)|^2 / d theta| for the logits f(x_n) of the
+            competing classes, which needs no labels (MAS, Aljundi et al., ECCV 2018, arXiv 1711.09601).
+        method: the method; afterwards it is bitwise as before.
+        split: the rows of the estimate; every process reads the same ones.
+        ctx: context of the current task; its generator "fisher" draws rows and labels.
+        of: a submodule of `method`; the result has the parameter names of this submodule.
+        labels: "exact": the columns sqrt(p_c) (e_c - p) of all classes c, which is the closed form of the expectation
+            over labels y ~ p. All other choices have one column e_y - p per row. "sampled": y ~ p, unbiased. "true":
+            the label of the row (the empirical Fisher: biased, and 0 where the method fits the label). "predicted": the
+            most probable class (biased). "batched": y ~ p, and B times the square of the mean gradient over each batch
+            of B rows (the budget's batch size); this is unbiased, because the B gradients are independent with mean 0,
+            and costs one backward pass per batch, but has a larger variance. For Kronecker factors "batched" is the
+            same as "sampled". For "abs_output", "batched" follows the published code, where gradients of a batch cancel
+            before the absolute value is taken; all other choices take the absolute value row by row.
+        samples: number of rows, drawn without replacement; None for all.
+        top_k: for "exact", the number of most probable classes that are summed over; None for all.
+        modules: shell-style patterns for the names of layers with Kronecker factors; one must match.
+        largest: largest number of inputs or outputs of such a layer, whose factors hold the square of that many
+            numbers; None for no limit.
+        groups: convolutions with several groups: "skip" estimates their diagonal, "average" treats groups as positions.
     """
     columns = "output" if kind == "abs_output" else labels
-    target = Target.of(
-        method, split, ctx, of, columns=columns, samples=samples, top_k=top_k, include=include, exclude=exclude
-    )
-    batched = labels == "batched"
+    target = Target.of(method, split, ctx, of, columns=columns, samples=samples, top_k=top_k)
     if kind in ("diag", "abs_output"):
-        return diagonal(target, batched=batched, magnitude=torch.square if kind == "diag" else torch.abs)
-    if kind == "gram":
-        return gram(target, batched=batched, limit=limit)
+        magnitude = torch.square if kind == "diag" else torch.abs
+        return diagonal(target, batched=labels == "batched", magnitude=magnitude)
     sharing = "expand" if kind == "kfac_expand" else "reduce"
     return kronecker(target, of, sharing, modules=modules, largest=largest, groups=groups)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class KroneckerFisher:
-    """The Fisher information with Kronecker factors, by options that a method holds; see `estimate`.
+    """The options of a Fisher information with Kronecker factors, which can be called for its estimate.
 
     Attributes:
-        labels: how labels are chosen.
-        samples: rows used; None for all.
-        top_k: most columns of a row with labels="exact"; None for all.
-        sharing: "expand" or "reduce": how positions share a weight.
+        labels: how the columns of a row are chosen; see `estimate`.
+        samples: number of rows; None for all.
+        top_k: for labels="exact", the number of most probable classes that are summed over; None for all.
+        sharing: "expand" or "reduce"; how positions share a weight, see `clrun.blocks.curvature.layers`.
         modules: patterns for the names of layers with Kronecker factors.
-        largest: most inputs or outputs of such a layer.
-        groups: what becomes of grouped convolutions.
+        largest: largest number of inputs or outputs of such a layer.
+        groups: treatment of convolutions with several groups; see `estimate`.
     """
 
     labels: Labels
@@ -105,22 +98,22 @@ class KroneckerFisher:
     groups: Groups
 
     def __post_init__(self) -> None:
-        """Check combinations."""
+        """Check combinations of options."""
         require_exact(self.labels, self.top_k)
 
     def check(self, backbone: nn.Module) -> None:
-        """Refuse a pattern that no layer of the backbone fits.
+        """Refuse a pattern that matches no layer of the backbone.
 
         Raises:
-            ConfigError: there is one.
+            ConfigError: there is such a pattern.
         """
         for pattern in self.modules:
             if pattern != "*" and not layers_of(backbone, modules=[pattern], groups="average"):
-                known = ", ".join(layers_of(backbone, groups="average"))
-                raise ConfigError(f"method.modules: no layer fits '{pattern}' (layers: {known})")
+                names = ", ".join(layers_of(backbone, groups="average"))
+                raise ConfigError(f"method.modules: no layer matches '{pattern}' (layers: {names})")
 
     def __call__(self, method: Method, task: Task, ctx: Context) -> Curvature:
-        """Return that of the backbone of `method` on `task`."""
+        """Return the estimate for the backbone of `method` on the training rows of `task`."""
         return estimate(
             "kfac_expand" if self.sharing == "expand" else "kfac_reduce",
             method,
@@ -137,13 +130,16 @@ class KroneckerFisher:
 
 
 def require_exact(labels: Labels, top_k: int | None) -> None:
-    """Refuse a limit of the classes summed over where no sum is taken.
+    """Refuse a limit on the classes that are summed over if there is no such sum.
 
     Raises:
         ConfigError: `top_k` is given, and labels are not "exact".
     """
     if top_k is not None and labels != "exact":
-        raise ConfigError(f"method.top_k: says which classes method.labels=exact sums over; labels is {labels}")
+        raise ConfigError(
+            f"method.top_k: limits the sum over classes of method.labels=exact, but method.labels is {labels}; "
+            "set method.top_k=null or method.labels=exact"
+        )
 
 
 def diagonal_fisher(
@@ -160,3 +156,6 @@ def diagonal_fisher(
     found = estimate("diag", method, split, ctx, of=of, labels=labels, samples=samples, top_k=top_k)
     assert isinstance(found, Diagonal)
     return found
+
+
+__all__ = ["Kind", "KroneckerFisher", "diagonal_fisher", "estimate", "require_exact"]

@@ -1,25 +1,26 @@
-"""Curvature of a linear or convolutional layer as a Kronecker product, and sums of such products.
+"""The curvature of a linear or convolutional layer as a Kronecker product, and sums of such products.
 
-The layer is y = [W, b] [a; 1] with W flattened to [out, in]: the bias, if it is trained, is the last column. The
-curvature of a row-major [W, b] is G (x) A: D -> G D A, with G [out, out] from the gradients at the outputs and A
+A layer computes y = [W, b] [a; 1] from an input a, with its weight W flattened to a matrix [out, in] and its bias b, if
+it is trained, as the last column. The curvature of the row-major matrix [W, b] is approximated by the Kronecker product
+G (x) A, which maps a matrix D of the same shape to G D A. G [out, out] comes from the gradients at the outputs and A
 [in (+1), in (+1)] from the inputs (K-FAC, Martens and Grosse, ICML 2015, arXiv 1503.05671).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
 
 import torch
 from torch import Tensor
 
-from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Operator, Sum
+from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Sum
 from clrun.blocks.params import Shapes
 
-STEP, STOP, ROUNDS = 0.3, 1e-24, 3000  # of the fixed point of the KL-optimal sum
+# The fixed point of the KL-optimal sum: damping of a step, relative squared change at which it stops, most steps.
+STEP, STOP, ROUNDS = 0.3, 1e-24, 3000
 
 
 def as_matrix(vector: Tensor, shapes: Shapes) -> Tensor:
-    """Return [W, b] [out, in (+1)] of the vector of a layer: its weight [out, ...] and, possibly, its bias [out]."""
+    """Return the matrix [W, b] [out, in (+1)] of a vector that holds a weight [out, ...] and possibly a bias [out]."""
     weight, *bias = shapes.values()
     out, size = weight[0], prod(weight)
     matrix = vector[:size].view(out, -1)
@@ -27,7 +28,7 @@ def as_matrix(vector: Tensor, shapes: Shapes) -> Tensor:
 
 
 def as_vector(matrix: Tensor, shapes: Shapes) -> Tensor:
-    """Return the vector of [W, b]: the inverse of `as_matrix`."""
+    """Return the vector [P] of a matrix [W, b] [out, in (+1)]: the inverse of `as_matrix`."""
     if len(shapes) == 1:
         return matrix.reshape(-1)
     return torch.cat([matrix[:, :-1].reshape(-1), matrix[:, -1]])
@@ -38,23 +39,25 @@ class KroneckerFactored(Curvature):
     """K = G (x) A for one layer.
 
     Attributes:
-        outer: G, symmetric positive semi-definite.
-        inner: A, likewise.
+        outer: G [out, out], symmetric positive semi-definite.
+        inner: A [in (+1), in (+1)], symmetric positive semi-definite.
     """
 
     outer: Tensor
     inner: Tensor
 
     def mv(self, vector: Tensor) -> Tensor:
-        """Return G D A as a vector."""
+        """Return G D A as a vector [P], where D is the matrix of `vector`."""
         return as_vector(self.outer @ as_matrix(vector, self.shapes) @ self.inner, self.shapes)
 
-    def inverse(self, damping: float, mode: Damping = "exact") -> Operator:
+    def inverse(self, damping: float, mode: Damping = "exact") -> Curvature:
         """Return (G (x) A + damping I)^-1.
 
-        "exact" works in the eigenbasis of both factors. "factored" returns the Kronecker product of the inverses of
-        G + sqrt(damping) / pi I and A + pi sqrt(damping) I, pi^2 = (tr A / dim A) / (tr G / dim G), the heuristic of
-        Martens and Grosse (section 6.3).
+        Args:
+            damping: 0 or more.
+            mode: "exact" computes it in the eigenbasis of both factors. "factored" returns the Kronecker product of
+                the inverses of G + sqrt(damping) / pi I and A + pi sqrt(damping) I with
+                pi^2 = (tr A / dim A) / (tr G / dim G), the heuristic of Martens and Grosse (section 6.3).
         """
         if mode == "exact":
             return self.decomposed().inverse(damping)
@@ -68,26 +71,23 @@ class KroneckerFactored(Curvature):
         return KroneckerFactored(self.shapes, *(part.to(self.outer.dtype) for part in parts))
 
     def diag(self) -> Tensor:
-        """Return the outer product of the diagonals."""
+        """Return the outer product of the diagonals of G and A, as a vector [P]."""
         return as_vector(torch.outer(self.outer.diagonal(), self.inner.diagonal()), self.shapes)
 
-    def trace(self) -> Tensor:
-        """Return tr G tr A."""
-        return self.outer.trace() * self.inner.trace()
-
     def scale(self, factor: float) -> "KroneckerFactored":
-        """Return the product with the factor shared by G and A."""
+        """Return factor * K: both G and A are multiplied by the square root of the factor."""
         return KroneckerFactored(self.shapes, self.outer * factor**0.5, self.inner * factor**0.5)
 
     def add(self, other: Curvature, how: Sum = "kl") -> Curvature:
-        """Return one Kronecker product for the sum of two, or both.
+        """Return one Kronecker product that approximates the sum of two, or the list of both.
 
         Args:
-            other: the other term.
-            how: "kl": the Gaussian of that precision is closest in KL divergence to the one of the exact sum (Kao et
-                al., NeurIPS 2021); exact when the products are proportional or share a factor. "additive": the sum of
-                the factors, balanced by the traces (Martens and Grosse): up to twice too stiff. "rank1": closest in
-                the Frobenius norm (Van Loan and Pitsianis, 1993). "list": exact, keeps every product.
+            other: another Kronecker product of the same parameters.
+            how: "kl": the product whose Gaussian (with the product as precision) is closest in KL divergence to the
+                Gaussian of the exact sum (Kao et al., NeurIPS 2021); exact if the two are proportional or have a factor
+                in common. "additive": the sums of the factors, balanced by their traces (Martens and Grosse), which
+                overestimates the trace of the sum by a factor of up to 2. "rank1": the product closest in the Frobenius
+                norm (Van Loan and Pitsianis, 1993). "list": the exact sum, which stores every product.
         """
         if how == "list":
             return Terms(self.shapes, (self,)).add(other, how)
@@ -102,24 +102,8 @@ class KroneckerFactored(Curvature):
         outer, inner = g * pairs[0][0] + h * pairs[1][0], a * pairs[0][1] + b * pairs[1][1]
         return KroneckerFactored(self.shapes, *(f.to(self.outer.dtype) for f in _balanced(outer, inner)))
 
-    def expand(self, shapes: Mapping[str, tuple[int, ...]]) -> "KroneckerFactored":
-        """Return factors with zeros for new outputs and inputs; the constant input stays the last."""
-        old, new = next(iter(self.shapes.values())), next(iter(shapes.values()))
-        if old == new:
-            return self
-        if old[2:] != new[2:] or any(b > a for b, a in zip(old, new, strict=True)):
-            raise ValueError(f"{next(iter(shapes))} cannot grow from {old} to {new}")
-        bias = len(shapes) > 1
-        outer = self.outer.new_zeros(new[0], new[0])
-        outer[: old[0], : old[0]] = self.outer
-        places = [*range(prod(old[1:])), *([prod(new[1:])] if bias else [])]
-        where = torch.tensor(places, device=self.inner.device)
-        inner = self.inner.new_zeros(prod(new[1:]) + bias, prod(new[1:]) + bias)
-        inner[where[:, None], where] = self.inner
-        return KroneckerFactored(dict(shapes), outer, inner)
-
     def decomposed(self) -> "KroneckerEigen":
-        """Return the eigenbasis of both factors, computed in float64."""
+        """Return the same matrix in the eigenbasis of both factors, computed in float64."""
         (s, u), (t, v) = (torch.linalg.eigh(factor.double()) for factor in (self.outer, self.inner))
         values = torch.outer(s.clamp(min=0), t.clamp(min=0))
         return KroneckerEigen(self.shapes, *(x.to(self.outer.dtype) for x in (u, v, values)))
@@ -127,11 +111,11 @@ class KroneckerFactored(Curvature):
 
 @dataclass(frozen=True, eq=False)
 class KroneckerEigen(Curvature):
-    """K = (U (x) V) diag(values) (U (x) V)' for one layer: what a Kronecker product is in its eigenbasis.
+    """K = (U (x) V) diag(values) (U (x) V)' for one layer: a Kronecker product in its eigenbasis.
 
     Attributes:
-        outer: U, an orthogonal matrix.
-        inner: V, likewise.
+        outer: U [out, out], orthogonal.
+        inner: V [in (+1), in (+1)], orthogonal.
         values: [out, in (+1)].
     """
 
@@ -140,76 +124,67 @@ class KroneckerEigen(Curvature):
     values: Tensor
 
     def mv(self, vector: Tensor) -> Tensor:
-        """Return U (values * (U' D V)) V' as a vector."""
-        turned = self.outer.T @ as_matrix(vector, self.shapes) @ self.inner
-        return as_vector(self.outer @ (self.values * turned) @ self.inner.T, self.shapes)
+        """Return U (values * (U' D V)) V' as a vector [P], where D is the matrix of `vector`."""
+        rotated = self.outer.T @ as_matrix(vector, self.shapes) @ self.inner
+        return as_vector(self.outer @ (self.values * rotated) @ self.inner.T, self.shapes)
 
     def inverse(self, damping: float, mode: Damping = "exact") -> "KroneckerEigen":
-        """Return the same basis with 1 / (values + damping)."""
+        """Return the matrix with the same eigenbasis and the eigenvalues 1 / (values + damping)."""
         return KroneckerEigen(self.shapes, self.outer, self.inner, 1 / (self.values + damping))
 
     def diag(self) -> Tensor:
-        """Return the diagonal."""
+        """Return the diagonal of K [P]."""
         return as_vector(self.outer.square() @ self.values @ self.inner.square().T, self.shapes)
 
     def scale(self, factor: float) -> "KroneckerEigen":
-        """Return the same basis with factor * values."""
+        """Return the matrix with the same eigenbasis and the eigenvalues factor * values."""
         return KroneckerEigen(self.shapes, self.outer, self.inner, factor * self.values)
 
     def add(self, other: Curvature, how: Sum = "kl") -> Curvature:
-        """Return both terms: two bases have no common one."""
+        """Return the list of both terms, because two different eigenbases have no common one."""
         return Terms(self.shapes, (self,)).add(other, how)
-
-    def expand(self, shapes: Mapping[str, tuple[int, ...]]) -> "KroneckerEigen":
-        """Return itself: nothing may have grown."""
-        assert dict(shapes) == self.shapes, "expand a Kronecker product before it is decomposed"
-        return self
 
 
 @dataclass(frozen=True, eq=False)
 class Terms(Curvature):
-    """K = sum of curvatures of the same parameters, kept apart.
+    """K as a sum of curvatures of the same parameters, each stored separately.
 
     Attributes:
-        terms: at least one.
+        terms: at least one curvature.
     """
 
     terms: tuple[Curvature, ...]
 
     def mv(self, vector: Tensor) -> Tensor:
-        """Return the sum of the products."""
+        """Return the sum of the products of all terms [P]."""
         return torch.stack([term.mv(vector) for term in self.terms]).sum(dim=0)
 
-    def inverse(self, damping: float, mode: Damping = "exact") -> Operator:
-        """Return the inverse of the only term.
+    def inverse(self, damping: float, mode: Damping = "exact") -> Curvature:
+        """Return (K + damping I)^-1 for a sum of a single term.
 
         Raises:
-            ValueError: there are several.
+            ValueError: the sum has several terms.
         """
         if len(self.terms) > 1:
-            raise ValueError("a sum that keeps its terms has no inverse; add them with kl, additive or rank1")
+            raise ValueError("a sum stored term by term cannot be inverted; add the terms with kl, additive or rank1")
         return self.terms[0].inverse(damping, mode)
 
     def diag(self) -> Tensor:
-        """Return the sum of the diagonals."""
+        """Return the sum of the diagonals of all terms [P]."""
         return torch.stack([term.diag() for term in self.terms]).sum(dim=0)
 
     def scale(self, factor: float) -> "Terms":
-        """Return each term scaled."""
+        """Return the sum of the scaled terms."""
         return Terms(self.shapes, tuple(term.scale(factor) for term in self.terms))
 
     def add(self, other: Curvature, how: Sum = "list") -> "Terms":
-        """Return one term more."""
+        """Return the sum with the term `other` (or the terms of `other`) appended."""
         new = other.terms if isinstance(other, Terms) else (other,)
         return Terms(self.shapes, self.terms + new)
 
-    def expand(self, shapes: Mapping[str, tuple[int, ...]]) -> "Terms":
-        """Return each term expanded."""
-        return Terms(dict(shapes), tuple(term.expand(shapes) for term in self.terms))
-
 
 def isotropic(like: Curvature, value: float) -> Curvature:
-    """Return value * I in the form of `like`: a diagonal, a Kronecker product (of equal factors), or parts of these."""
+    """Return value * I in the form of `like`: a diagonal, a product of two multiples of I, or a composite of these."""
     if isinstance(like, Composite):
         return Composite.of([isotropic(part, value) for part in like.parts])
     if isinstance(like, Diagonal):
@@ -220,7 +195,11 @@ def isotropic(like: Curvature, value: float) -> Curvature:
 
 
 def _inverse(factor: Tensor) -> Tensor:
-    """Return the inverse, float64; eigenvalues that rounding to single precision made negative count as its epsilon."""
+    """Return the inverse of a symmetric matrix, float64.
+
+    Rounding to single precision may have made eigenvalues negative: they are replaced by the epsilon of float32 times
+    the largest eigenvalue.
+    """
     root, problem = torch.linalg.cholesky_ex(factor)
     if not problem:
         return torch.cholesky_inverse(root)
@@ -229,28 +208,28 @@ def _inverse(factor: Tensor) -> Tensor:
     return inverse
 
 
-Pairs = list[tuple[Tensor, Tensor]]
-Weights = tuple[tuple[float, float], tuple[float, float]]  # of both G, and of both A
+Pairs = list[tuple[Tensor, Tensor]]  # [(G1, A1), (G2, A2)], the factors of the two terms of a sum
+Weights = tuple[tuple[float, float], tuple[float, float]]  # (of G1, of G2), (of A1, of A2)
 
 
 def _balanced(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of the same product with equal mean eigenvalues."""
+    """Return factors with the same Kronecker product and with equal mean eigenvalues."""
     scale = ((inner.trace() / len(inner)) / (outer.trace() / len(outer))).sqrt()
     return outer * scale, inner / scale
 
 
 def _additive(pairs: Pairs) -> Weights:
-    """Return the weights of the trace-balanced sum of factors."""
+    """Return the weights of the sum of factors that is balanced by the traces."""
     (g, a), (h, b) = pairs
     pi = float((g.trace() * b.trace() / (h.trace() * a.trace())).sqrt())
     return (1.0, pi), (1.0, 1 / pi)
 
 
 def _rank1(pairs: Pairs) -> Weights:
-    """Return the weights of the leading singular pair of vec(G1) vec(A1)' + vec(G2) vec(A2)'.
+    """Return the weights of the leading pair of singular vectors of vec(G1) vec(A1)' + vec(G2) vec(A2)'.
 
-    It lies in the span of the terms, where it is the leading eigenvector of a non-negative 2x2 matrix: its weights
-    are non-negative, and both factors stay positive semi-definite.
+    The pair lies in the span of the terms, where it is the leading eigenvector of a non-negative 2x2 matrix. Its
+    weights are therefore non-negative, and both factors stay positive semi-definite.
     """
     outer, inner = (torch.stack([pair[i].flatten() for pair in pairs]) for i in (0, 1))
     gram, other = outer @ outer.T, inner @ inner.T
@@ -262,11 +241,13 @@ def _rank1(pairs: Pairs) -> Weights:
 
 
 def _kl(pairs: Pairs) -> Weights:
-    """Return the weights of the KL-optimal product, by the damped fixed point of Kao et al. (2021).
+    """Return the weights of the KL-optimal product, by the damped fixed-point iteration of Kao et al. (2021).
 
-    G = e G1 + h G2 with e = tr(A1 A^-1) / dim A, h = tr(A2 A^-1) / dim A, and the same for A. Both factors stay in
-    the span of the terms, so that one decomposition each turns an iteration into arithmetic on eigenvalues. Where both
-    terms are 0, so is the sum. The published stop at a relative squared change of 1e-7 leaves errors of 1e-4.
+    The fixed point is G = e G1 + h G2 with e = tr(A1 A^-1) / dim A and h = tr(A2 A^-1) / dim A, and correspondingly for
+    A with the roles of G and A exchanged. Both factors stay in the span of the terms: after one decomposition per
+    factor, an iteration is arithmetic on eigenvalues. In directions in which both terms are 0 the sum is 0.
+
+    Deviation from the published code: it stops at a relative squared change of 1e-7, which leaves errors of 1e-4.
     """
     beta, alpha = _relative(*(pair[0] for pair in pairs)), _relative(*(pair[1] for pair in pairs))
     (g, h), (a, b) = _additive(pairs)
@@ -283,9 +264,9 @@ def _kl(pairs: Pairs) -> Weights:
 
 
 def _relative(first: Tensor, second: Tensor) -> Tensor:
-    """Return [R, 2], the eigenvalues b of `first` relative to the sum of both, and 1 - b; R is the rank of the sum."""
+    """Return the eigenvalues b of `first` relative to `first` + `second`, and 1 - b: [R, 2] for a sum of rank R."""
     values, vectors = torch.linalg.eigh(first + second)
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    half = vectors[:, kept] / values[kept].sqrt()
-    share = torch.linalg.eigvalsh(half.T @ first @ half).clamp(0, 1).cpu()
-    return torch.stack([share, 1 - share], dim=1)
+    positive = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    whitening = vectors[:, positive] / values[positive].sqrt()
+    relative = torch.linalg.eigvalsh(whitening.T @ first @ whitening).clamp(0, 1).cpu()
+    return torch.stack([relative, 1 - relative], dim=1)

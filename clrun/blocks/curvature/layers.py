@@ -1,9 +1,10 @@
 """Kronecker factors of linear and convolutional layers from their inputs and the gradients at their outputs.
 
-A layer that sees R positions of a row (tokens, patches) shares its weight among them. Two factorisations (Eschenhagen
-et al., NeurIPS 2023, arXiv 2311.00636): "expand" takes positions as independent, "reduce" adds them up first.
+A layer that is applied to R positions of a row (tokens, patches) shares its weight among them. There are two
+factorisations for such a layer (Eschenhagen et al., NeurIPS 2023, arXiv 2311.00636): "expand" treats positions as
+independent, "reduce" aggregates the positions of a row before the outer products.
 
-Shapes: `B` rows of a batch, `R` positions, `I` inputs (with the constant 1 of a trained bias), `O` outputs.
+Shapes: `B` rows of a batch, `R` positions, `I` inputs (including the constant 1 if the bias is trained), `O` outputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,17 +29,17 @@ Layer = nn.Linear | nn.Conv2d | GrowingHead
 def layers_of(
     module: nn.Module, *, modules: Sequence[str] = ("*",), largest: int | None = None, groups: Groups = "skip"
 ) -> dict[str, Layer]:
-    """Return the linear (growing heads too) and convolutional layers of `module` with a trainable weight, by name.
+    """Return the linear layers (including growing heads) and convolutions with a trainable weight, by name.
 
     Args:
-        module: searched at any depth.
-        modules: patterns of the shell; a layer's name must match one.
-        largest: most inputs and most outputs of a layer; None for no limit.
-        groups: convolutions with several groups: "skip" leaves them out, "average" takes the groups as positions.
+        module: the module whose submodules are searched, at any depth.
+        modules: shell-style patterns; a layer's name must match at least one.
+        largest: largest number of inputs and of outputs of a layer; None for no limit.
+        groups: "skip" leaves out convolutions with several groups, "average" treats the groups as positions.
     """
     found: dict[str, Layer] = {}
     for name, layer in module.named_modules():
-        # Subclasses may compute something else.
+        # The type is compared exactly because a subclass may compute something else.
         if type(layer) in (nn.Linear, nn.Conv2d, GrowingHead) and any(fnmatchcase(name, p) for p in modules):
             assert isinstance(layer, Layer)
             grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1 and groups == "skip"
@@ -48,17 +49,23 @@ def layers_of(
 
 
 def has_bias(layer: Layer) -> bool:
-    """Whether the layer has a bias that is trained."""
+    """Return whether the layer has a trainable bias."""
     return layer.bias is not None and layer.bias.requires_grad
 
 
 def sides(layer: Layer) -> tuple[int, int]:
-    """Return O and I."""
+    """Return the numbers O of outputs and I of inputs."""
     return len(layer.weight), prod(layer.weight.shape[1:]) + has_bias(layer)
 
 
 def inputs(layer: Layer, x: Tensor, rows: int) -> Tensor:
-    """Return [B, R, I], what multiplies [W, b] at each position, for `rows` = B; the groups of a convolution too."""
+    """Return the inputs [B, R, I] of a layer called with x: the vectors that [W, b] multiplies at each position.
+
+    Args:
+        layer: the layer; the groups of a convolution are further positions.
+        x: the argument of the call.
+        rows: B.
+    """
     x = x.to(layer.weight.dtype)
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -70,14 +77,23 @@ def inputs(layer: Layer, x: Tensor, rows: int) -> Tensor:
 
 
 def outputs(layer: Layer, grad: Tensor, rows: int) -> Tensor:
-    """Return [B, R, O], the gradients at each position, for `rows` = B."""
+    """Return the gradients [B, R, O] at each position, from the gradient at the output of the layer.
+
+    Args:
+        layer: the layer.
+        grad: in the shape of the output.
+        rows: B.
+    """
     grad = grad.to(layer.weight.dtype)
     grad = grad.flatten(2).transpose(1, 2) if isinstance(layer, nn.Conv2d) else grad
     return grad.reshape(rows, -1, grad.shape[-1])
 
 
 def inner_sum(x: Tensor, sharing: Sharing) -> Tensor:
-    """Return sum_n A_n [I, I] of inputs [B, R, I]: A_n = mean_r a a', or the outer product of mean_r a."""
+    """Return the sum [I, I] over rows n of A_n, from inputs a [B, R, I].
+
+    "expand": A_n is the mean over positions of a a'. "reduce": A_n is the outer product of the mean of a.
+    """
     if sharing == "reduce":
         x = x.mean(dim=1)
         return x.T @ x
@@ -86,21 +102,24 @@ def inner_sum(x: Tensor, sharing: Sharing) -> Tensor:
 
 
 def outer_sum(grad: Tensor, sharing: Sharing) -> Tensor:
-    """Return sum_n G_n [O, O] of gradients [B, R, O]: G_n = sum_r d d', or the outer product of sum_r d."""
+    """Return the sum [O, O] over rows n of G_n, from gradients d [B, R, O].
+
+    "expand": G_n is the sum over positions of d d'. "reduce": G_n is the outer product of the sum of d.
+    """
     flat = grad.sum(dim=1) if sharing == "reduce" else grad.flatten(0, 1)
     return flat.T @ flat
 
 
 @dataclass
 class Tape:
-    """What the layers of a network saw in the last forward pass.
+    """A recording of the layer calls in the last forward pass of a network.
 
     Attributes:
-        layers: by name.
-        calls: input, and place of the output in the graph, of each call of each layer; layers that were not called,
-            or whose output depends on nothing that is trained, are missing.
-        training: record layers in this mode only.
-        on: whether anything is recorded.
+        layers: the recorded layers by name.
+        calls: by layer name, the input of each call and the place of its output in the autograd graph. Layers that were
+            not called, or whose output depends on no trainable parameter, are missing.
+        training: only calls of layers in this mode (training or evaluation) are recorded.
+        on: whether calls are recorded at present.
     """
 
     layers: Mapping[str, Layer]
@@ -110,7 +129,7 @@ class Tape:
 
     @contextmanager
     def recording(self) -> Iterator["Tape"]:
-        """Watch the layers within the block."""
+        """Record the calls of the layers within the `with` block; the record is dropped at its end."""
         handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
         try:
             yield self
@@ -120,17 +139,22 @@ class Tape:
                 handle.remove()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        """Return the hook of a layer."""
+        """Return the forward hook that records the calls of the layer with this name."""
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self.on and module.training == self.training and output.requires_grad:
-                # The edge, not the tensor: an activation that works in place would move the tensor along the graph.
+                # Not the output itself: an in-place activation would make it refer to a later place in the graph.
                 self.calls.setdefault(name, []).append((args[0].detach(), get_gradient_edge(output)))
 
-        return note
+        return record
 
     def inner(self, sharing: Sharing, rows: int) -> dict[str, Tensor]:
-        """Return sum_n A_n of each layer that was called; several calls in one pass are so many more positions."""
+        """Return the sum of A_n over rows n by layer name; several calls of one layer count as further positions.
+
+        Args:
+            sharing: see `inner_sum`.
+            rows: B.
+        """
         found = {}
         for name, calls in self.calls.items():
             parts = [inputs(self.layers[name], x, rows) for x, _ in calls]
@@ -138,13 +162,13 @@ class Tape:
         return found
 
     def outer(self, values: Tensor, directions: Tensor, sharing: Sharing, *, keep: bool) -> dict[str, Tensor]:
-        """Return sum_n G_n of each layer that was called, for the gradient of sum(values * directions).
+        """Return the sum of G_n over rows n by layer name, for the gradient of sum(values * directions).
 
         Args:
-            values: [B, C], the network's output.
+            values: [B, C], the output of the network.
             directions: [B, C].
-            sharing: of positions.
-            keep: keep the graph for another gradient.
+            sharing: see `outer_sum`.
+            keep: whether to keep the autograd graph for another call.
         """
         edges = [edge for calls in self.calls.values() for _, edge in calls]
         grads = iter(torch.autograd.grad(values, edges, directions, retain_graph=keep, allow_unused=True))

@@ -1,4 +1,4 @@
-"""The quadratic penalty that keeps a network near the weights of earlier tasks, as far as their curvature asks."""
+"""The quadratic penalty on the change of a network's weights since earlier tasks, weighted by their curvature."""
 
 from collections.abc import Callable
 from typing import Literal, Self
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.curvature.forms import Curvature, Diagonal, Sum
-from clrun.blocks.params import Carrier, Params, Shapes, corner, flatten, match, unflatten
+from clrun.blocks.params import Carrier, Params, Shapes, flatten, unflatten
 
 
 def normalised(importance: Diagonal, by: Literal["none", "mean", "max"]) -> Diagonal:
-    """Return the importances divided by their overall mean or maximum, so that tasks of any loss scale count equally.
+    """Return the importances divided by their overall mean or maximum; importances that are all 0 stay 0.
 
-    All zeros stay zeros. Progress & Compress (Schwarz et al., ICML 2018) normalises each task's Fisher.
+    All tasks then count equally, whatever the scale of their losses. Progress & Compress (Schwarz et al., ICML 2018)
+    normalises the Fisher information of each task.
     """
     if by == "none" or not len(importance.values):
         return importance
@@ -22,18 +23,19 @@ def normalised(importance: Diagonal, by: Literal["none", "mean", "max"]) -> Diag
 
 
 class QuadraticPenalty(Carrier):
-    """1/2 (theta - a)' K (theta - a), which remembers the tasks seen so far as one Gaussian.
+    """The penalty 1/2 (theta - a)' K (theta - a), which stores all earlier tasks as one Gaussian.
 
-    Parameters are matched by name; where one has grown, the entries it began with are penalised and the new ones are
-    free.
+    theta [P] are the present parameters of a module, a [P] is the anchor and K [P, P] the curvature. Parameters are
+    matched by name. All tasks must have the same parameters, with the same shapes.
 
     Args:
-        decay: K <- decay * K + K_task when a task is added.
-        mode: "online": all tasks around the latest weights, a <- theta (Huszar, PNAS 2018). "separate": one quadratic
-            a task, each around its own weights (Kirkpatrick et al., PNAS 2017); diagonal K only. Their sum is again a
-            quadratic up to a constant, with summed K and a = the K-weighted mean of the anchors, so that 2 P numbers
-            hold T tasks.
-        how: which Kronecker product stands for a sum; see `KroneckerFactored.add`.
+        decay: factor of the past when a task is added: K <- decay * K + K_task.
+        mode: "online": all tasks have the latest weights as their anchor, a <- theta (Huszar, PNAS 2018). "separate":
+            one quadratic per task, each around that task's own weights (Kirkpatrick et al., PNAS 2017); this needs a
+            diagonal K. The sum of these quadratics is again one quadratic up to a constant: its curvature is the sum of
+            theirs, and its anchor is the mean of theirs, weighted by curvature. Any number of tasks therefore takes 2 P
+            numbers.
+        how: which Kronecker product approximates a sum of two; see `KroneckerFactored.add`.
 
     Attributes:
         curvature: K; None before the first task.
@@ -49,7 +51,7 @@ class QuadraticPenalty(Carrier):
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes of the penalised parameters, or parts of parameters; empty before the first task."""
+        """Shapes of the penalised parameters by name; empty before the first task."""
         return {} if self.curvature is None else self.curvature.shapes
 
     @property
@@ -62,18 +64,18 @@ class QuadraticPenalty(Carrier):
         if not self.shapes:
             return self.anchor.sum()
         assert self.curvature is not None
-        return 0.5 * self.curvature.quad(flatten(self._view(module)) - self.anchor)
+        return 0.5 * self.curvature.quad(flatten(self._penalised(module)) - self.anchor)
 
     def gradient(self, module: nn.Module) -> Params:
-        """Return K (theta - a) by name, without autograd; empty before the first task."""
+        """Return the gradient K (theta - a) by parameter name, without autograd; empty before the first task."""
         if self.curvature is None or not self.shapes:
             return {}
         with torch.no_grad():
-            change = flatten(self._view(module)) - self.anchor
+            change = flatten(self._penalised(module)) - self.anchor
             return unflatten(self.curvature.mv(change), self.shapes)
 
     def add_grad_(self, module: nn.Module, strength: float) -> None:
-        """Add strength * K (theta - a) to `.grad`, as backward of strength * penalty does, at a third of the cost."""
+        """Add strength * K (theta - a) to `.grad`: as backward of strength * penalty does, at a third of its cost."""
         if not strength:
             return
         params = dict(module.named_parameters())
@@ -81,66 +83,79 @@ class QuadraticPenalty(Carrier):
             parameter = params[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            corner(parameter.grad, self.shapes[name]).add_(pull, alpha=strength)
+            parameter.grad.add_(pull, alpha=strength)
 
     def proximal_(self, module: nn.Module, rate: float) -> None:
-        """Move the parameters to argmin |theta' - theta|^2 / 2 + rate * penalty(theta'): stable for any K."""
+        """Move the parameters to the minimiser of |theta' - theta|^2 / 2 + rate * penalty(theta').
+
+        Unlike a gradient step this is stable for any K and any rate.
+        """
         if self.curvature is None or not self.shapes or not rate:
             return
         if self._decomposed is None:
             self._decomposed = self.curvature.decomposed()
         with torch.no_grad():
-            views = self._view(module)
-            moved = self._decomposed.proximal(flatten(views), self.anchor, rate)
+            params = self._penalised(module)
+            moved = self._decomposed.proximal(flatten(params), self.anchor, rate)
             for name, value in unflatten(moved, self.shapes).items():
-                views[name].copy_(value)
+                params[name].copy_(value)
 
-    def interpolate_(self, module: nn.Module, share: Tensor) -> None:
-        """Move the parameters to share * theta + (1 - share) * a, entry by entry; `share` is [P].
+    def interpolate_(self, module: nn.Module, weight: Tensor) -> None:
+        """Move the parameters to weight * theta + (1 - weight) * a, elementwise.
 
-        A gradient step of rate r on the penalty is this, with share = 1 - r K for a diagonal K.
+        A gradient step of rate r on a penalty with diagonal K is this with weight = 1 - r K.
+
+        Args:
+            module: whose parameters move.
+            weight: [P], in the order of the curvature.
         """
         with torch.no_grad():
-            views = self._view(module)
-            moved = torch.lerp(self.anchor, flatten(views), share)
+            params = self._penalised(module)
+            moved = torch.lerp(self.anchor, flatten(params), weight)
             for name, value in unflatten(moved, self.shapes).items():
-                views[name].copy_(value)
+                params[name].copy_(value)
 
     def update(self, module: nn.Module, curvature: Curvature) -> None:
-        """Add a task: its curvature, named as the parameters of `module`, around the present parameters."""
-        past = None if self.curvature is None else self.curvature.expand(curvature.shapes).scale(self.decay)
-        total = curvature if past is None else past.add(curvature, self.how)
+        """Add a task: its curvature around the present parameters of `module`, under the names they have there."""
+        total = curvature
+        if self.curvature is not None:
+            total = self.curvature.scale(self.decay).add(curvature, self.how)
         if self.mode == "separate":
-            self._mean_anchor(module, curvature, total)
+            self._average_anchor(module, curvature, total)
         else:
             self.replace(module, total)
 
     def replace(self, module: nn.Module, curvature: Curvature) -> None:
-        """Forget what was, and hold the present parameters of `module` as `curvature` says."""
+        """Drop all earlier tasks, and penalise changes from the present parameters of `module` by `curvature`."""
         params = dict(module.named_parameters())
         self.anchor = curvature.vector({name: params[name].detach() for name in curvature.shapes}).clone()
         self.curvature, self._decomposed = curvature, None
 
-    def _mean_anchor(self, module: nn.Module, task: Curvature, total: Curvature) -> None:
-        """Anchor the sum of a past and a task at the weighted mean of their anchors; the task's where both weigh 0."""
+    def _average_anchor(self, module: nn.Module, task: Curvature, total: Curvature) -> None:
+        """Set K = total, and the anchor to the mean of the past anchor and the present parameters.
+
+        The mean is weighted by the curvatures of the past and of the task. Where both are 0 the anchor is the present
+        parameter.
+        """
         assert isinstance(task, Diagonal)
         assert isinstance(total, Diagonal)
-        past, shapes = self.anchor, self.shapes
+        past, first = self.anchor, self.curvature is None
         self.replace(module, total)
-        weight = torch.where(total.values > 0, task.values / total.values, torch.ones_like(total.values))
-        before = unflatten(torch.zeros_like(self.anchor), total.shapes)
-        for _, old, place in match(unflatten(past, shapes), before):
-            place.copy_(old)
-        self.anchor = torch.lerp(flatten(before), self.anchor, weight)
+        if not first:
+            weight = torch.where(total.values > 0, task.values / total.values, torch.ones_like(total.values))
+            self.anchor = torch.lerp(past, self.anchor, weight)
 
-    def _view(self, module: nn.Module) -> Params:
-        """Return the penalised part of each parameter of `module`."""
+    def _penalised(self, module: nn.Module) -> Params:
+        """Return the penalised parameters of `module` by name, in the order of the curvature."""
         params = dict(module.named_parameters())
-        return {name: corner(params[name], shape) for name, shape in self.shapes.items()}
+        return {name: params[name] for name in self.shapes}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the curvature along with the anchor."""
+        """Move the curvature together with the anchor."""
         super()._apply(fn, recurse)
         self.curvature = None if self.curvature is None else self.curvature.apply(fn)
         self._decomposed = None if self._decomposed is None else self._decomposed.apply(fn)
         return self
+
+
+__all__ = ["QuadraticPenalty", "normalised"]

@@ -1,10 +1,13 @@
-"""What an estimate of curvature differentiates: the logits of a learner at rows of a task, along chosen columns.
+"""The function that an estimate of curvature differentiates: the logits of a method on rows of a task.
 
-Shapes: `N` rows, `B` rows of a batch, `C` classes, `K` columns a row, `P` numbers in the parameters.
+Every estimate is made of products J_n' s, where J_n is the Jacobian of the logits of row n and s [C] is one of the K
+columns of that row; see `estimate`.
+
+Shapes: `N` rows, `B` rows of a batch, `C` classes, `K` columns per row.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -19,26 +22,26 @@ from clrun.learning.context import Context
 from clrun.learning.method import Method
 
 Labels = Literal["exact", "sampled", "true", True, "predicted", "batched"]  # YAML reads the bare word as a boolean
-Columns = Labels | Literal["output"]  # "output": the gradient 2 z of |z|^2, for importances without labels
+Columns = Labels | Literal["output"]  # "output": the gradient 2 z of |z|^2 of logits z, which needs no labels
 
 
 @dataclass(frozen=True)
 class Target:
-    """Logits of a learner at some rows, as functions of some of its parameters.
+    """The logits of a method on some rows, as functions of some of its parameters.
 
     Attributes:
-        method: the learner.
+        method: the method.
         ctx: context of the current task; its generator "fisher" draws rows and labels.
         split: the rows.
-        params: the parameters that count, by their name in the method.
-        names: their name in the submodule that the estimate is about, by their name in the method.
-        columns: see `estimate`.
-        top_k: most columns of a row.
-        position: the task's position for a method that needs it; None otherwise.
+        params: the parameters that the estimate covers, by their name in the method.
+        names: the name of each of these parameters in the submodule of the estimate, by its name in the method.
+        columns: how the columns of a row are chosen, see `labels` of `estimate`.
+        top_k: largest number of columns per row.
+        position: position of the task, for a method whose `forward` needs it; None for other methods.
     """
 
-    method: "Method"
-    ctx: "Context"
+    method: Method
+    ctx: Context
     split: Split
     params: dict[str, nn.Parameter]
     names: dict[str, str]
@@ -57,14 +60,12 @@ class Target:
         columns: Columns,
         samples: int | None,
         top_k: int | None,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
     ) -> "Target":
-        """Choose rows and parameters; see `estimate`."""
+        """Return the target for these options of `estimate`: rows are drawn and parameters are collected."""
         if samples is not None and samples < len(split):
             rows = torch.randperm(len(split), generator=ctx.generator("fisher"))[:samples]
             split = split.select(rows.to(split.y.device))
-        own = {id(p): name for name, p in select(of, include=include, exclude=exclude).items()}
+        own = {id(p): name for name, p in select(of).items()}
         params = {name: p for name, p in select(method).items() if id(p) in own}
         names = {name: own[id(p)] for name, p in params.items()}
         columns = "true" if columns is True else columns
@@ -74,19 +75,19 @@ class Target:
 
     @property
     def count(self) -> int:
-        """K."""
+        """The number K of columns per row."""
         return self.top_k if self.columns == "exact" else 1
 
     def batches(self, size: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-        """Yield batches of prepared rows, the classes that compete and the noise that draws labels, [B, C] each."""
+        """Yield batches of prepared rows, the mask [B, C] of competing classes and noise [B, C] to draw labels."""
         generator = self.ctx.generator("fisher")
         for batch in self.split.batches(size):
             mask = self.ctx.mask(batch.t)
             yield batch, mask, torch.empty(mask.shape).exponential_(generator=generator).to(mask.device)
 
     @contextmanager
-    def still(self) -> Iterator[None]:
-        """Put the learner in eval mode, and run code that was compiled eagerly, as gradients of gradients need it."""
+    def evaluating(self) -> Iterator[None]:
+        """Put the method in eval mode, and run compiled modules eagerly: functorch cannot transform compiled code."""
         eager: AbstractContextManager[object] = nullcontext()
         if self.ctx.hardware.compile:
             eager = torch.compiler.set_stance("force_eager")
@@ -94,28 +95,38 @@ class Target:
             stack.enter_context(eval_mode(self.method))
             stack.enter_context(eager)
             stack.enter_context(warnings.catch_warnings())
-            # Attention has no batching rule in functorch: its rows are taken one by one, which costs little here.
+            # functorch has no batching rule for attention and loops over its rows, which costs little here.
             warnings.filterwarnings("ignore", message="There is a performance drop")
             yield
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
-        """Return the logits [B, C] under `params`."""
+        """Return the logits [B, C] of prepared rows x under `params`; other parameters have their present values."""
         arguments = (x,) if self.position is None else (x, self.position)
         logits: Tensor = functional_call(self.method, params, arguments)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def directions(self, logits: Tensor, y: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
-        """Return [..., K, C], the columns of rows with logits [..., C]."""
+        """Return the columns [..., K, C] of rows.
+
+        Args:
+            logits: [..., C].
+            y: [...] long, labels.
+            mask: [..., C] bool, True for classes that compete.
+            noise: [..., C], exponentially distributed, to draw labels.
+        """
         if self.columns == "output":
             return 2 * logits.masked_fill(~mask, 0)[..., None, :]
         p = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         if self.columns == "exact":
-            choice = p.topk(self.top_k).indices  # without a limit: every class that competes
+            choice = p.topk(self.top_k).indices  # top_k is the number of competing classes unless it is limited
         elif self.columns == "true":
             choice = y[..., None]
         elif self.columns == "predicted":
             choice = p.argmax(dim=-1, keepdim=True)
-        else:  # argmax p / noise is a draw from p, needs no cumulative sum and never meets a class without probability
+        else:  # argmax p / noise is a draw from p; it needs no cumulative sum and never draws a class of probability 0
             choice = (p / noise).argmax(dim=-1, keepdim=True)
         columns = torch.eye(p.shape[-1], device=p.device, dtype=p.dtype)[choice] - p[..., None, :]
         return columns * p.gather(-1, choice)[..., None].sqrt() if self.columns == "exact" else columns
+
+
+__all__ = ["Columns", "Labels", "Target"]
