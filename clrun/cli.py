@@ -136,6 +136,7 @@ def _list(words: list[str]) -> int:
         wrong = f"no group '{args.group}'{close}" if args.group else "give a group"
         raise ConfigError(f"list: {wrong} (available: {', '.join(sorted(groups))})")
     files = {f.relative_to(d / group): f for d in folders for f in (d / group).rglob("*.yaml")}
+    files = {member: file for member, file in files.items() if not member.as_posix().startswith("_")}  # only included
     for member, file in sorted(files.items()):
         comments = (x.removeprefix("#").strip() for x in file.read_text().splitlines() if x.startswith("#"))
         print(f"{member.with_suffix('').as_posix():24} {next((c for c in comments if c and c[0] != '@'), '')}".rstrip())

@@ -31,8 +31,8 @@ from torchvision import transforms as T
 
 from clrun.data.decode import Decoding
 from clrun.data.images import ImageSplit
-from clrun.data.sources.folders import folder
-from clrun.data.sources.torchvision import cifar100
+from clrun.data.sources.cifar import cifar100
+from clrun.data.sources.folder import folder
 from clrun.data.transforms import fit_transform
 from clrun.system.errors import DataWarning
 

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from clrun.backbones.glyph import FOLDER, MEAN, SIZE, STD, glyph_clip, glyph_vit
-from clrun.data.sources.embedded import digits
+from clrun.data.sources.digits import digits
 from clrun.data.sources.glyphs import glyphs
 from clrun.data.stream import Dataset
 from clrun.data.transforms import fit_transform

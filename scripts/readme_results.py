@@ -413,7 +413,7 @@ def depends(overrides):
     for group, member in (choices | words).items():
         path = ROOT / "conf" / group / f"{member}.yaml"
         if "/" not in group and path.is_file() and group != "logger":
-            files.append(path)
+            files += [path, *included(path)]
     modules = {"clrun.running.run"}
     for path in files:
         content = yaml.safe_load(path.read_text())
@@ -422,6 +422,15 @@ def depends(overrides):
     for module in reached(frozenset(modules)):
         found[module] = code(module)
     return found
+
+
+def included(path):
+    """Yield the files that a YAML file includes from a folder `_options`, directly or not."""
+    for entry in yaml.safe_load(path.read_text()).get("defaults", ()):
+        if entry != "_self_":
+            file = path.parent / f"{entry.partition('@')[0]}.yaml"
+            yield file
+            yield from included(file)
 
 
 def targets(node):

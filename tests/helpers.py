@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from running import member
 from torch import Tensor, nn
 
 from clrun.data.features import frozen_features
@@ -79,7 +80,7 @@ class Identity(nn.Module):
 
 def configured(group: str, name: str, **options: Any) -> Any:
     """Return what conf/`group`/`name`.yaml names, with some options changed."""
-    config = OmegaConf.load(CONF / group / f"{name}.yaml")
+    config = OmegaConf.create(member(CONF / group / f"{name}.yaml"))
     unknown = options.keys() - config.keys()
     assert not unknown, f"{group}={name} has no option {unknown}"
     return instantiate(OmegaConf.merge(config, options), _convert_="all")

@@ -1,18 +1,39 @@
 """Helpers of the tests that run configurations in this process."""
 
 import csv
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from clrun.config.check import check
 from clrun.config.compose import Composer, plain_config
+from clrun.config.groups import conf_dir
 from clrun.config.job import JobInfo
+from clrun.config.signature import locate
 from clrun.running import checkpoint
 from clrun.running.run import run_config
+
+
+def member(file: Path) -> dict[str, Any]:
+    """Return the options of a YAML file with those of the files that it includes from a folder `_options`."""
+    node = yaml.safe_load(file.read_text())
+    found: Any = {}
+    for entry in node.pop("defaults", ["_self_"]):
+        path, _, package = entry.partition("@")
+        part = node if entry == "_self_" else member(file.parent / f"{path}.yaml")
+        found = OmegaConf.merge(found, part if package in ("", "_here_") else {package: part})
+    return OmegaConf.to_container(found)  # type: ignore[return-value]
+
+
+def source(name: str) -> Callable[..., Any]:
+    """Return the loader of `dataset=NAME`."""
+    return locate(member(conf_dir() / "dataset" / f"{name}.yaml")["_target_"])
 
 
 def configuration(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:

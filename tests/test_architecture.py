@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from running import member
 
 from clrun.config.signature import locate, parameters
 
@@ -156,7 +157,7 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 OPTIONS = [
     pytest.param(node, id=f"{file.parent.name}/{file.stem}{where}")
     for file in YAMLS
-    for where, node in nodes(yaml.safe_load(file.read_text()))
+    for where, node in nodes(member(file) if file.parent.name == "dataset" else yaml.safe_load(file.read_text()))
 ]
 
 

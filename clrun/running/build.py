@@ -141,7 +141,7 @@ def _dataset(config: Config) -> Dataset:
     dataset, name = make(config["dataset"]), config["dataset"]["_target_"]
     if not isinstance(dataset, Dataset):
         what = f"{name} returns a {type(dataset).__name__}"
-        raise ConfigError(f"dataset: {what}, not a clrun.data.stream.Dataset, which clrun.data.sources.assemble makes")
+        raise ConfigError(f"dataset: {what}, not a clrun.data.stream.Dataset, which clrun.data.reading.assemble makes")
     if not name.startswith("clrun."):
         for part, split in (("train", dataset.train), ("test", dataset.test)):
             if problem := _rows_problem(split, dataset):

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from running import member
 
 from clrun.cli import main
 from clrun.config.signature import locate, parameters
@@ -103,7 +104,7 @@ def options(node: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 KEYS = {
-    (group, name): list(options(OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml")), group))
+    (group, name): list(options(member(CONF / group / f"{name}.yaml"), group))
     for group, names in MEMBERS.items()
     for name in sorted(set(names))
 }

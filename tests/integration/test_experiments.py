@@ -16,8 +16,9 @@ from running import configuration
 
 from clrun.config.check import check
 from clrun.config.job import JobInfo
-from clrun.data.sources.assemble import Domains, assemble
-from clrun.data.sources.sequences import sequence
+from clrun.data.reading.assemble import Domains, assemble
+from clrun.data.reading.options import Reading
+from clrun.data.reading.sequence import sequence
 from clrun.data.split import Plain
 from clrun.data.stream import Dataset, Stream
 from clrun.running.build import make
@@ -60,9 +61,7 @@ def stand_in(
             mean=(0.5,) * channels,
             std=(0.25,) * channels,
             groups=groups or {},
-            val_fraction=val_fraction and 0.5,
-            seed=seed,
-            augment=augment,
+            reading=Reading(val_fraction=val_fraction and 0.5, seed=seed, augment=augment),
             domains=known,
         )
 

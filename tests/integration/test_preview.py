@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import run
 
-from clrun.data.sources.embedded import digits
+from clrun.data.sources.digits import digits
 from clrun.reporting.samples import BETWEEN, GAP, HEADER, LABEL, LINE, MARGIN, TILE, Band, draw_samples
 from clrun.running import preview
 from clrun.system.errors import ConfigError

@@ -19,7 +19,7 @@ from torch import nn
 from clrun.backbones import hub
 from clrun.backbones.pretrained import preflight, read_weights, timm_backbone
 from clrun.backbones.small import BatchNormRows, alexnet, cnn, lenet, mlp, resnet18, resnet32
-from clrun.data.sources.embedded import digits
+from clrun.data.sources.digits import digits
 from clrun.data.transforms import fit_transform
 from clrun.learning.heads import GrowingHead
 from clrun.running.accounting import token_count

@@ -12,7 +12,7 @@ import yaml
 from helpers import CONF
 
 from clrun.data import orders
-from clrun.data.sources.torchvision import SUPERCLASSES
+from clrun.data.sources.cifar import SUPERCLASSES
 
 
 def lines(text: str) -> dict[str, list[int]]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from pictures import decoding, write
 
-from clrun.data.sources.archives import unpack
-from clrun.data.sources.folders import folder, folder_domains
-from clrun.data.sources.listing import in_test
+from clrun.data.reading.archives import unpack
+from clrun.data.reading.listing import in_test
+from clrun.data.sources.folder import folder, folder_domains
 from clrun.data.split import Batch
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, noting
@@ -170,7 +170,7 @@ def test_folders_that_cannot_be_meant(two: Path, change: Callable[[Path], Any], 
 
 def test_a_folder_without_folders(tmp_path: Path) -> None:
     write(tmp_path / "lonely.png")
-    with pytest.raises(ConfigError, match="holds no folders; expected train/ and test/ with a folder for each class"):
+    with pytest.raises(ConfigError, match="holds no folders; expected train/ and test/ with one folder per class"):
         load(tmp_path)
 
 
@@ -361,7 +361,7 @@ def test_archives_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"has the sha256 \w{64} and not 00 \(dataset.sha256\); fetch it again"):
         unpack(good, tmp_path / "out", sha256="00")
     bomb = zipped(tmp_path / "bomb.zip", {"a/1.png": b""})
-    monkeypatch.setattr("clrun.data.sources.archives.Zip.members", lambda self: [_Bomb()])
+    monkeypatch.setattr("clrun.data.reading.archives.Zip.members", lambda self: [_Bomb()])
     with pytest.raises(ConfigError, match=r"bomb.zip: needs 1000000000.0 GB when unpacked, and .* GB; make room"):
         unpack(bomb, tmp_path / "out", sha256=None)
     assert not list(tmp_path.glob("out*")) or [p.name for p in tmp_path.glob("out*")] == ["out.lock"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clrun.backbones.glyph import FOLDER, MEAN, SIZE, STD, glyph_clip, glyph_vit
-from clrun.data.sources.embedded import digits
+from clrun.data.sources.digits import digits
 from clrun.data.sources.glyphs import FILE, glyphs
 from clrun.data.transforms import ImageTransform, fit_transform
 from clrun.system.errors import ConfigError

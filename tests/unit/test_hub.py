@@ -7,7 +7,7 @@ import torch
 from pictures import decoding, encoded, noise, write
 from PIL import Image
 
-from clrun.data.sources.hub import hf
+from clrun.data.sources.hf import hf
 from clrun.data.split import Batch
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, noting

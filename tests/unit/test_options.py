@@ -9,8 +9,7 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
-from omegaconf import OmegaConf
-from running import configuration
+from running import configuration, member
 
 from clrun.config.check import check
 from clrun.config.groups import GROUPS
@@ -83,7 +82,7 @@ def lines(group: str, name: str, node: dict[str, Any], path: tuple[str, ...], va
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_option_refuses_what_its_signature_excludes(file):
     group, name = file.parent.name, file.stem
-    node: Any = OmegaConf.to_container(OmegaConf.load(file))
+    node = member(file)
     for path, hint in options(node):
         [line] = lines(group, name, node, path, NONSENSE)
         assert line.removeprefix("in each item ").startswith("expected "), path

@@ -12,7 +12,8 @@ from torch import nn
 
 from clrun.config.job import JobInfo
 from clrun.config.signature import locate
-from clrun.data.sources.assemble import assemble
+from clrun.data.reading.assemble import assemble
+from clrun.data.reading.options import Reading
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
 from clrun.learning.method import Method
@@ -29,8 +30,9 @@ def made(images, labels):
 
 
 def without_test_rows_of_some_tasks():
-    options = {"class_names": "abcdefghij", "mean": (), "std": (), "groups": {}, "val_fraction": 0, "seed": 0}
-    return assemble("own", (IMAGES, LABELS), (IMAGES[:2], LABELS[:2]), augment=[], **options)
+    options = {"class_names": "abcdefghij", "mean": (), "std": (), "groups": {}}
+    reading = Reading(val_fraction=0, seed=0, augment=[])
+    return assemble("own", (IMAGES, LABELS), (IMAGES[:2], LABELS[:2]), reading=reading, **options)
 
 
 DATASETS = {

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from pictures import decoding, write
+from running import source
 
 from clrun.data.decode import Decoding
-from clrun.data.sources import large, listed, prepared
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, noting
@@ -216,14 +216,14 @@ def flat(*datasets: Any) -> list[tuple[str, int]]:
 
 CASES: dict[str, tuple[Callable[..., Dataset], Write, list[Any], list[Any], dict[str, Any]]] = {
     # name: loader, writer, torchvision's arguments of the training parts and of the test parts, options of the loader
-    "Flowers102": (listed.flowers102, flowers102, ["train", "val"], ["test"], {"download": False}),
-    "Food101": (listed.food101, food101, ["train"], ["test"], {"download": False}),
-    "DTD": (listed.dtd, dtd, ["train", "val"], ["test"], {"download": False, "partition": 1}),
-    "GTSRB": (listed.gtsrb, gtsrb, ["train"], ["test"], {"download": False}),
-    "FGVCAircraft": (listed.fgvc_aircraft, fgvc_aircraft, ["trainval"], ["test"], {}),
-    "OxfordIIITPet": (listed.oxford_pets, oxford_pets, ["trainval"], ["test"], {"download": False}),
-    "StanfordCars": (prepared.stanford_cars, stanford_cars, ["train"], ["test"], {}),
-    "Places365": (large.places365, places365, ["train-standard"], ["val"], {"download": False}),
+    "Flowers102": (source("flowers102"), flowers102, ["train", "val"], ["test"], {"download": False}),
+    "Food101": (source("food101"), food101, ["train"], ["test"], {"download": False}),
+    "DTD": (source("dtd"), dtd, ["train", "val"], ["test"], {"download": False, "partition": 1}),
+    "GTSRB": (source("gtsrb"), gtsrb, ["train"], ["test"], {"download": False}),
+    "FGVCAircraft": (source("fgvc_aircraft"), fgvc_aircraft, ["trainval"], ["test"], {}),
+    "OxfordIIITPet": (source("oxford_pets"), oxford_pets, ["trainval"], ["test"], {"download": False}),
+    "StanfordCars": (source("stanford_cars"), stanford_cars, ["train"], ["test"], {}),
+    "Places365": (source("places365"), places365, ["train-standard"], ["val"], {"download": False}),
 }
 
 
@@ -253,24 +253,24 @@ def test_names_and_groups(tmp_path: Path) -> None:
     for writer in (flowers102, food101, oxford_pets, places365, eurosat, gtsrb):
         writer(tmp_path)
     options = {"download": False}
-    assert load(listed.food101, tmp_path, **options)[0].class_names == ("apple pie", "waffles")
-    pets, _ = load(listed.oxford_pets, tmp_path, **options)
+    assert load(source("food101"), tmp_path, **options)[0].class_names == ("apple pie", "waffles")
+    pets, _ = load(source("oxford_pets"), tmp_path, **options)
     assert pets.class_names == ("Abyssinian", "Beagle", "Great Pyrenees") and pets.groups == {"species": ((0,), (1, 2))}
-    places, _ = load(large.places365, tmp_path, **options)
+    places, _ = load(source("places365"), tmp_path, **options)
     assert places.class_names == ("airfield", "bar", "car interior")
-    assert load(listed.gtsrb, tmp_path, **options)[0].class_names == ("sign 0", "sign 1", "sign 2")
+    assert load(source("gtsrb"), tmp_path, **options)[0].class_names == ("sign 0", "sign 1", "sign 2")
 
 
 def test_partitions_of_dtd(tmp_path: Path) -> None:
     dtd(tmp_path)
-    data, _ = load(listed.dtd, tmp_path, download=False, partition=3)
+    data, _ = load(source("dtd"), tmp_path, download=False, partition=3)
     assert [Path(file).name for file, _ in rows(data.train)] == ["a.jpg", "b.jpg", "c.jpg"]
     assert [Path(file).name for file, _ in rows(data.test)] == ["d.jpg"]
 
 
 def test_omniglot_is_split_by_drawing_and_not_by_alphabet(tmp_path: Path) -> None:
     omniglot(tmp_path)
-    data, notes = load(listed.omniglot, tmp_path, download=False, test_drawings=5)
+    data, notes = load(source("omniglot"), tmp_path, download=False, test_drawings=5)
     assert data.class_names == (
         "Avesta 01",
         "Avesta 02",
@@ -282,13 +282,13 @@ def test_omniglot_is_split_by_drawing_and_not_by_alphabet(tmp_path: Path) -> Non
     assert data.train.y.bincount().tolist() == [15] * 5 and data.test.y.bincount().tolist() == [5] * 5
     assert isinstance(data.train, TensorSplit) and data.image_shape == (1, 6, 6)
     assert notes[0] == f"dataset=omniglot: 75 training images in {tmp_path}, published with 24345"
-    one, _ = load(listed.omniglot, tmp_path, download=False, test_drawings=1, val_fraction=0.1)
+    one, _ = load(source("omniglot"), tmp_path, download=False, test_drawings=1, val_fraction=0.1)
     assert len(one.test) == 5 and one.val is not None and len(one.train) + len(one.val) == 95
 
 
 def test_eurosat_is_split_by_hash(tmp_path: Path) -> None:
     eurosat(tmp_path)
-    data, notes = load(listed.eurosat, tmp_path, download=False, test_fraction=0.5)
+    data, notes = load(source("eurosat"), tmp_path, download=False, test_fraction=0.5)
     assert {file for file, _ in rows(data.train)}.isdisjoint(file for file, _ in rows(data.test))
     assert len(data.train) + len(data.test) == 24 and 4 < len(data.test) < 20
     assert notes == [f"dataset=eurosat: 2 classes in {tmp_path}, published with 10"] + [
@@ -298,7 +298,7 @@ def test_eurosat_is_split_by_hash(tmp_path: Path) -> None:
 
 def test_inaturalist_2021(tmp_path: Path) -> None:
     inaturalist_2021(tmp_path)
-    data, _ = load(large.inaturalist, tmp_path, version="2021_mini", download=False)
+    data, _ = load(source("inaturalist"), tmp_path, version="2021_mini", download=False)
     assert data.class_names == ("Larus ridibundus", "Lilium regale") and data.train.y.tolist() == [0, 0, 1, 1]
     assert data.groups == {"kingdom": ((0,), (1,)), "class": ((0,), (1,))} and data.test.y.tolist() == [0, 1]
     datasets = pytest.importorskip("torchvision.datasets")
@@ -309,7 +309,7 @@ def test_inaturalist_2021(tmp_path: Path) -> None:
 
 def test_inaturalist_2018(tmp_path: Path) -> None:
     inaturalist_2018(tmp_path)
-    data, notes = load(large.inaturalist, tmp_path, version=2018, download=False)
+    data, notes = load(source("inaturalist"), tmp_path, version=2018, download=False)
     assert data.class_names == ("Lilium", "Larus") and data.groups == {"supercategory": ((1,), (0,))}
     found = [(file.removeprefix(f"{tmp_path}/inaturalist/"), label) for file, label in rows(data.train)]
     assert found == [(f"2018/{('Plantae', 'Aves')[c]}/{c}/train{k}.jpg", c) for c in (0, 1) for k in (0, 1)]
@@ -318,13 +318,13 @@ def test_inaturalist_2018(tmp_path: Path) -> None:
 
 def test_imagenet(tmp_path: Path) -> None:
     imagenet(tmp_path)
-    data, _ = load(large.imagenet, tmp_path)
+    data, _ = load(source("imagenet"), tmp_path)
     assert data.class_names == ("n01440764", "n01443537") and data.train.y.tolist() == [0, 0, 1, 1]
     assert [Path(file).parts[-3] for file, _ in rows(data.test)] == ["val", "val"]
     for file in (tmp_path / "imagenet" / "val").rglob("*.JPEG"):
         file.rename(tmp_path / "imagenet" / "val" / f"{file.parent.name}_{file.name}")  # as they come
     with pytest.raises(ConfigError, match="^dataset=imagenet: no test images in .*with a folder a class$"):
-        load(large.imagenet, tmp_path)
+        load(source("imagenet"), tmp_path)
 
 
 # --- prepared by hand
@@ -343,7 +343,7 @@ def test_tiny_imagenet(tmp_path: Path, sorted_by_hand: bool) -> None:
         write(home / "val" / (f"{label}/images" if sorted_by_hand else "images") / f"val_{k}.JPEG")
     if not sorted_by_hand:
         text(home / "val" / "val_annotations.txt", "val_0.JPEG\tn02\t0\t32\t44\t62", "val_1.JPEG\tn01\t0\t0\t1\t1")
-    data, notes = load(prepared.tiny_imagenet, tmp_path)
+    data, notes = load(source("tiny_imagenet"), tmp_path)
     assert data.class_names == ("goldfish", "bullfrog") and data.train.y.tolist() == [0, 0, 1, 1]
     assert {(Path(file).name, label) for file, label in rows(data.test)} == {("val_0.JPEG", 1), ("val_1.JPEG", 0)}
     assert notes == [
@@ -363,7 +363,7 @@ def test_cub200(tmp_path: Path) -> None:
     text(home / "train_test_split.txt", "1 0", "2 1", "3 1", "4 0")
     for file in files:
         write(home / "images" / file)
-    data, notes = load(prepared.cub200, tmp_path, split="official")
+    data, notes = load(source("cub200"), tmp_path, split="official")
     assert data.class_names == ("Black footed Albatross", "Laysan Albatross") and "published with 5994" in notes[0]
     assert [(Path(file).name, label) for file, label in rows(data.train)] == [("b.jpg", 0), ("c.jpg", 1)]
     assert [(Path(file).name, label) for file, label in rows(data.test)] == [("a.jpg", 0), ("d.jpg", 1)]
@@ -372,10 +372,10 @@ def test_cub200(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loader", "folder", "published", "options"),
     [
-        (prepared.cub200, "cub200", (9430, 2358), {"split": "folders"}),
-        (prepared.imagenet_r, "imagenet-r", (24000, 6000), {}),
-        (prepared.imagenet_a, "imagenet-a", (5981, 1519), {}),
-        (prepared.notmnist, "notmnist", (16853, 1873), {"test_fraction": 0.1}),
+        (source("cub200"), "cub200", (9430, 2358), {"split": "folders"}),
+        (source("imagenet_r"), "imagenet-r", (24000, 6000), {}),
+        (source("imagenet_a"), "imagenet-a", (5981, 1519), {}),
+        (source("notmnist"), "notmnist", (16853, 1873), {"test_fraction": 0.1}),
     ],
 )
 def test_two_folders(tmp_path: Path, loader: Any, folder: str, published: tuple[int, int], options: Any) -> None:
@@ -397,7 +397,7 @@ def test_notmnist_small_with_its_damaged_files(tmp_path: Path) -> None:
             write(tmp_path / "notMNIST_small" / label / f"{k}.png", grey=True, seed=k)
     (tmp_path / "notMNIST_small" / "A" / "RGVtb.png").write_bytes(b"")
     options: dict[str, Any] = {"test_fraction": 0.3, "images": decoding(unreadable="skip")}
-    data, notes = load(prepared.notmnist, tmp_path, **options)
+    data, notes = load(source("notmnist"), tmp_path, **options)
     assert len(data.train) + len(data.test) == 40 and isinstance(data.train, TensorSplit)
     assert data.image_shape == (1, 6, 6) and any("RGVtb.png: cannot be decoded" in note for note in notes)
     assert notes[-1] == f"dataset=notmnist: 40 images in {tmp_path}, published with 18724"
@@ -407,7 +407,7 @@ def test_core50_has_eight_domains_with_one_test_set(tmp_path: Path) -> None:
     for session in range(1, 12):
         for number in range(1, 51):
             write(tmp_path / "core50_128x128" / f"s{session}" / f"o{number}" / f"C_{session:02d}_{number:02d}_000.png")
-    data, _ = load(prepared.core50, tmp_path)
+    data, _ = load(source("core50"), tmp_path)
     assert [part.name for part in data.parts] == ["s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11"]
     assert data.num_classes == 50 and data.class_names[5] == "mobile phone 1" and len(data.groups["category"]) == 10
     for part in data.parts:
@@ -416,7 +416,7 @@ def test_core50_has_eight_domains_with_one_test_set(tmp_path: Path) -> None:
     assert {Path(file).parts[-3] for file, _ in rows(data.test)} == {"s3", "s7", "s10"} and len(data.test) == 150
     (tmp_path / "core50_128x128" / "s7").rename(tmp_path / "gone")
     with pytest.raises(ConfigError, match="^dataset.root: core50 cannot be read from .*s7: cannot be read"):
-        load(prepared.core50, tmp_path)
+        load(source("core50"), tmp_path)
 
 
 def test_domainnet_reads_its_lists(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_domainnet_reads_its_lists(tmp_path: Path) -> None:
             text(home / f"{domain}_{part}.txt", *(f"{domain}/{line}" for line in lines))
             for line in lines:
                 write(home / domain / line.split()[0])
-    data, notes = load(prepared.domainnet, tmp_path, domains=["sketch", "real"])
+    data, notes = load(source("domainnet"), tmp_path, domains=["sketch", "real"])
     assert [part.name for part in data.parts] == ["sketch", "real"] and data.class_names == ("apple", "zigzag")
     assert [Path(file).parts[-3:] for file, _ in rows(data.parts[1].test)] == [
         ("real", "zigzag", "c.jpg"),
@@ -439,7 +439,7 @@ def test_domainnet_reads_its_lists(tmp_path: Path) -> None:
         f"dataset=domainnet: 2 classes in {tmp_path}, published with 345"
     ]
     with pytest.raises(ConfigError, match="^dataset.domains: DomainNet has no 'scetch'; did you mean 'sketch'"):
-        load(prepared.domainnet, tmp_path, domains=["scetch"])
+        load(source("domainnet"), tmp_path, domains=["scetch"])
 
 
 # --- mistakes
@@ -447,10 +447,13 @@ def test_domainnet_reads_its_lists(tmp_path: Path) -> None:
 
 WITHOUT = {"test_drawings": 5, "partition": 1, "test_fraction": 0.2, "version": 2018, "split": "official"}
 LOADERS = [
-    *(getattr(listed, name) for name in ("omniglot", "flowers102", "food101", "dtd", "eurosat", "gtsrb")),
-    *(listed.fgvc_aircraft, listed.oxford_pets, large.places365, large.inaturalist, large.imagenet),
-    *(prepared.tiny_imagenet, prepared.cub200, prepared.imagenet_r, prepared.imagenet_a, prepared.core50),
-    *(prepared.domainnet, prepared.stanford_cars, prepared.notmnist),
+    source(name)
+    for name in (
+        *("omniglot", "flowers102", "food101", "dtd", "eurosat", "gtsrb"),
+        *("fgvc_aircraft", "oxford_pets", "places365", "inaturalist", "imagenet"),
+        *("tiny_imagenet", "cub200", "imagenet_r", "imagenet_a", "core50"),
+        *("domainnet", "stanford_cars", "notmnist"),
+    )
 ]
 
 
@@ -463,7 +466,11 @@ def test_missing_files_are_one_line_with_the_layout(tmp_path: Path, loader: Any)
     message = str(error.value)
     assert message.startswith(f"dataset.root: {loader.__name__} cannot be read from {tmp_path}: expected ")
     assert "CLRUN_DATA" in message and "\n" not in message and not list(tmp_path.iterdir())
-    remedy = "or set dataset.download=true" if "download" in known else "or prepare it as its YAML says"
+    remedy = (
+        "or set dataset.download=true"
+        if "download" in known
+        else f"or prepare it as conf/dataset/{loader.__name__}.yaml says"
+    )
     assert remedy in message
 
 
@@ -471,7 +478,7 @@ def test_listed_images_that_are_missing_are_named(tmp_path: Path) -> None:
     food101(tmp_path)
     (tmp_path / "food-101" / "images" / "waffles" / "12.jpg").unlink()
     with pytest.raises(ConfigError) as error:
-        load(listed.food101, tmp_path, download=False)
+        load(source("food101"), tmp_path, download=False)
     expected = f"dataset=food101: 1 of 3 listed images are missing in {tmp_path}/food-101: images/waffles/12.jpg"
     assert str(error.value) == expected
 
@@ -480,7 +487,7 @@ def test_a_damaged_list(tmp_path: Path) -> None:
     food101(tmp_path)
     (tmp_path / "food-101" / "meta" / "test.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^dataset.root: food101 cannot be read from .*\(Expecting property name"):
-        load(listed.food101, tmp_path, download=False)
+        load(source("food101"), tmp_path, download=False)
 
 
 def test_a_damaged_matlab_file(tmp_path: Path) -> None:
@@ -488,7 +495,7 @@ def test_a_damaged_matlab_file(tmp_path: Path) -> None:
     file = tmp_path / "flowers-102" / "setid.mat"
     file.write_bytes(file.read_bytes()[:150])
     with pytest.raises(ConfigError, match=r"^dataset.root: flowers102 cannot be read .*\(setid.mat is damaged: "):
-        load(listed.flowers102, tmp_path, download=False)
+        load(source("flowers102"), tmp_path, download=False)
 
 
 def test_downloading_is_left_to_torchvision_and_its_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -500,7 +507,7 @@ def test_downloading_is_left_to_torchvision_and_its_checksums(tmp_path: Path, mo
         food101(tmp_path)
 
     monkeypatch.setattr(module, "download_and_extract_archive", fetch)
-    assert len(load(listed.food101, tmp_path, download=True)[0].train) == 3
+    assert len(load(source("food101"), tmp_path, download=True)[0].train) == 3
     assert asked == [module.Food101._MD5]
 
     def offline(url: str, **options: Any) -> None:
@@ -508,14 +515,14 @@ def test_downloading_is_left_to_torchvision_and_its_checksums(tmp_path: Path, mo
 
     monkeypatch.setattr(module, "download_and_extract_archive", offline)
     with pytest.raises(ConfigError, match="^dataset.root: food101 .*downloading failed .*no route to host"):
-        load(listed.food101, tmp_path / "empty", download=True)
+        load(source("food101"), tmp_path / "empty", download=True)
 
 
 def test_published_counts_are_silent_when_they_fit(tmp_path: Path) -> None:
-    from clrun.data.sources.assemble import Published, check_counts
+    from clrun.data.reading.assemble import Published, check_counts
 
     food101(tmp_path)
-    data, _ = load(listed.food101, tmp_path, download=False)
+    data, _ = load(source("food101"), tmp_path, download=False)
     with noting(notes := []):
         check_counts("food101", Published(3, 3, 2, 6), data, "here")
     assert (

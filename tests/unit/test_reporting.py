@@ -52,7 +52,7 @@ def config_of(method="er", seed=0, order_seed=0, **options):
         "seed": seed,
         "method": {"_target_": f"clrun.methods.{method}.X", "capacity": 200} | options,
         "backbone": {"_target_": "clrun.backbones.small.small_cnn"},
-        "dataset": {"_target_": "clrun.data.sources.embedded.digits"},
+        "dataset": {"_target_": "clrun.data.sources.digits.digits"},
         "scenario": {"_target_": "clrun.data.scenarios.class_split", "n_tasks": 4, "setting": "cil"},
         "task_order": {"_target_": "clrun.data.orders.random", "seed": order_seed},
         "job": {"resume": True, "max_tasks": None, "eval_split": "test"},

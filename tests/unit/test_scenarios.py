@@ -9,7 +9,7 @@ import torch
 from clrun.data import orders
 from clrun.data.scenarios import class_split, dataset_sequence, domain_shift, fixed_groups, task_name
 from clrun.data.shifts import Rotation, Standardised, pixel_permutation
-from clrun.data.sources.embedded import digits
+from clrun.data.sources.digits import digits
 from clrun.data.sources.synthetic import synthetic
 from clrun.data.split import Batch, Plain, TensorSplit
 from clrun.data.stream import Dataset, Stream, Task

@@ -11,10 +11,10 @@ from hydra.errors import InstantiationException
 
 from clrun.backbones.small import mlp
 from clrun.data.orders import canonical
+from clrun.data.reading.assemble import assemble
+from clrun.data.reading.options import Reading
+from clrun.data.reading.sequence import on_canvas, sequence, with_quarter_turns
 from clrun.data.scenarios import dataset_sequence
-from clrun.data.sources import sequences
-from clrun.data.sources.assemble import assemble
-from clrun.data.sources.sequences import on_canvas, sequence, with_quarter_turns
 from clrun.data.split import Batch, Split
 from clrun.data.stream import Dataset
 from clrun.data.transforms import fit_transform
@@ -29,7 +29,8 @@ def part(name: str, classes: list[str], shape: tuple[int, int, int], mean: float
         return torch.randint(256, (len(labels), *shape), dtype=torch.uint8, generator=draw), labels
 
     constants: dict[str, Any] = {"mean": (mean,) * shape[0], "std": (0.25,) * shape[0], "groups": {}}
-    return assemble(name, rows(4), rows(2), class_names=classes, val_fraction=val, seed=0, augment=[], **constants)
+    reading = Reading(val_fraction=val, seed=0, augment=[])
+    return assemble(name, rows(4), rows(2), class_names=classes, reading=reading, **constants)
 
 
 def images(split: Split) -> torch.Tensor:
@@ -49,7 +50,7 @@ def five(monkeypatch: pytest.MonkeyPatch) -> dict[str, Dataset]:
         for k, name in enumerate(("cifar10", "mnist", "svhn", "fashion_mnist", "notmnist"))
     }
     for name, data in found.items():
-        monkeypatch.setattr(sequences, name, lambda data=data, **options: data)
+        monkeypatch.setattr(f"clrun.data.sources.five_datasets.{name}", lambda data=data, **options: data)
     return found
 
 
@@ -125,7 +126,8 @@ def test_quarter_turns_keep_training_and_test_drawings_apart() -> None:
 
 def test_omniglot_in_rotations_has_the_first_1200_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"c{k}" for k in range(1203)]
-    monkeypatch.setattr(sequences, "omniglot", lambda **options: part("omniglot", names, (1, 3, 3)))
+    small = part("omniglot", names, (1, 3, 3))
+    monkeypatch.setattr("clrun.data.sources.omniglot.omniglot", lambda **options: small)
     data = configured("dataset", "omniglot_rotation", root="")
     assert data.num_classes == 1200 and data.class_names[-1] == "c1199" and data.name == "omniglot_rotation"
     assert torch.equal(data.train.y.bincount(), torch.full((1200,), 16))

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from clrun.data.sources import torchvision as tv
-from clrun.data.sources.assemble import cut_validation
-from clrun.data.sources.embedded import DIGIT_GROUPS, digits
-from clrun.data.sources.pickles import read_arrays
+from clrun.data.reading import arrays
+from clrun.data.reading.arrays import DIGIT_GROUPS
+from clrun.data.reading.assemble import cut_validation
+from clrun.data.reading.pickles import read_arrays
+from clrun.data.sources.cifar import SUPERCLASSES, cifar10, cifar100
+from clrun.data.sources.digits import digits
+from clrun.data.sources.mnist import emnist, fashion_mnist, kmnist, mnist
+from clrun.data.sources.stl10 import stl10
+from clrun.data.sources.svhn import svhn
 from clrun.data.sources.synthetic import prototypes, synthetic
 from clrun.data.split import Batch
 from clrun.system.errors import ConfigError, noting
@@ -72,10 +77,10 @@ def test_digits_constants_are_those_of_the_training_images() -> None:
 
 
 def test_groups_are_partitions() -> None:
-    for groups, num_classes in ((DIGIT_GROUPS, 10), (tv.SUPERCLASSES, 100)):
+    for groups, num_classes in ((DIGIT_GROUPS, 10), (SUPERCLASSES, 100)):
         for group in groups.values():
             assert sorted(label for classes in group for label in classes) == list(range(num_classes))
-    assert all(len(classes) == 5 for classes in tv.SUPERCLASSES["superclass"])
+    assert all(len(classes) == 5 for classes in SUPERCLASSES["superclass"])
 
 
 def test_arrays_are_read_once() -> None:
@@ -218,7 +223,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
-IDX = [(tv.mnist, "MNIST"), (tv.fashion_mnist, "FashionMNIST"), (tv.kmnist, "KMNIST")]
+IDX = [(mnist, "MNIST"), (fashion_mnist, "FashionMNIST"), (kmnist, "KMNIST")]
 # Small copies do not have the published size.
 small = pytest.mark.filterwarnings("ignore::clrun.system.errors.DataWarning")
 
@@ -243,7 +248,7 @@ def test_the_size_is_compared_with_the_published_one(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     write_mnist(tmp_path, "MNIST")
     with noting(notes := []):
-        tv.mnist(root=str(tmp_path), download=False, **(COMMON | {"val_fraction": 0.5}))
+        mnist(root=str(tmp_path), download=False, **(COMMON | {"val_fraction": 0.5}))
     assert notes == [
         f"dataset=mnist: 20 training images in {tmp_path}, published with 60000",
         f"dataset=mnist: 10 test images in {tmp_path}, published with 10000",
@@ -259,7 +264,7 @@ def test_emnist_stands_upright_and_counts_from_zero(tmp_path: Path, split: str, 
         stem = tmp_path / "EMNIST" / "raw" / f"emnist-{split}-{part}"
         write_idx(stem.with_name(f"{stem.name}-images-idx3-ubyte"), images_of)
         write_idx(stem.with_name(f"{stem.name}-labels-idx1-ubyte"), np.arange(5) + first)
-    data = tv.emnist(root=str(tmp_path), split=split, download=False, **COMMON)
+    data = emnist(root=str(tmp_path), split=split, download=False, **COMMON)
     assert np.array_equal(images(data.train)[:, 0].numpy(), images_of.transpose(0, 2, 1))
     assert data.train.y.tolist() == [0, 1, 2, 3, 4] and data.class_names[:3] == tuple(names)
     assert data.num_classes == {"letters": 26, "balanced": 47}[split]
@@ -271,14 +276,14 @@ def test_svhn_files_are_read(tmp_path: Path, unchecked: None) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4)).astype(np.uint8)
     for part in ("train", "test"):
         matlab.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [9], [10]])})
-    data = tv.svhn(root=str(tmp_path), download=False, **COMMON)
+    data = svhn(root=str(tmp_path), download=False, **COMMON)
     assert np.array_equal(images(data.train).numpy(), pixels.transpose(3, 2, 0, 1))
     assert data.test.y.tolist() == [0, 1, 9, 0] and data.class_names == tuple("0123456789")
     file = tmp_path / "test_32x32.mat"
     file.write_bytes(file.read_bytes()[:1000])
-    tv._load.cache_clear()
+    arrays._load.cache_clear()
     with pytest.raises(ConfigError, match="^dataset.root: SVHN cannot be read"):
-        tv.svhn(root=str(tmp_path), download=False, **COMMON)
+        svhn(root=str(tmp_path), download=False, **COMMON)
 
 
 @small
@@ -292,7 +297,7 @@ def test_stl10_files_are_read(tmp_path: Path, unchecked: None) -> None:
     for name in ("unlabeled_X.bin", "fold_indices.txt"):
         (home / name).touch()
     (home / "class_names.txt").write_text("airplane\nbird\n" + "\n".join(f"c{k}" for k in range(8)))
-    data = tv.stl10(root=str(tmp_path), download=False, **COMMON)
+    data = stl10(root=str(tmp_path), download=False, **COMMON)
     assert np.array_equal(images(data.train).numpy(), pixels.transpose(0, 1, 3, 2))
     assert data.train.y.tolist() == [0, 9, 2] and data.class_names[:2] == ("airplane", "bird")
 
@@ -314,7 +319,7 @@ def test_cifar_pickles_run_no_code(tmp_path: Path, unchecked: None) -> None:
         with pytest.raises(
             ConfigError, match=r"^dataset.root: CIFAR10 .*which is no part of an array; nothing was run"
         ):
-            tv.cifar10(root=str(tmp_path), download=False, **COMMON)
+            cifar10(root=str(tmp_path), download=False, **COMMON)
     assert not (tmp_path / "run").exists()
 
 
@@ -333,14 +338,14 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     write_cifar(tmp_path, True)
     with pytest.raises(ConfigError, match=r"^dataset.root: CIFAR100 .*\(train is missing or has another checksum\)"):
-        tv.cifar100(root=str(tmp_path), download=False, **COMMON)
+        cifar100(root=str(tmp_path), download=False, **COMMON)
 
 
 @small
 @pytest.mark.parametrize("fine", [False, True])
 def test_cifar_files_are_read(tmp_path: Path, unchecked: None, fine: bool) -> None:
     blocks = write_cifar(tmp_path, fine)
-    data = (tv.cifar100 if fine else tv.cifar10)(root=str(tmp_path), download=False, **COMMON)
+    data = (cifar100 if fine else cifar10)(root=str(tmp_path), download=False, **COMMON)
     stored = torch.cat([images(data.train), images(data.test)])
     assert np.array_equal(stored.numpy(), blocks.reshape(-1, 3, 32, 32))  # the files hold channels first
     assert stored.is_contiguous() and data.num_classes == (100 if fine else 10)
@@ -351,14 +356,14 @@ def test_cifar_files_are_read(tmp_path: Path, unchecked: None, fine: bool) -> No
 @pytest.mark.parametrize(
     ("loader", "layout"),
     [
-        (tv.mnist, "MNIST/raw/"),
-        (tv.fashion_mnist, "FashionMNIST/raw/"),
-        (tv.cifar10, "cifar-10-batches-py/"),
-        (tv.cifar100, "cifar-100-python/"),
-        (tv.kmnist, "KMNIST/raw/"),
-        (partial(tv.emnist, split="letters"), "EMNIST/raw/ with emnist-letters-train-images-idx3-ubyte"),
-        (tv.svhn, "train_32x32.mat"),
-        (tv.stl10, "stl10_binary/"),
+        (mnist, "MNIST/raw/"),
+        (fashion_mnist, "FashionMNIST/raw/"),
+        (cifar10, "cifar-10-batches-py/"),
+        (cifar100, "cifar-100-python/"),
+        (kmnist, "KMNIST/raw/"),
+        (partial(emnist, split="letters"), "EMNIST/raw/ with emnist-letters-train-images-idx3-ubyte"),
+        (svhn, "train_32x32.mat"),
+        (stl10, "stl10_binary/"),
     ],
 )
 def test_missing_files_are_named(tmp_path: Path, loader: Any, layout: str) -> None:
@@ -376,15 +381,15 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path) -> None:
     images_file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     images_file.write_bytes(images_file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="^dataset.root: MNIST cannot be read"):
-        tv.mnist(root=str(tmp_path), download=False, **COMMON)
+        mnist(root=str(tmp_path), download=False, **COMMON)
 
 
 def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mnist = pytest.importorskip("torchvision.datasets.mnist")
+    module = pytest.importorskip("torchvision.datasets.mnist")
 
     def offline(url: str, **options: Any) -> None:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(mnist, "download_and_extract_archive", offline)
+    monkeypatch.setattr(module, "download_and_extract_archive", offline)
     with pytest.raises(ConfigError, match="^dataset.root: MNIST cannot be read .*downloading failed"):
-        tv.mnist(root=str(tmp_path), download=True, **COMMON)
+        mnist(root=str(tmp_path), download=True, **COMMON)

@@ -3,19 +3,19 @@
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from clrun.data.sources.assemble import Groups, Rows, assemble
+from clrun.data.reading.assemble import Groups, Rows, assemble
+from clrun.data.reading.options import Reading, loader
 from clrun.data.stream import Dataset
-from clrun.system.errors import Fraction
 
 FILE = Path(__file__).parents[1] / "assets" / "glyphs.npz"
 
 
-def glyphs(*, val_fraction: Fraction, seed: int, augment: list[Any]) -> Dataset:
+@loader
+def glyphs(reading: Reading) -> Dataset:
     """Return rendered Greek, Cyrillic and kana characters: 72 classes, 5760 + 1800 grey 28x28 images, white on black.
 
     Training and test images come from different font families. No class looks like another one, a Latin letter or a
@@ -31,9 +31,7 @@ def glyphs(*, val_fraction: Fraction, seed: int, augment: list[Any]) -> Dataset:
         mean=(0.1409,),
         std=(0.3075,),
         groups=_scripts(names),
-        val_fraction=val_fraction,
-        seed=seed,
-        augment=augment,
+        reading=reading,
     )
 
 

@@ -2,13 +2,13 @@
 
 import math
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clrun.data.sources.assemble import Rows, assemble
+from clrun.data.reading.assemble import Rows, assemble
+from clrun.data.reading.options import Reading, loader
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, Fraction, NonNegative, PositiveInt
 from clrun.system.seeding import generator
@@ -16,7 +16,9 @@ from clrun.system.seeding import generator
 GRID = 4  # side of the field that carries the class: independent of the resolution
 
 
+@loader
 def synthetic(
+    reading: Reading,
     *,
     num_classes: PositiveInt,
     image_shape: list[int],
@@ -25,9 +27,6 @@ def synthetic(
     difficulty: NonNegative,
     similarity: Fraction,
     period: PositiveInt,
-    val_fraction: Fraction,
-    seed: int,
-    augment: list[Any],
 ) -> Dataset:
     """Return images of smooth random patterns: one prototype a class plus noise of the same kind.
 
@@ -36,6 +35,7 @@ def synthetic(
     of `period` classes, the tasks resemble each other the more the closer their ids are, which plants an order effect.
 
     Args:
+        reading: the common options; the seed also determines prototypes and noise.
         num_classes: C.
         image_shape: [channels, height, width].
         train_rows: training images of each class.
@@ -43,9 +43,6 @@ def synthetic(
         difficulty: standard deviation of the noise, in units of the prototypes' (1: nearly separable, 2: hard).
         similarity: correlation between the prototypes of classes that lie `period` apart.
         period: distance of similar classes, normally the classes of a task.
-        val_fraction: share of each class's training rows to set aside for validation.
-        seed: of prototypes, noise and validation rows.
-        augment: training augmentations.
 
     Raises:
         ConfigError: `image_shape` is not three positive integers.
@@ -55,7 +52,7 @@ def synthetic(
             f"dataset.image_shape: must be three positive integers [channels, height, width], got {image_shape}"
         )
     shape = (image_shape[0], image_shape[1], image_shape[2])
-    rows = _generate(num_classes, shape, (train_rows, test_rows), difficulty, similarity, period, seed)
+    rows = _generate(num_classes, shape, (train_rows, test_rows), difficulty, similarity, period, reading.seed)
     pixels = rows[0][0].double() / 255
     return assemble(
         "synthetic",
@@ -65,9 +62,7 @@ def synthetic(
         mean=tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
         std=tuple(pixels.std(dim=(0, 2, 3)).clamp(min=1e-3).tolist()),
         groups={},
-        val_fraction=val_fraction,
-        seed=seed,
-        augment=augment,
+        reading=reading,
     )
 
 

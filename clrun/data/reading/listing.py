@@ -135,6 +135,18 @@ def in_test(name: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8]) < fraction * 2**64
 
 
+def by_hash(listing: Listing, fraction: float, *, start: int = 0) -> tuple[Listing, Listing]:
+    """Return the training and the test images of a listing, as `in_test` decides by their names.
+
+    Args:
+        listing: all images.
+        fraction: expected fraction of test images.
+        start: position in the names from which on they are hashed.
+    """
+    chosen = [in_test(name[start:], fraction) for name in listing.names]
+    return listing.where([not test for test in chosen]), listing.where(chosen)
+
+
 def printable(text: str) -> str:
     """Return a name without bytes that are no text."""
     return text.encode(errors="surrogateescape").decode(errors="replace")

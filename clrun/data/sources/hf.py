@@ -6,18 +6,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from clrun.data.decode import Decoding
 from clrun.data.images import FileImages, ImageSplit, unreadable
-from clrun.data.sources.assemble import assemble
-from clrun.data.sources.folders import check_classes
-from clrun.data.sources.listing import in_test, printable, some
+from clrun.data.reading.assemble import assemble
+from clrun.data.reading.image_files import check_classes
+from clrun.data.reading.listing import in_test, printable, some
+from clrun.data.reading.options import OwnReading, loader
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, Fraction, did_you_mean, one_line, warn
+from clrun.system.errors import ConfigError, did_you_mean, one_line, warn
 
 OLDEST = 4  # from this version on the library refuses data sets that bring a program
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
@@ -64,7 +64,9 @@ class HubFiles:
         return 0, int.from_bytes(hashlib.sha256(self.table._fingerprint.encode()).digest()[:7])
 
 
+@loader
 def hf(
+    reading: OwnReading,
     *,
     path: str,
     config: str | None,
@@ -73,18 +75,11 @@ def hf(
     test: str | None,
     image: str | None,
     label: str | None,
-    test_fraction: Fraction,
-    channels: Literal[1, 3],
-    images: Decoding,
-    mean: list[float],
-    std: list[float],
-    val_fraction: Fraction,
-    seed: int,
-    augment: list[Any],
 ) -> Dataset:
     """Return an image data set that the library `datasets` reads.
 
     Args:
+        reading: the common options; the hash of a row's number decides whether it is a test row.
         path: a name on the Hub ("owner/name"), or a folder: of images, of Parquet files, or made by `save_to_disk`.
         config: which of several configurations; None for the only one.
         revision: commit or tag on the Hub; None for the newest.
@@ -92,36 +87,24 @@ def hf(
         test: split with the test images; None to cut them from the training images.
         image: column of the images; None for the only one.
         label: column of the classes; None for the only one of the kind ClassLabel.
-        test_fraction: share of test images without `test`, told by the hash of their row number.
-        channels: 3 for colour, 1 for grey.
-        images: how they are decoded.
-        mean: mean of each channel, in [0, 1] units; [] leaves pixels in [0, 1].
-        std: standard deviation of each channel, likewise.
-        val_fraction: share of each class's training images to set aside for validation.
-        seed: of the validation images.
-        augment: training augmentations.
 
     Raises:
         ConfigError: the library is missing or too old; the data set cannot be had or brings a program; no such split or
             column; images without class.
     """
     columns = _Columns(path, _tables(path, config, revision), image, label)
-    parts, names = columns.parts(train, test, test_fraction)
+    parts, names = columns.parts(train, test, reading.test_fraction)
     splits = [
-        _split(files, labels, images, channels, part)
-        for (files, labels), part in zip(parts, ("train", "test"), strict=True)
+        _split(files, labels, reading, part) for (files, labels), part in zip(parts, ("train", "test"), strict=True)
     ]
     check_classes("hf", splits[0].y.tolist(), splits[1].y.tolist(), names, path)
     return assemble(
         "hf",
         *splits,
         class_names=names,
-        mean=tuple(mean),
-        std=tuple(std),
-        groups={},
-        val_fraction=val_fraction,
-        seed=seed,
-        augment=augment,
+        mean=reading.mean,
+        std=reading.std,
+        reading=reading,
     )
 
 
@@ -167,8 +150,9 @@ class _Columns:
         return parts, names
 
 
-def _split(files: HubFiles, labels: Sequence[int], images: Decoding, channels: int, part: str) -> ImageSplit:
+def _split(files: HubFiles, labels: Sequence[int], reading: OwnReading, part: str) -> ImageSplit:
     """Return the rows of a table, without those that cannot be decoded where these are to be skipped."""
+    images, channels = reading.images, reading.channels
     if images.unreadable == "skip":
         problems = unreadable(FileImages(files, images, channels=channels, part=""))
         if problems:

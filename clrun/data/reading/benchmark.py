@@ -1,4 +1,4 @@
-"""What the published sets of image files have in common: a reader of their lists, their sizes, one clear error."""
+"""Published data sets of image files: how they are declared, downloaded, read and compared with published sizes."""
 
 import csv
 from collections.abc import Callable, Iterable, Sequence
@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clrun.data.decode import Decoding
 from clrun.data.images import ImageSplit, in_memory
-from clrun.data.sources.assemble import Domains, Groups, Published, check_counts
-from clrun.data.sources.folders import from_files
-from clrun.data.sources.listing import Listing, entries, some
+from clrun.data.reading.assemble import Domains, Groups, Published, check_counts
+from clrun.data.reading.image_files import from_files
+from clrun.data.reading.listing import Listing, class_folders, entries, list_classes, some
+from clrun.data.reading.options import DownloadReading, ImageReading
 from clrun.data.stream import Dataset
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, one_line
@@ -66,47 +66,22 @@ class Benchmark:
     memory: bool = False
 
 
-def load(
-    benchmark: Benchmark,
-    *,
-    root: str,
-    download: bool,
-    images: Decoding,
-    val_fraction: float,
-    seed: int,
-    augment: list[Any],
-) -> Dataset:
-    """Return a published data set; warn when it has not the published size.
+def load(benchmark: Benchmark, reading: ImageReading) -> Dataset:
+    """Return a published data set; warn when its size is not the published one.
 
     Args:
-        benchmark: which.
-        root: folder of all data sets.
-        download: fetch it there when it is missing.
-        images: how images are decoded.
-        val_fraction: share of each class's training images to set aside for validation.
-        seed: `dataset.seed`.
-        augment: training augmentations.
+        benchmark: the data set.
+        reading: where its files are and how they are read; a `DownloadReading` can ask for a download.
 
     Raises:
-        ConfigError: it is not there, parts of it are missing, or downloading failed.
+        ConfigError: the data set is not there, parts of it are missing, or downloading failed.
     """
-    home = Path(root).expanduser()
-    fetch = benchmark.download if download else None
-    try:
-        if fetch is not None:
-            fetch(home)
-        content = benchmark.read(home)
-    except UNREADABLE as error:
-        remedy = "downloading failed" if fetch is not None else ""
-        remedy = remedy or ("or set dataset.download=true" if benchmark.download else "or prepare it as its YAML says")
-        reason = one_line(error)
-        raise ConfigError(
-            f"dataset.root: {benchmark.name} cannot be read from {root}: expected {benchmark.layout}; set dataset.root "
-            f"or CLRUN_DATA to the folder that holds it, {remedy} ({reason})"
-        ) from error
-    for what, part in (("training", content.train), ("test", content.test)):
+    content = _content(benchmark, reading)
+    for part_name, part in (("training", content.train), ("test", content.test)):
         if not len(part):
-            raise ConfigError(f"dataset={benchmark.name}: no {what} images in {root}; expected {benchmark.layout}")
+            raise ConfigError(
+                f"dataset={benchmark.name}: no {part_name} images in {reading.root}; expected {benchmark.layout}"
+            )
         _refuse_missing(benchmark.name, part)
     dataset = from_files(
         benchmark.name,
@@ -114,18 +89,35 @@ def load(
         replace(content.test, skipped=()),
         class_names=content.class_names,
         channels=benchmark.channels,
-        images=images,
         mean=benchmark.mean,
         std=benchmark.std,
-        val_fraction=val_fraction,
-        seed=seed,
-        augment=augment,
+        reading=reading,
         groups=content.groups,
         domains=content.domains,
-        complete=False,  # parts of a published set are told by its counts
+        complete=False,  # the published counts, compared below, show whether parts are missing
     )
-    dataset = check_counts(benchmark.name, benchmark.published, dataset, root)
+    dataset = check_counts(benchmark.name, benchmark.published, dataset, reading.root)
     return _in_memory(dataset) if benchmark.memory else dataset
+
+
+def _content(benchmark: Benchmark, reading: ImageReading) -> Content:
+    """Return the images and classes of a published data set, downloaded first if asked for."""
+    download = benchmark.download if isinstance(reading, DownloadReading) and reading.download else None
+    try:
+        if download is not None:
+            download(reading.home)
+        return benchmark.read(reading.home)
+    except UNREADABLE as error:
+        if download is not None:
+            remedy = "downloading failed"
+        elif benchmark.download is not None:
+            remedy = "or set dataset.download=true"
+        else:
+            remedy = f"or prepare it as conf/dataset/{benchmark.name}.yaml says"
+        raise ConfigError(
+            f"dataset.root: {benchmark.name} cannot be read from {reading.root}: expected {benchmark.layout}; set "
+            f"dataset.root or CLRUN_DATA to the folder that holds it, {remedy} ({one_line(error)})"
+        ) from error
 
 
 def _in_memory(dataset: Dataset) -> Dataset:
@@ -156,6 +148,21 @@ def _refuse_missing(name: str, listing: Listing) -> None:
             f"dataset={name}: {len(missing)} of {len(listing)} listed images are missing in {listing.root}: "
             f"{some(missing)}"
         )
+
+
+def two_folders(name: str, folder: str, published: Published) -> Benchmark:
+    """Return a data set that lies in train/ and test/ with one folder per class."""
+
+    def read(home: Path) -> Content:
+        place = home / folder
+        classes = class_folders(place / "train")
+        strangers = sorted(set(class_folders(place / "test")) - set(classes))
+        if strangers:
+            raise ValueError(f"only test/ has the class {strangers[0]}")
+        train = list_classes(place / "train", classes, root=place)
+        return Content(train, list_classes(place / "test", classes, root=place), classes)
+
+    return Benchmark(name, f"{folder}/train/ and {folder}/test/ with one folder per class", published, read)
 
 
 def torchvision(kind: str, *calls: dict[str, Any], folder: str = "") -> Download:

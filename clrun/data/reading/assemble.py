@@ -1,14 +1,13 @@
-"""What all loaders share: validation rows, the published sizes and the finished `Dataset`."""
+"""The last steps of every loader: compare published sizes, cut the validation rows, make the `Dataset`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clrun.data.augment import parse_augmentations
+from clrun.data.reading.options import Reading
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, warn
@@ -77,9 +76,7 @@ def assemble(
     class_names: Sequence[str],
     mean: Iterable[float],
     std: Iterable[float],
-    val_fraction: float,
-    seed: int,
-    augment: Sequence[Any],
+    reading: Reading,
     groups: Groups | None = None,
     domains: Domains | None = None,
 ) -> Dataset:
@@ -92,19 +89,16 @@ def assemble(
         class_names: C names; the position is the class id.
         mean: mean of each channel over the training images, in [0, 1] units.
         std: standard deviation of each channel, likewise.
-        val_fraction: share of each class's training rows to set aside for validation; 0 for none.
-        seed: `dataset.seed`.
-        augment: the training augmentations, as configured.
+        reading: validation rows, seed and training augmentations.
         groups: named partitions of the classes, for `scenario=fixed_groups`.
         domains: the domains that it consists of; validation rows are then cut from each class of each domain.
 
     Raises:
-        ConfigError: `val_fraction` leaves a class without training rows, or an augmentation is unknown.
+        ConfigError: `reading.val_fraction` leaves a class without training rows.
     """
-    parse_augmentations(augment)  # a mistake is reported before any run begins
     rows, tested = (part if isinstance(part, Split) else TensorSplit(*part) for part in (train, test))
     strata = rows.y if domains is None else domains.train * len(class_names) + rows.y
-    kept, held_out = cut_validation(strata, val_fraction, seed, class_names=class_names)
+    kept, held_out = cut_validation(strata, reading.val_fraction, reading.seed, class_names=class_names)
     whole = Dataset(
         name=name,
         train=rows if held_out is None else rows.select(kept),
@@ -115,9 +109,9 @@ def assemble(
         image_shape=tuple(rows.images.shape[1:]),
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
-        augment=tuple(augment),
+        augment=tuple(reading.augment),
         groups=groups or {},
-        seed=seed,
+        seed=reading.seed,
     )
     if domains is None:
         return whole

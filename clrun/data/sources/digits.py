@@ -1,22 +1,18 @@
-"""Data sets that come with installed packages: no download, no folder."""
+"""The handwritten digits that come with scikit-learn: no download, no folder."""
 
 from functools import cache
-from typing import Any
 
 import torch
 
-from clrun.data.sources.assemble import Groups, Rows, assemble
+from clrun.data.reading.arrays import DIGIT_GROUPS
+from clrun.data.reading.assemble import Rows, assemble
+from clrun.data.reading.options import Reading, loader
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import Fraction
-
-DIGIT_GROUPS: Groups = {
-    "parity": ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9)),
-    "lookalike": ((0, 6), (1, 7), (2, 5), (3, 8), (4, 9)),
-}
 
 
-def digits(*, val_fraction: Fraction, seed: int, augment: list[Any]) -> Dataset:
+@loader
+def digits(reading: Reading) -> Dataset:
     """Return scikit-learn's handwritten digits: 1797 real 8x8 grey images of 10 classes (UCI optdigits, test part).
 
     The split into 1442 training and 355 test images is the same for every seed: of each class, every fifth image in
@@ -32,9 +28,7 @@ def digits(*, val_fraction: Fraction, seed: int, augment: list[Any]) -> Dataset:
         mean=(0.3052,),
         std=(0.3760,),
         groups=DIGIT_GROUPS,
-        val_fraction=val_fraction,
-        seed=seed,
-        augment=augment,
+        reading=reading,
     )
 
 

@@ -1,0 +1,164 @@
+"""The options that loaders of data sets have in common: declared, documented and checked once.
+
+A loader takes them as one object, `reading`, followed by the options that it alone has. `loader` turns it into a
+function of plain options, so that configurations stay flat: `dataset.val_fraction=0.1`. The defaults are in
+`conf/dataset/_options/`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
+
+from clrun.data.augment import parse_augmentations
+from clrun.data.decode import Decoding
+from clrun.data.stream import Dataset
+from clrun.system.errors import Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """The options of every data set.
+
+    Attributes:
+        val_fraction: fraction of the training rows of each class that is set aside for validation; 0 for none. In data
+            sets of several domains: of each class of each domain.
+        seed: seed of the validation rows, of permutations and rotations, and of generated images.
+        augment: training augmentations, as `clrun.data.augment` describes them.
+
+    Raises:
+        ConfigError: an augmentation is unknown or has unknown options.
+    """
+
+    val_fraction: Fraction
+    seed: int
+    augment: list[Any]
+
+    def __post_init__(self) -> None:
+        """Refuse wrong augmentations before any file is read."""
+        parse_augmentations(self.augment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredReading(Reading):
+    """The options of a published data set, which lies in a folder.
+
+    Attributes:
+        root: folder that holds all published data sets; "~" stands for the user's home.
+    """
+
+    root: str
+
+    @property
+    def home(self) -> Path:
+        """`root` as a path."""
+        return Path(self.root).expanduser()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayReading(StoredReading):
+    """The options of a published data set that is stored as arrays.
+
+    Attributes:
+        download: fetch missing files into `root`.
+    """
+
+    download: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReading(StoredReading):
+    """The options of a published data set of image files that are put into `root` by hand.
+
+    Attributes:
+        images: how image files are decoded.
+    """
+
+    images: Decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadReading(ImageReading):
+    """The options of a published data set of image files that can be downloaded.
+
+    Attributes:
+        download: fetch missing files into `root`.
+    """
+
+    download: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnReading(Reading):
+    """The options of the user's own images.
+
+    Attributes:
+        test_fraction: fraction of test images where the data have no test part. A hash of each image's name decides,
+            so that images added later do not move others between the parts.
+        channels: 3 for colour, 1 for grey.
+        images: how images are decoded.
+        mean: mean of each channel, in [0, 1] units; [] leaves pixels in [0, 1].
+        std: standard deviation of each channel, likewise.
+    """
+
+    test_fraction: Fraction
+    channels: Literal[1, 3]
+    images: Decoding
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderReading(OwnReading):
+    """The options of the user's own folders of images.
+
+    Attributes:
+        name: name of the data set. It is part of the identity of a run; `root` is not.
+        root: folder with the images.
+    """
+
+    name: str
+    root: str
+
+    @property
+    def home(self) -> Path:
+        """`root` as a path."""
+        return Path(self.root).expanduser()
+
+
+Kind = TypeVar("Kind", bound=Reading)
+Options = ParamSpec("Options")
+
+
+def loader(load: Callable[Concatenate[Kind, Options], Dataset]) -> Callable[..., Dataset]:
+    """Return a loader as a function of keyword arguments alone: the fields of its reading, then its own options.
+
+    The signature and the annotations of the returned function list all of them, so that configurations are checked
+    against it like against any other target.
+
+    Args:
+        load: a function whose first parameter, `reading`, is annotated with `Reading` or a subclass; its other
+            parameters are keyword-only.
+    """
+    hints = get_type_hints(load, include_extras=True)
+    kind = hints.pop("reading")
+    common = get_type_hints(kind, include_extras=True)
+    names = [field.name for field in fields(kind)]
+    own = [name for name in inspect.signature(load).parameters if name != "reading"]
+
+    @wraps(load)
+    def flat(**options: Any) -> Dataset:
+        signature.bind(**options)  # a TypeError names the function's options that are missing or unknown
+        reading = kind(**{name: options.pop(name) for name in names})
+        return load(reading, **options)  # type: ignore[call-arg]
+
+    annotations = {name: common[name] for name in names} | {name: hints[name] for name in own}
+    signature = inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotations[name]) for name in annotations],
+        return_annotation=Dataset,
+    )
+    flat.__annotations__ = annotations | {"return": Dataset}
+    flat.__signature__ = signature  # type: ignore[attr-defined]
+    return flat

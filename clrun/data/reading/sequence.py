@@ -1,0 +1,109 @@
+"""Several data sets as one whose parts they are, each with classes of its own, for `scenario=dataset_sequence`."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from clrun.data.images import ImageSplit, JoinedImages
+from clrun.data.split import Split, TensorSplit
+from clrun.data.stream import Dataset
+
+
+def sequence(name: str, parts: Sequence[Dataset]) -> Dataset:
+    """Return data sets of equal image shape as one; the classes of each follow those of the one before.
+
+    The parts keep their normalisation constants, and the whole has the mean of them. A class name that several parts
+    have is preceded by the name of its part. Nothing is copied: the rows of the whole are read from the parts.
+
+    Args:
+        name: of the whole.
+        parts: at least one; what they share otherwise (seed, augmentations) is that of the first.
+    """
+    assert len({part.image_shape for part in parts}) == 1
+    starts = [0, *accumulate(part.num_classes for part in parts)]
+    counts = Counter(label for part in parts for label in part.class_names)
+    names = [f"{p.name} {label}" if counts[label] > 1 else label for p in parts for label in p.class_names]
+    facts: dict[str, Any] = {"num_classes": len(names), "class_names": tuple(names), "groups": {}}
+    moved = [replace(_moved(part, start), **facts) for part, start in zip(parts, starts, strict=False)]
+    vals = [part.val for part in moved if part.val is not None]
+    assert len(vals) in (0, len(parts)), "validation rows in some parts only"
+    return replace(
+        moved[0],
+        name=name,
+        train=_joined([part.train for part in moved]),
+        test=_joined([part.test for part in moved]),
+        val=_joined(vals) if vals else None,
+        mean=_average([part.mean for part in parts]),
+        std=_average([part.std for part in parts]),
+        parts=tuple(moved),
+    )
+
+
+def _average(constants: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
+    """Return the mean of each channel's constants."""
+    return tuple(sum(values) / len(values) for values in zip(*constants, strict=True))
+
+
+def _moved(part: Dataset, start: int) -> Dataset:
+    """Return a part with its labels moved up by `start`."""
+
+    def move(split: Split) -> Split:
+        return replace(split, labels=split.labels + start)
+
+    return replace(part, train=move(part.train), test=move(part.test), val=part.val and move(part.val))
+
+
+def _joined(splits: Sequence[Split]) -> Split:
+    """Return the rows of several splits, which stay where they are."""
+    return ImageSplit(JoinedImages(splits), torch.cat([split.y for split in splits]))
+
+
+def on_canvas(dataset: Dataset, *, channels: int, side: int) -> Dataset:
+    """Return a data set in memory with its images in the middle of black squares; grey is repeated.
+
+    Args:
+        dataset: images of at most `side` pixels.
+        channels: of the squares.
+        side: of the squares, in pixels.
+    """
+    _, height, width = dataset.image_shape
+    above, left = (side - height) // 2, (side - width) // 2
+    frame = (left, side - width - left, above, side - height - above)
+    done: dict[int, torch.Tensor] = {}
+
+    def framed(split: Split) -> Split:
+        assert isinstance(split, TensorSplit) and split.shift is None
+        if id(split.images) not in done:
+            done[id(split.images)] = F.pad(split.images, frame).expand(-1, channels, -1, -1)
+        return replace(split, images=done[id(split.images)])
+
+    return replace(
+        dataset,
+        train=framed(dataset.train),
+        test=framed(dataset.test),
+        val=dataset.val and framed(dataset.val),
+        image_shape=(channels, side, side),
+        mean=dataset.mean * (channels // len(dataset.mean)),
+        std=dataset.std * (channels // len(dataset.std)),
+    )
+
+
+def with_quarter_turns(dataset: Dataset) -> Dataset:
+    """Return a data set in memory with every image four times, turned by 0, 90, 180 and 270 degrees.
+
+    Training and test images are turned apart, so that no image of a drawing is tested on that was trained on.
+    """
+
+    def turned(split: Split) -> Split:
+        assert isinstance(split, TensorSplit)
+        images = split.images if split.rows is None else split.images[split.rows]
+        return TensorSplit(torch.cat([images.rot90(k, (2, 3)) for k in range(4)]), split.y.repeat(4))
+
+    return replace(
+        dataset, train=turned(dataset.train), test=turned(dataset.test), val=dataset.val and turned(dataset.val)
+    )
