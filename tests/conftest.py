@@ -1,20 +1,46 @@
-"""Puts this folder on the path, for `helpers` and `running`; tests run on one thread, so that sums do not vary.
+"""Set-up of all tests: the number of CPU threads, a temporary cache, and the marker `numeric`.
 
-Features of frozen backbones go to a temporary cache.
+CLRUN_TEST_THREADS (1 when it is not set) is the number of threads of the tests and of the runs that they start.
 """
 
 import os
+import re
 import shutil
 import tempfile
+from functools import cache
+from pathlib import Path
 
+import pytest
 import torch
 
-torch.set_num_threads(1)
+THREADS = os.environ.setdefault("CLRUN_TEST_THREADS", "1")
+torch.set_num_threads(int(THREADS))
+# What a test file imports when it computes with tensors or runs configurations.
+COMPUTES = re.compile(r"^import torch\b|^from (?:torch|helpers)\b|^from running import .*\brun", re.MULTILINE)
 
 
-def pytest_configure(config) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     config.clrun_cache = os.environ["CLRUN_CACHE"] = tempfile.mkdtemp(prefix="clrun-tests-")
 
 
-def pytest_unconfigure(config) -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(config.clrun_cache, ignore_errors=True)
+
+
+def pytest_report_header() -> str:
+    return f"numbers: {torch.backends.cpu.get_cpu_capability()} kernels, {THREADS} threads per process"
+
+
+@cache
+def computes(file: Path) -> bool:
+    """Return whether the tests of a file compute with tensors, so that they may depend on the CPU.
+
+    Those of the command line check messages and files.
+    """
+    return file.parent.name != "cli" and COMPUTES.search(file.read_text()) is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if computes(item.path):
+            item.add_marker("numeric")

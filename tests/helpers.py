@@ -1,5 +1,6 @@
 """Small streams, networks and lives of learners, for tests of methods and blocks."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -28,6 +29,7 @@ from clrun.system.seeding import seed_all
 CONF = Path(__file__).parent.parent / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 FEATURES = 12
+THREADS = int(os.environ["CLRUN_TEST_THREADS"])
 HARDWARE: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(CONF / "hardware" / "cpu.yaml"))  # type: ignore[assignment]
 
 
@@ -87,9 +89,9 @@ def configured(group: str, name: str, **options: Any) -> Any:
 
 
 def cpu(**options: Any) -> Hardware:
-    """Return the configuration `hardware=cpu`, on one thread."""
+    """Return the configuration `hardware=cpu`, with the number of threads of the tests."""
     values = {key: value for key, value in HARDWARE.items() if key != "_target_"}
-    return Hardware(**(values | {"threads": 1} | options))
+    return Hardware(**(values | {"threads": THREADS} | options))
 
 
 def sgd(*, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0, **options: Any) -> Budget:
@@ -138,10 +140,15 @@ def factory(name: str, **options: Any) -> Callable[..., Method]:
 
 
 def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple[Method, Stream]:
-    """Return a new method on a new network, and the stream it reads (features, where it wants them)."""
+    """Return a new method on a new network, and the stream it reads (features, where it wants them).
+
+    The network is placed before the method gets it, as a run does: the memory format of a convolution chooses its
+    kernel, and on some CPUs another kernel changes the last bit.
+    """
     seed_all(seed, "init")
     target: Any = make.func if isinstance(make, partial) else make
     backbone: nn.Module = tiny_vit() if target.needs_vit else Net()
+    cpu().place(backbone)
     if target.reads_features(make.keywords if isinstance(make, partial) else {}):
         stream, backbone = frozen_features(stream, backbone, cpu())
     return make(backbone, stream.num_classes), stream

@@ -1,6 +1,7 @@
 """Helpers of the tests that run configurations in this process."""
 
 import csv
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from clrun.config.job import JobInfo
 from clrun.config.signature import locate
 from clrun.running import checkpoint
 from clrun.running.run import run_config
+
+THREADS = f"hardware.threads={os.environ['CLRUN_TEST_THREADS']}"
 
 
 def member(file: Path) -> dict[str, Any]:
@@ -50,16 +53,18 @@ def configuration(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 @cache
 def quiet(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the configuration of a run that prints and draws nothing unless told otherwise, on one thread.
+    """Return the configuration of a run that prints and draws nothing unless told otherwise.
+
+    It uses the number of threads of the tests (CLRUN_TEST_THREADS).
 
     The backbone is the small CNN unless another or an experiment is named.
     """
     small = () if any(o.startswith(("backbone=", "experiment=")) for o in overrides) else ("backbone=cnn",)
-    return configuration("job.progress=false", "job.picture=false", "hardware.threads=1", *small, *overrides)
+    return configuration("job.progress=false", "job.picture=false", THREADS, *small, *overrides)
 
 
 def run(out: Path, *overrides: str) -> float:
-    """Run a configuration in `out`, quietly unless told otherwise, on one thread."""
+    """Run a configuration in `out`, quietly unless told otherwise."""
     config, choices = quiet(*overrides)
     return run_config(config, out, job=JobInfo(None, 1, choices, False, list(overrides), {}))
 

