@@ -79,7 +79,7 @@ def child(name: str, tasks: int, out: Path) -> None:
     from clrun import cli
     from clrun.running.engine import Engine
     from clrun.running.evaluation import Evaluation
-    from clrun.running.run import Recorder
+    from clrun.running.recorder import Recorder
 
     clock = Clock()
     clock.watch(Engine, "train", "train")

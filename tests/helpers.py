@@ -170,7 +170,10 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 
 class Recorder:
-    """A journal that keeps what happens, calls `after` when a task ends and stops the life after `until` tasks."""
+    """Stands for the recorder of a run: keeps what the engine reports.
+
+    It calls `after` when a task ends and stops the engine after `until` tasks.
+    """
 
     def __init__(self, after: Callable[[Task, Method, Life], None] | None, until: int | None) -> None:
         self.after, self.until = after, until

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from clrun.system.errors import ConfigError, PositiveInt
 
+When = Literal["none", "final", "each_task"]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -17,7 +19,9 @@ class Job:
         progress: bars and lines on the terminal.
         picture: draw accuracy_matrix.png.
         save_model: write the final weights as safetensors.
-        save_predictions: write the final prediction of every test sample.
+        save_predictions: write the prediction for every evaluated row to predictions.csv: never, after the last task,
+            or after each task for all tasks learned so far. `clrun.running.predictions` describes the file.
+        save_logits: the same for logits, in the files logits/after_N.npz (N tasks learned).
         feature_cache: folder for the features of frozen backbones; true is the default one, false keeps none.
         mode: run; or dry_run, print what the run would do; or preview, draw the data. The latter train nothing.
         eval_initial: evaluate the untrained learner and unseen tasks (domain-incremental only).
@@ -39,7 +43,8 @@ class Job:
     progress: bool
     picture: bool
     save_model: bool
-    save_predictions: bool
+    save_predictions: When
+    save_logits: When
     feature_cache: bool | str
     mode: Literal["run", "dry_run", "preview"]
     eval_initial: bool

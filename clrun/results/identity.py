@@ -23,6 +23,7 @@ OUTSIDE_HASH = (
     "job.picture",
     "job.save_model",
     "job.save_predictions",
+    "job.save_logits",
     "job.feature_cache",
 )
 CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)

@@ -8,8 +8,8 @@ Columns of accuracy.csv: `step` (optimizer steps so far), `position` (tasks lear
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,7 @@ import yaml
 
 from clrun.results.metrics import AccuracyMatrix, Row
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import append, csv_text, json_text, locked, replacing, writing
+from clrun.system.files import append, csv_text, json_text, locked, missing_folders, remove_empty, replacing, writing
 
 SCHEMA = 1
 COLUMNS = (
@@ -54,9 +54,22 @@ class RunFolder:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder for this process while the block runs (see `clrun.system.files.locked`)."""
-        return locked(self.path / "lock")
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and hold it for this process while the block runs (see `clrun.system.files.locked`).
+
+        Folders that were made for this and are empty at the end are removed.
+
+        Raises:
+            ConfigError: another living process holds the folder, or it cannot be written.
+        """
+        missing = missing_folders(self.path)
+        self.create()
+        try:
+            with locked(self.path / "lock"):
+                yield
+        finally:
+            remove_empty(missing)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml: the resolved configuration, plain types."""

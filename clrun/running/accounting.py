@@ -11,16 +11,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clrun.learning.method import Method
 from clrun.system.hardware import Hardware
 
 
-def parameter_counts(*modules: nn.Module) -> dict[str, int]:
-    """Return the numbers of parameters of `modules` together, shared ones once: total, and trainable."""
-    unique = {id(p): p for module in modules for p in module.parameters()}.values()
+def parameter_counts(*modules: nn.Module, frozen: nn.Module | None = None) -> dict[str, int]:
+    """Return the numbers of parameters of `modules` together: "total" and "trainable".
+
+    Args:
+        modules: a parameter that several of them have in common counts once.
+        frozen: a module whose parameters count as not trainable, whatever their `requires_grad`.
+    """
+    unique = {id(p): p for module in modules for p in module.parameters()}
+    fixed = set() if frozen is None else {id(p) for p in frozen.parameters()}
     return {
-        "total": sum(p.numel() for p in unique),
-        "trainable": sum(p.numel() for p in unique if p.requires_grad),
+        "total": sum(p.numel() for p in unique.values()),
+        "trainable": sum(p.numel() for key, p in unique.items() if p.requires_grad and key not in fixed),
     }
+
+
+def learner_parameters(method: Method, backbone: nn.Module) -> dict[str, int]:
+    """Return the parameter counts of a learner, its backbone included.
+
+    Args:
+        method: the learner. One that reads features of the frozen backbone may not hold that backbone; its parameters
+            are counted all the same, as not trainable.
+        backbone: the backbone as loaded.
+    """
+    if method.uses_frozen_features:
+        return parameter_counts(backbone, method, frozen=backbone)
+    return parameter_counts(method)
 
 
 def token_count(backbone: nn.Module) -> int | None:
@@ -77,7 +97,7 @@ def _tensors(value: Any, visited: set[int]) -> Iterable[Tensor]:
 
 
 def forward_flops(module: nn.Module, x: Tensor, *arguments: Any) -> int | None:
-    """Return the FLOPs (2 a multiply-add) of one forward pass of `x` [1, ...], or None when they cannot be counted.
+    """Return the FLOPs (2 per multiply-add) of one forward pass of `x` [1, ...], or None when they cannot be counted.
 
     Counts what torch.utils.flop_counter knows: matrix products, convolutions, attention.
     """

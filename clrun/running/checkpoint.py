@@ -27,7 +27,12 @@ from clrun.system.files import replacing
 from clrun.system.hardware import Hardware
 
 SCHEMA = 1
+UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what Python raises for a lambda, an open file, ...
 KEEP = "keep tensors, numbers, lists, dicts, batches and classes of the method's own module, or set job.resume=false"
+
+
+class Unstorable(ConfigError):
+    """The method holds something that cannot be pickled, so that no checkpoint can be written."""
 
 
 @dataclass
@@ -73,15 +78,19 @@ def save(
         backbone: digests of the backbone as loaded (`fingerprints`).
         hardware: the processes; each has its own method.
         flush: wait until the disk has it: only then does it survive a loss of power.
-        known: the `parts` of the method as it was built: see whether they are enough to read it back.
+        known: the `parts` of the method as it was built; check that they are enough to read it back. None does not.
 
     Raises:
-        ConfigError: the disk is full or the folder unwritable; an earlier checkpoint is untouched. The method keeps
-            what could not be read back.
+        Unstorable: the method cannot be pickled.
+        ConfigError: the disk is full or the folder unwritable; or the method could not be read back. An earlier
+            checkpoint is untouched.
     """
     buffer = io.BytesIO()
     with _by_reference(method, backbone) as referenced:
-        torch.save(method, buffer)
+        try:
+            torch.save(method, buffer)
+        except UNPICKLABLE as error:
+            raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
     if known is not None:
         try:
             _unpickled(buffer.getvalue(), known)
@@ -183,13 +192,13 @@ def parts(method: Method) -> list[Any]:
     """Return the classes and functions a checkpoint of `method` may name.
 
     Raises:
-        ConfigError: it cannot be pickled.
+        Unstorable: it cannot be pickled.
     """
     collector = _Collector()
     try:
         collector.dump(method)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:  # Python's own words for a lambda, a file, ...
-        raise ConfigError(f"method: cannot be stored in a checkpoint ({error}); {KEEP}") from None
+    except UNPICKLABLE as error:
+        raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
     found = list(collector.seen.values())
     homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)} | {"clrun.data.split"}
     ours = ("clrun.blocks.", "clrun.learning.")

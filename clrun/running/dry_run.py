@@ -4,32 +4,33 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from clrun.config.job import Job, JobInfo
+from clrun.config.job import JobInfo
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.learning.training import fit
-from clrun.running.accounting import forward_flops, parameter_counts
-from clrun.running.build import Built, build, make
+from clrun.running.accounting import forward_flops, learner_parameters
+from clrun.running.build import Built, build
 from clrun.running.evaluation import Evaluation
+from clrun.running.parts import Parts
 from clrun.system.hardware import Hardware
 
 REPEATS = 5
 
 
-def dry_run(config: Mapping[str, Any], job: JobInfo) -> float:
+def dry_run(parts: Parts, job: JobInfo) -> float:
     """Print tasks, classes, parameters, FLOPs and an estimated time; write nothing and return NaN.
 
     The estimate times a few steps and evaluation batches of a copy of the method that is thrown away. It knows
     nothing of what a method does outside of its main fit (consolidation, further phases).
     """
-    hardware: Hardware = make(config["hardware"], Hardware)
+    hardware = parts.hardware
     hardware.setup(job=job.number or 0, parallel=job.parallel)
-    built = build(config, hardware, features=False)
+    built = build(parts, features=False)
     stream = built.stream
-    print(f"{config['name']}: {len(stream.tasks)} tasks, {stream.num_classes} classes, setting {stream.setting}")
+    print(f"{parts.name}: {len(stream.tasks)} tasks, {stream.num_classes} classes, setting {stream.setting}")
     for task in stream.tasks:
         names = ", ".join(stream.class_names[c] if stream.class_names else str(c) for c in task.classes.tolist()[:12])
         more = ", ..." if len(task.classes) > 12 else ""
@@ -37,22 +38,23 @@ def dry_run(config: Mapping[str, Any], job: JobInfo) -> float:
             f"  {task.index + 1:3d}. task {task.id} {task.name}: {len(task.train)} train, {len(task.test)} test", end=""
         )
         print(f", classes {names}{more}")
-    counts = parameter_counts(built.backbone, built.method)
+    counts = learner_parameters(built.method, built.backbone)
     image = next(built.images.tasks[0].test.batches(1)).x
     flops = forward_flops(built.backbone, image)
     print(f"input: {built.input}")
     print(f"parameters: {counts['total']:,} ({counts['trainable']:,} trainable)")
-    print("forward FLOPs an image: " + ("not known" if flops is None else f"{flops:,}"))
-    print(f"estimated time: {_duration(_estimate(config, built, hardware))} on {hardware.device}")
+    print("forward FLOPs per image: " + ("not known" if flops is None else f"{flops:,}"))
+    print(f"estimated time: {_duration(_estimate(parts, built))} on {hardware.device}")
     return math.nan
 
 
-def _estimate(config: Mapping[str, Any], built: Built, hardware: Hardware) -> float:
+def _estimate(parts: Parts, built: Built) -> float:
     """Return the estimated seconds of the run."""
-    evaluation = Evaluation(hardware, config["job"]["eval_split"], config["job"]["eval_batch_size"], None)
+    hardware, job = parts.hardware, parts.job
+    evaluation = Evaluation(hardware, job.eval_split, job.eval_batch_size, job.max_eval_rows)
     method: Method = copy.deepcopy(built.method).to(hardware.device)
     tasks = built.stream.tasks
-    ctx = Context(built.stream, tasks[0], built.budget, hardware, config["seed"], max_steps=REPEATS)
+    ctx = Context(built.stream, tasks[0], built.budget, hardware, parts.seed, max_steps=REPEATS)
     method.begin_task(tasks[0], ctx)
     method.to(hardware.device)
     rows = len(evaluation.rows(tasks[0]))
@@ -60,8 +62,8 @@ def _estimate(config: Mapping[str, Any], built: Built, hardware: Hardware) -> fl
     evaluations = sum((len(tasks) - task.index) * len(evaluation.rows(task)) for task in tasks) * per_row
     if method.uses_frozen_features:  # every image once, unless its features are cached; the rest hardly counts
         return sum(len(task.train) + len(evaluation.rows(task)) for task in tasks) * per_row
-    limit = config["job"]["max_steps"] or math.inf
-    tuning = make(config["job"], Job).tuning
+    limit = job.max_steps or math.inf
+    tuning: Any = job.tuning
     times = [1 if tuning is None else tuning.trainings(method, task) for task in tasks]
     steps = sum(n * min(limit, built.budget.total_steps(len(task.train))) for n, task in zip(times, tasks, strict=True))
     fit(method, tasks[0].train, ctx)

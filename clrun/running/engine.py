@@ -13,27 +13,9 @@ from clrun.learning.method import Method
 from clrun.running.accounting import PeakMemory, parameter_counts, state_bytes
 from clrun.running.checkpoint import Life
 from clrun.running.evaluation import Evaluation, Row
+from clrun.running.recorder import Recorder
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
-
-
-class Journal(Protocol):
-    """Where the engine reports to."""
-
-    def begin_task(self, task: Task) -> None:
-        """Note that `task` begins."""
-
-    def step(self, progress: Progress) -> None:
-        """Note an optimizer step."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Record numbers of training."""
-
-    def rows(self, rows: list[Row]) -> None:
-        """Record lines of accuracy.csv."""
-
-    def end_task(self, task: Task, method: Method, life: Life) -> None:
-        """Note that `task` is learned and evaluated; the checkpoint is written here."""
 
 
 class Tuning(Protocol):
@@ -53,7 +35,7 @@ class Engine:
         hardware: what to compute on.
         seed: seed of the run.
         evaluation: how to evaluate.
-        journal: where to report to.
+        recorder: where to report to.
         eval_initial: evaluate the untrained learner, and each task before it is learned (domain-incremental only:
             elsewhere the classes of an unseen task do not compete yet).
         eval_every: evaluate every so many optimizer steps too; None does not.
@@ -67,7 +49,7 @@ class Engine:
     hardware: Hardware
     seed: int
     evaluation: Evaluation
-    journal: Journal
+    recorder: Recorder
     eval_initial: bool = False
     eval_every: int | None = None
     max_steps: int | None = None
@@ -83,7 +65,7 @@ class Engine:
             method.backbone.compile()
         memory = PeakMemory(self.hardware)
         for task in self.stream.tasks[self.life.learned :]:
-            self.journal.begin_task(task)
+            self.recorder.begin_task(task)
             memory.reset()
             search: dict[str, Any] = {}
             if self.tuning is None:
@@ -109,7 +91,7 @@ class Engine:
                     **search,
                 }
             )
-            self.journal.end_task(task, method, self.life)
+            self.recorder.end_task(task, method, self.life)
         return method
 
     def _images(self, task: Task, steps: int) -> int:
@@ -147,12 +129,12 @@ class Engine:
 
         def on_step(progress: Progress) -> None:
             self.life.steps += 1
-            self.journal.step(progress)
+            self.recorder.step(progress)
             if self.eval_every and self.life.steps % self.eval_every == 0:
                 self._evaluating += self._timed(lambda: self._evaluate_during(method, task))
 
         def log(record: Any) -> None:
-            self.journal.log({"task": task.id, "position": task.index, **record})
+            self.recorder.log({"task": task.id, "position": task.index, **record})
 
         return Context(
             self.stream, task, self.budget, self.hardware, self.seed, log=log, on_step=on_step, max_steps=self.max_steps
@@ -168,10 +150,10 @@ class Engine:
         self._record(self.evaluation(method, self.stream, task.index, candidates=task.index + 1), "during")
 
     def _record(self, rows: list[Row], phase: str) -> None:
-        """Keep rows for the checkpoint and hand them to the journal."""
+        """Keep rows for the checkpoint and hand them to the recorder."""
         rows = [{"step": self.life.steps, **row, "phase": phase} for row in rows]
         self.life.rows += rows
-        self.journal.rows(rows)
+        self.recorder.rows(rows)
 
     def _timed(self, work: Callable[[], Any]) -> float:
         """Call `work` and return its wall time in seconds, finished work of the device included."""

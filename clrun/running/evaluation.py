@@ -156,19 +156,35 @@ class Evaluation:
         """Return [S, T, C] bool: the classes that compete for a sample of each task in each setting."""
         return torch.stack([stream.candidates(candidates, s) for s in settings]).to(self.hardware.device)
 
-    def predictions(self, method: Method, stream: Stream) -> Iterator[Row]:
-        """Yield, for every row of every learned task, its task, row, label and the prediction in each setting."""
+    def predictions(self, method: Method, stream: Stream, learned: int) -> tuple[list[Row], Tensor]:
+        """Return the predictions of this process's rows of the learned tasks, and their logits [n, C] float32 (CPU).
+
+        Args:
+            method: put into eval mode; its mode is restored.
+            stream: the stream.
+            learned: tasks learned so far; their classes compete and their rows are read.
+
+        Returns:
+            One mapping per row with `position` (= `learned`), `task` (id), `row` (number within the task), `label`, and
+            the predicted class in each setting; and the logits in the same order.
+        """
+        training = method.training
         method.eval()
         settings = self.settings(method, stream)
-        masks = self._masks(stream, settings, len(stream.tasks))
+        masks = self._masks(stream, settings, learned)
+        rows: list[Row] = []
+        outputs = []
         with torch.inference_mode():
-            for task in stream.tasks:
-                row = 0
+            for task in stream.tasks[:learned]:
+                first = len(rows)
                 for logits, y in self.logits(method, task):
+                    outputs.append(logits.cpu())
                     choices = logits.masked_fill(~masks[:, task.index, None], float("-inf")).argmax(dim=2)
                     for label, *chosen in zip(y.tolist(), *choices.tolist(), strict=True):
-                        yield {"task": task.id, "row": row, "label": label, **dict(zip(settings, chosen, strict=True))}
-                        row += 1
+                        row: Row = {"position": learned, "task": task.id, "row": len(rows) - first, "label": label}
+                        rows.append(row | dict(zip(settings, chosen, strict=True)))
+        method.train(training)
+        return rows, torch.cat(outputs) if outputs else torch.empty(0, stream.num_classes)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

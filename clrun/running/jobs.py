@@ -24,7 +24,7 @@ from clrun.config.check import check
 from clrun.config.compose import Composer, folder_of, plain_config, without_hydra
 from clrun.config.job import JobInfo
 from clrun.system.errors import ConfigError, one_line
-from clrun.system.files import writing
+from clrun.system.files import missing_folders, remove_empty, writing
 from clrun.system.processes import core_count, torchrun_rank
 
 JOBS_STARTED = "CLRUN_JOBS_STARTED"  # tells the jobs of a parallel launcher how many were started together
@@ -158,7 +158,7 @@ def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
         HydraConfig.instance().set_config(cfg)
         task(without_hydra(cfg))
         return out
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    missing = missing_folders(out)
     callbacks = Callbacks(cfg)
     context = HydraContext(config_loader=composer.hydra.config_loader, callbacks=callbacks)
     callbacks.on_run_start(config=cfg, config_name=composer.name)
@@ -166,20 +166,11 @@ def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
         with writing(out):  # errors of the run itself come in `done`
             done = run_job(task, cfg, "hydra.run.dir", None, context)
     finally:
-        _remove_empty(missing)
+        remove_empty(missing)
     callbacks.on_run_end(config=cfg, config_name=composer.name, job_return=done)
     if done.status is JobStatus.FAILED:
         raise done._return_value
     return out
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, innermost first, until one holds something."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
 
 
 class _Composed:
@@ -205,8 +196,8 @@ class _Composed:
         return found
 
 
-class _Recorder(Launcher):
-    """Launches through another launcher and keeps the failed jobs to itself: no sweeper stops at one."""
+class _FailureCollector(Launcher):
+    """Launches through another launcher and collects the failed jobs, so that no sweeper stops at one."""
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
@@ -232,7 +223,7 @@ def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> 
     callbacks = Callbacks(cfg)
     sweeper = _checked_sweeper(composer, cfg, callbacks, show)
     HydraConfig.instance().set_config(cfg)
-    recorder = sweeper.launcher = _Recorder(sweeper.launcher)
+    collector = sweeper.launcher = _FailureCollector(sweeper.launcher)
     callbacks.on_multirun_start(config=cfg, config_name=composer.name)
     try:
         with writing(folder):
@@ -240,7 +231,7 @@ def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> 
     finally:
         _refresh(folder, show)
     callbacks.on_multirun_end(config=cfg, config_name=composer.name)
-    return Outcome(folder.absolute(), tuple(map(_failure, recorder.failed)))
+    return Outcome(folder.absolute(), tuple(map(_failure, collector.failed)))
 
 
 def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, show: Callable[[str], None]) -> Any:
@@ -301,7 +292,7 @@ def _refresh(folder: Path, show: Callable[[str], None]) -> None:
 def _failure(job: JobReturn) -> str:
     """Return one line on a failed job; its folder is removed when the job has left nothing there."""
     error, folder = job._return_value, Path(job.hydra_cfg.hydra.runtime.output_dir)  # type: ignore[union-attr]
-    _remove_empty([folder])
+    remove_empty([folder])
     mistake = isinstance(error, ConfigError)
     what = one_line(error) if mistake else f"{type(error).__name__}: {one_line(error)}"
     log = folder / "clrun.log"

@@ -1,9 +1,10 @@
-"""`job=preview`: a picture of the data that a run would learn, without training and without pre-trained weights."""
+"""`job=preview`: a picture of the data that a run would learn, without training.
+
+Pre-trained weights are loaded only where the task order depends on them (`task_order=edge`).
+"""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,10 @@ from clrun.data.stream import Stream, Task
 from clrun.data.transforms import ImageTransform
 from clrun.reporting.samples import Band, Pixels, draw_samples
 from clrun.reporting.tables import SETTINGS
-from clrun.running.build import build_images, make
+from clrun.running.build import build_images, order_reads_backbone
+from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError
 from clrun.system.files import writing
-from clrun.system.hardware import Hardware
 from clrun.system.seeding import generator
 
 FILE = "preview.png"
@@ -25,30 +26,29 @@ SAMPLES, FEWER, MANY = 8, 6, 12  # samples of each task; fewer of them beyond so
 NAMES = 40  # class names of a task that are listed
 
 
-def preview(config: Mapping[str, Any], out: Path, job: JobInfo) -> float:
+def preview(parts: Parts, out: Path, job: JobInfo) -> float:
     """Draw training samples of every task in order into `preview.png` and return NaN.
 
     They are shown as the network sees them, and once more as augmented for training where that is different, in
     pixels: the normalisation is undone.
 
     Args:
-        config: resolved and checked.
+        parts: of the configuration.
         out: the folder to write the picture into; made when needed.
         job: how the run was started.
 
     Raises:
         ConfigError: the data set has no images, or the picture cannot be written.
     """
-    hardware: Hardware = make(config["hardware"], Hardware)
-    hardware.setup(job=job.number or 0, parallel=job.parallel)
-    random = {key: value for key, value in (("pretrained", False), ("weights", None)) if key in config["backbone"]}
-    _, stream, text = build_images({**config, "backbone": {**config["backbone"], **random}}, None)
+    parts.hardware.setup(job=job.number or 0, parallel=job.parallel)
+    needed = order_reads_backbone(parts)  # then the order is the run's only with the run's backbone on its device
+    _, stream, text = build_images(parts, place=needed, pretrained=needed)
     if not isinstance(stream.transform, ImageTransform):
-        raise ConfigError(f"job=preview: the rows of {config['name']} are no images")
+        raise ConfigError(f"job=preview: the rows of {parts.name} are no images")
     slots = SAMPLES if len(stream.tasks) <= MANY else FEWER
-    bands = [_band(stream, task, slots, config["seed"]) for task in stream.tasks]
+    bands = [_band(stream, task, slots, parts.seed) for task in stream.tasks]
     order = " ".join(map(str, stream.order))
-    title = f"{config['name']}: {len(stream.tasks)} tasks, {SETTINGS[stream.setting]}, order {order}"
+    title = f"{parts.name}: {len(stream.tasks)} tasks, {SETTINGS[stream.setting]}, order {order}"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     draw_samples(title, text, bands, out / FILE)

@@ -6,7 +6,7 @@ order_search.json is its path: every order tried, its accuracy, what it was made
 import math
 import shlex
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,23 @@ from clrun.reporting.groups import below
 from clrun.reporting.searches import RECORD, SCHEMA, read
 from clrun.results.identity import config_hash, flatten
 from clrun.results.records import RunFolder
-from clrun.running.build import make
+from clrun.running.build import build_stream
+from clrun.running.parts import Config, Parts, options_of
 from clrun.system.errors import ConfigError
 from clrun.system.files import json_text, replacing
 from clrun.system.processes import under_torchrun
 
-Config = Mapping[str, Any]
-RunOrder = Callable[[Config, Path, JobInfo], float]
+RunOrder = Callable[[Parts, Path, JobInfo], float]
 HIDDEN = ("task_order.budget",)  # may change when a search goes on
 
 
-def search_worst_order(config: Config, out: Path, job: JobInfo, *, run: RunOrder) -> float:
+def search_worst_order(parts: Parts, out: Path, job: JobInfo, *, run: RunOrder) -> float:
     """Search in the folder `out`, or go on with what is there; write the record, then tables and report.html.
 
     A run that fails has no accuracy, and the search goes on without it; when the first one fails, it ends.
 
     Args:
-        config: resolved and checked; its task_order is `clrun.data.order_search.adversarial`.
+        parts: of the configuration; its task order is `clrun.data.order_search.adversarial`.
         out: the folder of the search.
         job: how it was started.
         run: runs one configuration in one folder and returns its final average accuracy.
@@ -53,21 +53,20 @@ def search_worst_order(config: Config, out: Path, job: JobInfo, *, run: RunOrder
     """
     if under_torchrun():
         raise ConfigError("task_order=adversarial: runs many runs; use hardware.processes instead of torchrun")
-    if config["job"]["max_tasks"] is not None:
+    if parts.job.max_tasks is not None:
         raise ConfigError("job.max_tasks: orders would differ in the tasks that are learned; set it to null")
-    stream: Stream = make(config["scenario"])(make(config["dataset"]), canonical, Plain())
+    stream = build_stream(parts, parts.load_dataset(), canonical, Plain())
     folder = RunFolder(out)
-    stored = read(out / RECORD) if config["job"]["resume"] and (out / RECORD).exists() else None
-    if stored is not None and stored["config_hash"] != _hash(config, HIDDEN):
+    stored = read(out / RECORD) if parts.job.resume and (out / RECORD).exists() else None
+    if stored is not None and stored["config_hash"] != _hash(parts.config, HIDDEN):
         raise ConfigError(f"{out}: holds a search with another configuration; choose another hydra.run.dir")
-    folder.create()
     with folder.locked():
-        searcher = _Searcher(config, out, job, stream, run)
+        searcher = _Searcher(parts, out, job, stream, run)
         try:
             searcher.search(stored)
         finally:
             text = refresh(out).text
-    if config["job"]["progress"]:
+    if parts.job.progress:
         print(f"\n{text}\n\nresults: {out}")
     if searcher.error is not None:
         raise searcher.error
@@ -77,9 +76,9 @@ def search_worst_order(config: Config, out: Path, job: JobInfo, *, run: RunOrder
 class _Searcher:
     """Drives the search and keeps its record."""
 
-    def __init__(self, config: Config, out: Path, job: JobInfo, stream: Stream, run: RunOrder) -> None:
-        self.config, self.out, self.job, self.run, self.setting = config, out, job, run, stream.setting
-        self.options: Config = config["task_order"]
+    def __init__(self, parts: Parts, out: Path, job: JobInfo, stream: Stream, run: RunOrder) -> None:
+        self.parts, self.out, self.job, self.run, self.setting = parts, out, job, run, stream.setting
+        self.options = options_of(parts.task_order)
         self.numbers: dict[Order, int] = {}
         self.error: Exception | None = None
         self.state = OrderSearch(
@@ -87,13 +86,13 @@ class _Searcher:
         )
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
-            "name": config["name"],
+            "name": parts.name,
             "choices": job.choices,
-            "config_hash": _hash(config, HIDDEN),
+            "config_hash": _hash(parts.config, HIDDEN),
             "command": shlex.join(["clrun", *job.overrides]),
             "again": self._again(),
             "setting": self.setting,
-            "seed": config["seed"],
+            "seed": parts.seed,
             "n_tasks": len(stream.tasks),
             "budget": self.options["budget"],
             "started": 0,
@@ -125,12 +124,13 @@ class _Searcher:
         tasks = list(proposal.order)
         folder = self.out / "orders" / slug([f"tasks={tasks}"])
         order = {"_target_": "clrun.data.orders.listed", "_partial_": True, "tasks": tasks}
-        config = {**self.config, "task_order": order, "job": {**self.config["job"], "progress": False}}
+        whole = self.parts.config
+        parts = Parts({**whole, "task_order": order, "job": {**whole["job"], "progress": False}})
         overrides = [o for o in self.job.overrides if not o.startswith("task_order")]
         overrides += ["task_order=listed", f"task_order.tasks=[{','.join(map(str, tasks))}]"]
         status, accuracy = "completed", math.nan
         try:
-            accuracy = _tied(self.run(config, folder, replace(self.job, overrides=overrides, hydra={})))
+            accuracy = _tied(self.run(parts, folder, replace(self.job, overrides=overrides, hydra={})))
         except ConfigError:
             raise
         except Exception as error:
@@ -176,7 +176,7 @@ class _Searcher:
 
     def _known(self) -> list[dict[str, Any]]:
         """Return finished runs of the same configuration in any order, the first of equals, as trials."""
-        own, found = _hash(self.config, ("task_order",)), dict[Order, dict[str, Any]]()
+        own, found = _hash(self.parts.config, ("task_order",)), dict[Order, dict[str, Any]]()
         runs = collect([Path(folder) for folder in self.options["reuse"]])[0]
         for run in sorted(runs, key=lambda one: str(one.folder)):
             accuracy = run.metrics.get(self.setting, {}).get("average_accuracy")
@@ -196,7 +196,7 @@ class _Searcher:
         return shlex.join(["clrun", "-m", *words, "seed=range(1,6)", "task_order=listed"])
 
     def _say(self, line: str) -> None:
-        if self.config["job"]["progress"]:
+        if self.parts.job.progress:
             print(line, flush=True)
 
 

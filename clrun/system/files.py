@@ -35,6 +35,20 @@ def cache_folder(kind: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clrun" / kind
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """Return the folder `path` and its parents as far as they do not exist, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, until one holds something."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an operating system's refusal to write `path` (disk full, no permission) into a `ConfigError`."""

@@ -19,9 +19,9 @@ from clrun.data.split import Batch
 from clrun.learning.context import Context
 from clrun.methods.finetune import Finetune
 from clrun.running import checkpoint
-from clrun.running.build import build, make
+from clrun.running.build import build
+from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError
-from clrun.system.hardware import Hardware
 
 OPTIONS = ("method=ewc", "job.max_tasks=2", "budget.epochs=1", "job.max_steps=2", "job.keep_checkpoint=true")
 
@@ -134,9 +134,10 @@ def test_a_damaged_checkpoint_is_refused(stopped: Path) -> None:
 
 def test_what_is_saved_is_what_is_loaded(stopped: Path) -> None:
     config, _ = quiet(*OPTIONS)
-    hardware: Hardware = make(config["hardware"])
+    parts = Parts(config)
+    hardware = parts.hardware
     hardware.setup()
-    fresh = build(config, hardware).method
+    fresh = build(parts).method
     key = torch.load(stopped / "checkpoint.pt", weights_only=True)["config_hash"]
     method, life = checkpoint.load(stopped / "checkpoint.pt", fresh, config_hash=key, hardware=hardware)
     assert life.learned == 1
@@ -151,9 +152,10 @@ def test_what_is_saved_is_what_is_loaded(stopped: Path) -> None:
 
 def test_unchanged_backbone_weights_are_stored_by_reference(tmp_path: Path) -> None:
     config, _ = quiet(*OPTIONS, "backbone=mlp", "backbone.hidden=[512,512]")
-    hardware: Hardware = make(config["hardware"])
+    parts = Parts(config)
+    hardware = parts.hardware
     hardware.setup()
-    built = build(config, hardware)
+    built = build(parts)
     whole = checkpoint.fingerprints(built.method.backbone)
     sizes = {}
     for name, known in (("full", {}), ("referenced", whole)):
@@ -162,7 +164,7 @@ def test_unchanged_backbone_weights_are_stored_by_reference(tmp_path: Path) -> N
         sizes[name] = path.stat().st_size
     assert sizes["full"] > 4 * 512 * 512
     assert sizes["referenced"] < sizes["full"] / 10
-    fresh = build(config, hardware).method
+    fresh = build(parts).method
     loaded, _ = checkpoint.load(tmp_path / "referenced.pt", fresh, config_hash="h", hardware=hardware)
     assert checkpoint.fingerprints(loaded.backbone) == whole
     with torch.no_grad():

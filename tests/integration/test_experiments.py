@@ -21,7 +21,7 @@ from clrun.data.reading.options import Reading
 from clrun.data.reading.sequence import sequence
 from clrun.data.split import Plain
 from clrun.data.stream import Dataset, Stream
-from clrun.running.build import make
+from clrun.running.parts import make
 from clrun.running.run import run_config
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))

@@ -14,8 +14,8 @@ from clrun.blocks.logme import logme
 from clrun.blocks.statistics import ClassStats
 from clrun.cli import main
 from clrun.data.features import frozen_features
-from clrun.running.build import build_images, make
-from clrun.system.hardware import Hardware
+from clrun.running.build import build_images
+from clrun.running.parts import Parts
 from clrun.system.seeding import seed_all
 
 QUIET = ("job.progress=false", "job.picture=false", "hardware.threads=1")
@@ -43,7 +43,7 @@ def stored(out: Path) -> dict:
 @pytest.mark.parametrize("scenario", ["class_split", "domain_shift"])
 def test_cached_and_live_features_give_the_same_run(scenario: str, tmp_path: Path) -> None:
     options = ("method=linear_probe", "backbone=mlp", f"scenario={scenario}", "scenario.n_tasks=3", "budget.epochs=1")
-    options += ("job.save_predictions=true",)
+    options += ("job.save_predictions=final",)
     ways = {"cold": f"'{tmp_path / 'cache'}'", "warm": f"'{tmp_path / 'cache'}'", "live": "false"}
     for name, way in ways.items():
         run(tmp_path / name, *options, f"job.feature_cache={way}")
@@ -86,9 +86,10 @@ def test_logme_ranks_backbones(command, tmp_path: Path) -> None:
         record = stored(path.parent)
         name = record["choices"]["backbone"]
         scores[name] = record["logme"]
-        hardware: Hardware = make(record["config"]["hardware"])
+        parts = Parts(record["config"])
+        hardware = parts.hardware
         hardware.setup()
-        backbone, images, _ = build_images(record["config"], hardware)
+        backbone, images, _ = build_images(parts)
         stream, _ = frozen_features(images, backbone, hardware)
         parts = {str(task.id): next(task.train.batches(10_000)) for task in stream.tasks}
         everything = [torch.cat([getattr(part, key) for part in parts.values()]) for key in ("x", "y")]

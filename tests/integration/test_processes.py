@@ -13,9 +13,9 @@ import torch
 from running import THREADS, cells, quiet, run
 from safetensors.torch import load_file
 
-from clrun.running.build import make
+from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError, NumericalError
-from clrun.system.hardware import Hardware, launch
+from clrun.system.hardware import launch
 
 OPTIONS = ("hardware=cpu", "job.max_tasks=2", "budget.epochs=1", "budget.batch_size=50", "job.save_model=true")
 
@@ -169,12 +169,12 @@ def test_hardware_that_is_not_here() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     config, _ = quiet("hardware=gpu")
-    hardware: Hardware = make(config["hardware"])
+    hardware = Parts(config).hardware
     with pytest.raises(ConfigError, match=r"hardware\.device=cuda: torch sees no GPU"):
         hardware.setup()
     config, _ = quiet("hardware.precision=tf32")
     with pytest.raises(ConfigError, match=r"hardware\.precision=tf32 needs a GPU"):
-        make(config["hardware"]).setup()
+        Parts(config).hardware.setup()
 
 
 def test_switches_do_not_leak_into_the_next_job(tmp_path: Path) -> None:

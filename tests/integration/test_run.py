@@ -35,7 +35,7 @@ def test_the_default_run_learns(tmp_path: Path) -> None:
 
 def test_files_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    value = run(out, "method=ewc", "task_order=reverse", "job.picture=true", "job.save_predictions=true", *SHORT)
+    value = run(out, "method=ewc", "task_order=reverse", "job.picture=true", "job.save_predictions=final", *SHORT)
     names = {"config.yaml", "run.json", "accuracy.csv", "metrics.jsonl", "clrun.log", "accuracy_matrix.png"}
     assert {p.name for p in out.iterdir()} == names | {"predictions.csv"}
     stored = json.loads((out / "run.json").read_text())

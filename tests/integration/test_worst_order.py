@@ -12,6 +12,7 @@ from clrun.cli import main
 from clrun.config.job import JobInfo
 from clrun.reporting import report
 from clrun.running.build import build_images
+from clrun.running.parts import Parts
 from clrun.running.run import run_config
 from clrun.running.similarity import task_similarities
 from clrun.system.errors import ConfigError
@@ -31,14 +32,14 @@ def search(out: Path, *overrides: str, stop: int | None = None) -> dict:
         from clrun.running import run as running
         from clrun.running.worst_order import search_worst_order
 
-        def limited(config, folder, job, counts=[0]):  # noqa: B006 - the count lives as long as the search
+        def limited(parts, folder, job, counts=[0]):  # noqa: B006 - the count lives as long as the search
             counts[0] += 1
             if counts[0] == stop:
                 raise KeyboardInterrupt
-            return running._run(config, folder, job)
+            return running._run(parts, folder, job)
 
         with pytest.raises(KeyboardInterrupt):
-            search_worst_order(config, out, job, run=limited)
+            search_worst_order(Parts(config), out, job, run=limited)
     record = json.loads((out / "order_search.json").read_text())
     if stop is None:
         assert value == record["worst"]["accuracy"]
@@ -123,11 +124,11 @@ def test_a_run_that_fails_is_left_out_unless_it_is_the_first(tmp_path, monkeypat
 
     done, whole = [], running._run
 
-    def failing(config, out, job):
+    def failing(parts, out, job):
         done.append(out)
         if len(done) == 2:
             raise FloatingPointError("loss is nan")
-        return whole(config, out, job)
+        return whole(parts, out, job)
 
     monkeypatch.setattr(running, "_run", failing)
     with pytest.raises(FloatingPointError):
@@ -148,7 +149,9 @@ def test_a_hard_and_an_easy_order_are_learned_as_the_features_say(tmp_path):
         run(tmp_path / kind, *shared, f"task_order.kind={kind}", "budget.epochs=1")
         order[kind] = json.loads((tmp_path / kind / "run.json").read_text())["task_order"]
     config, _ = quiet(*shared)
-    backbone, stream, _ = build_images(config | {"task_order": {"_target_": CANONICAL, "_partial_": True}}, None)
+    backbone, stream, _ = build_images(
+        Parts(config | {"task_order": {"_target_": CANONICAL, "_partial_": True}}), place=False
+    )
     table = task_similarities(stream, backbone, "features")
     sums = {kind: sum(table[a, b] for a, b in zip(found, found[1:], strict=False)) for kind, found in order.items()}
     every = [sum(table[a, b] for a, b in zip(o, o[1:], strict=False)) for o in permutations(range(5))]

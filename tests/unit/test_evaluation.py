@@ -64,7 +64,7 @@ def test_accuracy_is_that_of_the_last_task_learned() -> None:
 
 def test_predictions_agree_with_the_counts() -> None:
     evaluation, method, tasks = Evaluation(cpu(), "test", 2, None), Given(Identity(4), 4), stream()
-    rows = list(evaluation.predictions(method, tasks))
+    rows, logits = evaluation.predictions(method, tasks, len(tasks.tasks))
     assert [(r["task"], r["row"], r["label"], r["cil"], r["til"]) for r in rows] == [
         (0, 0, 0, 3, 0),
         (0, 1, 1, 0, 0),

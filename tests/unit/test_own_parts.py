@@ -17,8 +17,9 @@ from clrun.data.reading.options import Reading
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
 from clrun.learning.method import Method
-from clrun.running.build import build_images, preflight
-from clrun.running.run import run_config
+from clrun.running.build import build_images
+from clrun.running.parts import Parts
+from clrun.running.run import preflight, run_config
 from clrun.system.errors import ConfigError
 
 IMAGES, LABELS = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 10
@@ -117,7 +118,7 @@ def config(monkeypatch):
         setattr(module, getattr(part, "__name__", "part"), part)  # where pickle looks for it
         monkeypatch.setitem(sys.modules, "own", module)
         # The real one keeps what it has found once.
-        monkeypatch.setattr("clrun.running.build.locate", lambda name: part if name == "own.part" else locate(name))
+        monkeypatch.setattr("clrun.running.parts.locate", lambda name: part if name == "own.part" else locate(name))
         plain, _ = quiet("job=smoke")
         called = group in ("scenario", "task_order", "backbone", "method")
         partial = {"_partial_": True} if called else {}
@@ -141,7 +142,7 @@ def test_unusable_dataset(part, expected, config):
 @pytest.mark.parametrize(("part", "expected"), BACKBONES.values(), ids=BACKBONES)
 def test_unusable_backbone(part, expected, config):
     with pytest.raises(ConfigError) as error:
-        build_images(config("backbone", part), None)
+        build_images(Parts(config("backbone", part)), place=False)
     assert_line(error, expected)
 
 
@@ -152,7 +153,7 @@ def test_traceback_of_a_loader_is_its_own(config):
 
 
 def test_trying_a_backbone_leaves_it_as_it_is(config):
-    backbone, _, _ = build_images(config("backbone", Right), None)
+    backbone, _, _ = build_images(Parts(config("backbone", Right)), place=False)
     assert backbone.training and backbone.norm.num_batches_tracked == 0
 
 
@@ -164,7 +165,7 @@ def test_order_that_is_none(part, config):
 
 def test_method_that_is_none(config):
     with pytest.raises(ConfigError) as error:
-        build_images(config("method", Net), None)
+        build_images(Parts(config("method", Net)), place=False)
     assert_line(error, "method: own.part is no subclass of clrun.learning.method.Method")
 
 

@@ -204,7 +204,7 @@ def test_grid_best_rate_and_first_task():
         first = next(entry for entry in grid["grid"] if entry["accuracy"] == best)
         assert (grid["lr"], grid["accuracy"]) == (first["lr"], best)
     # The rate is that of the training which is kept.
-    lrs = {r["lr"] for r in run.journal.logged if r.get("trial") == 4 and r["position"] == 0}
+    lrs = {r["lr"] for r in run.recorder.logged if r.get("trial") == 4 and r["position"] == 0}
     assert lrs == {grids[0]["lr"]}
 
 
@@ -217,8 +217,8 @@ def test_a_method_without_knobs_keeps_its_best_training():
     assert [r["plasticity"]["lr"] for r in searches(run)] == [0.05] * 3
     for a, b in zip(states, expected, strict=True):
         assert_same(a, b)
-    assert run.journal.recorded == plain.journal.recorded  # steps of the training that was thrown away do not count
-    assert run.journal.steps == 2 * plain.journal.steps
+    assert run.recorder.recorded == plain.recorder.recorded  # steps of the training that was thrown away do not count
+    assert run.recorder.steps == 2 * plain.recorder.steps
 
 
 def test_repeats_average_over_seeds():
@@ -277,7 +277,7 @@ def test_one_rate_one_attempt_and_no_demand_are_the_plain_run(name):
     plain, expected = lived(method, tasks, None)
     for a, b in zip(states, expected, strict=True):
         assert_same(a, b)
-    assert run.journal.recorded == plain.journal.recorded and run.life.steps == plain.life.steps
+    assert run.recorder.recorded == plain.recorder.recorded and run.life.steps == plain.life.steps
 
 
 def test_tasks_are_evaluated_before_they_are_learned():
@@ -285,8 +285,8 @@ def test_tasks_are_evaluated_before_they_are_learned():
         lived(born(factory("ewc"), stream("dil"))[0], stream("dil"), tuning, eval_initial=True)[0]
         for tuning in (options(drop=1.0, max_attempts=1), None)
     ]
-    assert runs[0].journal.recorded == runs[1].journal.recorded
-    assert [row["position"] for row in runs[0].journal.recorded[:3]] == [0, 0, 0]
+    assert runs[0].recorder.recorded == runs[1].recorder.recorded
+    assert [row["position"] for row in runs[0].recorder.recorded[:3]] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_soft_gates_of_earlier_tasks_outlive_the_decay_of_their_slope():
     method, _ = born(factory("hat", binarise="paper", s_max=50.0), tasks)
     run = engine(tasks, options(max_attempts=2, drop=0.0))
     kept: list[Tensor] = []
-    run.journal.after = lambda task, method, life: kept.append(method.gates(0))
+    run.recorder.after = lambda task, method, life: kept.append(method.gates(0))
     learned = run.run(method)
     assert torch.equal(kept[0], kept[2])
     write(learned, {"s_max": 1.0})

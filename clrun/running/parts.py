@@ -1,0 +1,225 @@
+"""The parts that a configuration names, typed; each node of the configuration is instantiated once per process."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import nn
+
+from clrun.config.job import Job
+from clrun.config.signature import locate
+from clrun.data.split import Split, TensorSplit
+from clrun.data.stream import Dataset
+from clrun.learning.budget import Budget
+from clrun.learning.method import Method
+from clrun.running.loggers import Logger
+from clrun.system.errors import ConfigError
+from clrun.system.hardware import Hardware
+
+Config = Mapping[str, Any]
+
+
+class Parts:
+    """Typed access to a configuration: `parts.job`, `parts.hardware`, `parts.budget` and so on.
+
+    Every part is instantiated when it is first asked for and kept, so that all of a run sees the same object. Pickling
+    stores the plain configuration alone: each process of a run instantiates its own parts.
+
+    Args:
+        config: resolved and checked configuration of plain types.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __reduce__(self) -> tuple[type["Parts"], tuple[Config]]:
+        """Return how to make these parts again in another process."""
+        return Parts, (self.config,)
+
+    def target(self, group: str) -> str:
+        """Return the dotted name of the class or function that the node `group` of the configuration names."""
+        return str(self.config[group]["_target_"])
+
+    # --- what the parts are; each may raise the ConfigError of `make`
+
+    @cached_property
+    def name(self) -> str:
+        """The label of the run."""
+        return str(self.config["name"])
+
+    @cached_property
+    def seed(self) -> int:
+        """The seed of initialisation, shuffling and augmentation."""
+        return int(self.config["seed"])
+
+    @cached_property
+    def job(self) -> Job:
+        """Limits, evaluation cadence and files of the run."""
+        job: Job = make(self.config["job"], Job)
+        return job
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """What this process computes on; `Hardware.setup` must be called before it is used."""
+        hardware: Hardware = make(self.config["hardware"], Hardware)
+        return hardware
+
+    @cached_property
+    def logger(self) -> Logger:
+        """Where the run is shown."""
+        logger: Logger = make(self.config["logger"], Logger)
+        return logger
+
+    @cached_property
+    def budget(self) -> Budget:
+        """What a fit may spend by default."""
+        budget: Budget = make(self.config["budget"], Budget)
+        return budget
+
+    @cached_property
+    def scenario(self) -> Callable[..., Any]:
+        """Cuts a data set into tasks: called with data set, task order and transform, it returns a Stream."""
+        return self._factory("scenario")
+
+    @cached_property
+    def task_order(self) -> Callable[..., Any]:
+        """The order of tasks: called with the number of tasks, returns task ids by position."""
+        return self._factory("task_order")
+
+    @cached_property
+    def backbone_factory(self) -> Callable[..., nn.Module]:
+        """Makes the backbone: called with the shape (C, H, W) of the stored images."""
+        return self._factory("backbone")
+
+    @cached_property
+    def method_factory(self) -> Callable[[nn.Module, int], Method]:
+        """Makes the learner: called with the backbone and the number of classes."""
+        return self._factory("method")
+
+    @cached_property
+    def method_class(self) -> type[Method]:
+        """The class of the learner.
+
+        Raises:
+            ConfigError: the configuration names something else.
+        """
+        found = locate(name := self.target("method"))
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ConfigError(f"method: {name} is no subclass of clrun.learning.method.Method")
+        return found
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the learner reads features of the frozen backbone instead of images."""
+        return self.method_class.reads_features(self.config["method"])
+
+    def load_dataset(self) -> Dataset:
+        """Load the data set; it is not kept, because the stream that is made from it holds its rows.
+
+        The rows of a loader that is not clrun's own are checked.
+
+        Raises:
+            ConfigError: the loader returns something else, or rows that cannot be used.
+        """
+        dataset, name = make(self.config["dataset"]), self.target("dataset")
+        if not isinstance(dataset, Dataset):
+            found = f"{name} returns a {type(dataset).__name__}"
+            raise ConfigError(
+                f"dataset: {found}, not a clrun.data.stream.Dataset, which clrun.data.reading.assemble makes"
+            )
+        if not name.startswith("clrun."):
+            for part, split in (("train", dataset.train), ("test", dataset.test)):
+                if problem := _rows_problem(split, dataset):
+                    raise ConfigError(f"dataset: {name} gives {part} rows with {problem}")
+        return dataset
+
+    def _factory(self, group: str) -> Callable[..., Any]:
+        factory: Callable[..., Any] = make(self.config[group])
+        return factory
+
+    # --- parts that clrun did not write
+
+    @contextmanager
+    def naming_foreign(self) -> Iterator[None]:
+        """Add to an exception of the block a note that names the parts of the run that are not clrun's own.
+
+        The traceback alone may not show their files: the wrong loss of a method fails after the method returned it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if found := self._foreign():
+                error.add_note(f"In a run with {found}")
+            raise
+
+    def _foreign(self) -> str:
+        """Return the parts of the run that are not clrun's own, with their files."""
+        found = []
+        for group, node in self.config.items():
+            name = node.get("_target_", "") if isinstance(node, Mapping) else ""
+            if name and name.partition(".")[0] not in ("clrun", "torch"):
+                part = locate(name)
+                found.append(f"{group}={name} ({getattr(sys.modules.get(part.__module__), '__file__', 'no file')})")
+        return ", ".join(found)
+
+
+def function_of(part: Any) -> Any:
+    """Return the function or class of a factory, without the options that the configuration has bound to it."""
+    return getattr(part, "func", part)
+
+
+def options_of(part: Any) -> dict[str, Any]:
+    """Return the options that the configuration has bound to a factory."""
+    return dict(getattr(part, "keywords", {}))
+
+
+def make(node: Config, kind: type = object) -> Any:
+    """Instantiate a `_target_` node with plain containers.
+
+    Raises:
+        ConfigError: the node's class or function refused its options, or returned something that is no `kind`.
+    """
+    try:
+        made = instantiate(dict(node), _convert_="all")
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
+    return of_kind(made, kind, node["_target_"])
+
+
+def of_kind(made: Any, kind: type, name: str) -> Any:
+    """Return `made`, which the target `name` returned.
+
+    Raises:
+        ConfigError: it is not of the `kind`.
+    """
+    if not isinstance(made, kind):
+        raise ConfigError(f"{name} gives {type(made).__name__}, expected {kind.__module__}.{kind.__name__}")
+    return made
+
+
+def _rows_problem(split: Split, dataset: Dataset) -> str | None:
+    """Return what is wrong with the rows of a split; None when nothing is."""
+    images, labels = split.images, split.labels
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+        return f"labels of {_described(labels)}, expected a tensor [N] of torch.int64"
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dataset.num_classes:
+        found = f"labels from {int(labels.min())} to {int(labels.max())}"
+        return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
+    if not all(spread > 0 for spread in dataset.std):
+        return f"the standard deviations {dataset.std}, expected numbers above 0"
+    if not isinstance(split, TensorSplit) or len(dataset.image_shape) == 1:
+        return None
+    wrong = not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.dim() != 4
+    if wrong or images.shape[1] > 4 >= images.shape[3]:  # channels last
+        return f"images of {_described(images)}, expected a tensor [N, C, H, W] of torch.uint8, 0 to 255"
+    return None
+
+
+def _described(value: Any) -> str:
+    """Return shape and type of a tensor, or the type of anything else."""
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__

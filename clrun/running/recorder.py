@@ -1,0 +1,345 @@
+"""Keeps the files of one run: what the engine reports goes to run.json, the tables, the checkpoint and the logger."""
+
+import copy
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from typing import Any
+
+from clrun.config.job import JobInfo
+from clrun.data.stream import Stream, Task
+from clrun.learning.context import Progress
+from clrun.learning.method import Method
+from clrun.results.identity import config_hash
+from clrun.results.metrics import AccuracyMatrix, summary
+from clrun.results.records import SCHEMA, RunFolder
+from clrun.running import checkpoint
+from clrun.running.accounting import (
+    changed_circumstances,
+    forward_flops,
+    learner_parameters,
+    parameter_counts,
+    state_bytes,
+    token_count,
+    versions,
+)
+from clrun.running.backbone_reuse import fact
+from clrun.running.build import Built
+from clrun.running.checkpoint import Life, Unstorable
+from clrun.running.evaluation import Evaluation, Row
+from clrun.running.feature_records import cache_report, feature_notes, transferability
+from clrun.running.loggers import Logger, Show
+from clrun.running.parts import Parts
+from clrun.running.predictions import Predictions
+from clrun.running.prompt_selection import selection_counts
+from clrun.system.errors import ConfigError
+from clrun.system.files import plain, replacing
+
+UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
+
+
+class Recorder:
+    """What one process of a run reports to. Files are written and text is printed by the main process alone.
+
+    Args:
+        parts: of the configuration; its hardware is set up.
+        folder: the folder of the run.
+        job: how the run was started.
+    """
+
+    def __init__(self, parts: Parts, folder: RunFolder, job: JobInfo) -> None:
+        self.parts, self.folder, self.job = parts, folder, job
+        self.options, self.hardware = parts.job, parts.hardware
+        self.hash = config_hash(parts.config)
+        self.logger: Logger | None = parts.logger if self.hardware.main else None
+        self.evaluation = Evaluation(
+            self.hardware, self.options.eval_split, self.options.eval_batch_size, self.options.max_eval_rows
+        )
+        self.predictions = Predictions(
+            folder.path, self.evaluation, self.options.save_predictions, self.options.save_logits
+        )
+        self.backbone_digests: dict[str, str] = {}
+        self.storable: list[Any] | None = None  # the classes and functions that a checkpoint may name
+        self.flushed = time.monotonic()
+        self.stream: Stream
+        self.run: dict[str, Any] = {
+            "schema": SCHEMA,
+            "status": "running",
+            "error": None,
+            "name": parts.name,
+            "choices": job.choices,
+            "overrides": job.overrides,
+            "seed": parts.seed,
+            "config_hash": self.hash,
+            "task_order": None,
+            "class_order": None,
+            "notes": [],
+            "accuracy_matrix": {},
+            "metrics": {},
+            "cost": {"tasks": []},
+            "versions": versions(self.hardware),
+            "started": _now(),
+            "finished": None,
+            "config": plain(parts.config),
+        }
+
+    # --- around the run
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Hold the run's folder while the block builds and runs, and note in run.json how a run that fails ended.
+
+        A run that fails before its first file was written leaves the run.json of an earlier run as it is; when the
+        reason is a mistake of the user, it leaves no file at all.
+
+        Raises:
+            ConfigError: another process holds the folder, or it cannot be written.
+        """
+        try:
+            with self.folder.locked() if self.hardware.main else nullcontext():
+                try:
+                    yield
+                except ConfigError as mistake:
+                    self._ended("failed", str(mistake), mistake=True)
+                    raise
+                except KeyboardInterrupt:
+                    self._ended("interrupted", "interrupted by the user", mistake=True)
+                    raise
+                except Exception as error:
+                    self._ended("failed", f"{type(error).__name__}: {error}", mistake=False)
+                    raise
+        finally:
+            if self.logger is not None:
+                self.logger.close()
+
+    def _ended(self, status: str, error: str, *, mistake: bool) -> None:
+        """Write how the run ended, as far as `recording` says so."""
+        begun = self.run["task_order"] is not None
+        if not self.hardware.main or (mistake and not begun):
+            return
+        self.run |= {"status": status, "error": error, "finished": _now()}
+        try:
+            if begun or self._is_free():
+                self.folder.write_run(self.run)
+            if status == "failed":
+                with (self.folder.path / "clrun.log").open("a", encoding="utf-8") as log:
+                    log.write(traceback.format_exc())
+        except (ConfigError, OSError):
+            return  # the disk that ended the run cannot store this either
+
+    def _is_free(self) -> bool:
+        """Return whether no run.json is there, or only that of this configuration's earlier failure to begin."""
+        try:
+            stored = self.folder.read_run()
+        except ConfigError:
+            return False
+        return stored is None or (stored["task_order"] is None and stored.get("config_hash") == self.hash)
+
+    # --- begin and end
+
+    def resumed(self, method: Method) -> tuple[Method, Life]:
+        """Return the method and the progress of the folder's checkpoint; without one, `method` and no progress.
+
+        Raises:
+            ConfigError: the checkpoint cannot be used, or no checkpoint of `method` can be written.
+        """
+        self.backbone_digests = checkpoint.fingerprints(method.backbone)
+        if not self.options.resume:
+            return method, Life()
+        self.storable = checkpoint.parts(method)
+        path = self.folder.path / "checkpoint.pt"
+        if not path.exists():
+            return method, Life()
+        method, life = checkpoint.load(path, method, config_hash=self.hash, hardware=self.hardware)
+        self.run["notes"] += self._notes_on_resuming(life.learned)
+        return method, life
+
+    def _notes_on_resuming(self, learned: int) -> list[str]:
+        """Return a note that the run goes on, after those of earlier times, and one if it goes on in another place."""
+        before = self.folder.read_run() or {}
+        notes = [note for note in before.get("notes") or [] if note.startswith("resumed ")]
+        notes.append(f"resumed after {learned} tasks")
+        if changed := changed_circumstances(before.get("versions") or {}, self.run["versions"]):
+            notes.append(f"resumed on other hardware or software ({changed}): an uninterrupted run may differ slightly")
+        return notes
+
+    def begin(self, built: Built, life: Life) -> None:
+        """Write the files that a run begins with; rows of an unfinished task are dropped."""
+        stream = built.stream
+        frozen = built.method.uses_frozen_features
+        self.run |= {
+            "task_order": list(stream.order),
+            "class_order": list(stream.class_order),
+            "task_names": [task.name for task in stream.tasks],
+            "task_classes": [task.classes.tolist() for task in stream.tasks],
+            "setting": stream.setting,
+            "input": built.input,
+            "backbone": {
+                "features": int(built.backbone.num_features),  # type: ignore[arg-type]
+                "tokens": token_count(built.backbone),
+                **parameter_counts(built.backbone, frozen=built.backbone if frozen else None),
+            },
+        }
+        if frozen:
+            self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
+            self.run["notes"] += feature_notes(built.cache, built.images)
+        if built.method.depends_on_batch:
+            self.run["notes"].append("predictions depend on the composition of the test batch; not comparable")
+        tasks = len(stream.tasks)
+        empty = {s: [[None] * tasks] * tasks for s in self.evaluation.settings(built.method, stream)}
+        self.run["accuracy_matrix"] = empty
+        self._measure(life)
+        self.stream = stream
+        if self.logger is None:
+            return
+        self.run["notes"] += self.predictions.resume(life.learned)
+        self.folder.write_config(plain(self.parts.config))
+        for name, text in self.job.hydra.items():
+            self._write(f".hydra/{name}", text)
+        self.folder.write_rows(life.rows)
+        self.folder.truncate_log(life.learned)
+        self.folder.write_run(self.run)
+        show: Show = "all" if self.job.parallel == 1 else "end"
+        self.logger.start(self.run, stream, self.folder.path, show=show if self.options.progress else "nothing")
+
+    def finish(self, built: Built, method: Method) -> None:
+        """Write the files that a run ends with; run.json says completed last, and the checkpoint goes after it."""
+        if self.logger is None:
+            return
+        self.run["cost"] |= {
+            "parameters": learner_parameters(method, built.backbone),
+            "state_bytes": state_bytes(method),
+            "flops_per_image": _flops(built, method),
+        }
+        self.run |= selection_counts(method, built.stream, self.evaluation)
+        self.predictions.save(method, built.stream, len(built.stream.tasks))  # unless `end_task` has done so
+        if self.options.save_model:
+            from safetensors.torch import save_model
+            from torch import contiguous_format
+
+            contiguous = copy.deepcopy(method).to(memory_format=contiguous_format)  # safetensors stores no other order
+            save_model(contiguous, str(self.folder.path / "model.safetensors"))
+        self.run |= {"status": "completed", "error": None, "finished": _now()}
+        if self.options.picture:
+            self._draw()
+        self.folder.write_run(self.run)
+        if not self.options.keep_checkpoint:
+            (self.folder.path / "checkpoint.pt").unlink(missing_ok=True)
+        self.logger.finish(self.run)
+
+    def _draw(self) -> None:
+        """Draw accuracy_matrix.png, and selection.png for a method that chooses prompts or components."""
+        from clrun.reporting.figures import draw_accuracy_matrix
+
+        draw_accuracy_matrix(self.run, self.folder.path / "accuracy_matrix.png")
+        if "selection" in self.run:
+            from clrun.reporting.selection import draw_selection
+
+            draw_selection(self.run, self.folder.path / "selection.png")
+
+    def _measure(self, life: Life) -> None:
+        """Compute matrices, metrics and total cost from the rows and costs of the run so far."""
+        groups: dict[str, list[Row]] = {}
+        for row in life.rows:
+            groups.setdefault(row["setting"], []).append(row)
+        for setting, rows in sorted(groups.items()):
+            matrix = AccuracyMatrix.from_rows(rows, order=self.run["task_order"])
+            self.run["accuracy_matrix"][setting] = plain(matrix.by_position()[1:])
+            self.run["metrics"][setting] = plain(summary(matrix))
+        self.run["cost"]["tasks"] = life.costs
+        for name in ("train_seconds", "eval_seconds"):
+            self.run["cost"][name] = sum(cost[name] for cost in life.costs)
+
+    def _write(self, name: str, text: str) -> None:
+        """Write a file of the run's folder atomically."""
+        path = self.folder.path / name
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path, flush=False) as file:
+            file.write(text.encode())
+
+    # --- what the engine reports
+
+    def begin_task(self, task: Task) -> None:
+        """Report that `task` begins."""
+        if self.logger is not None:
+            self.logger.begin_task(task)
+
+    def step(self, progress: Progress) -> None:
+        """Report an optimizer step."""
+        if self.logger is not None:
+            self.logger.step(progress)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Record numbers of training (loss, learning rate, penalties) in metrics.jsonl."""
+        if self.logger is not None:
+            self.folder.append_log(record)
+            self.logger.log(record)
+
+    def rows(self, rows: list[Row]) -> None:
+        """Append lines to accuracy.csv."""
+        if self.logger is not None:
+            self.folder.append_rows(rows)
+
+    def end_task(self, task: Task, method: Method, life: Life) -> None:
+        """Record that a task is learned and evaluated: update run.json, save predictions and the checkpoint, print.
+
+        Raises:
+            ConfigError: a file cannot be written, or the method cannot be stored in the checkpoint that the job needs.
+        """
+        self._measure(life)
+        if self.logger is not None:
+            self.folder.write_run(self.run)
+            self.predictions.save(method, self.stream, life.learned)
+        self._save_checkpoint(method, life)
+        if self.logger is not None:
+            self.logger.end_task(self.run)
+
+    def _save_checkpoint(self, method: Method, life: Life) -> None:
+        """Write checkpoint.pt, which nobody needs where the job neither resumes nor keeps it: then it may fail."""
+        path = self.folder.path / "checkpoint.pt"
+        flush = time.monotonic() - self.flushed > UNSAFE
+        try:
+            checkpoint.save(
+                path,
+                method,
+                life,
+                config_hash=self.hash,
+                backbone=self.backbone_digests,
+                hardware=self.hardware,
+                flush=flush,
+                known=self.storable if life.learned == 1 else None,
+            )
+        except Unstorable as error:
+            if self.options.resume or self.options.keep_checkpoint:
+                raise
+            if self.hardware.main:
+                self.run["notes"] = [note for note in self.run["notes"] if note != str(error)] + [str(error)]
+                path.unlink(missing_ok=True)  # an earlier run's would pass for this one's
+        self.flushed = time.monotonic() if flush else self.flushed
+
+
+def average_accuracy(run: dict[str, Any]) -> float:
+    """Return the final average accuracy (a fraction) in the stream's setting, from run.json; NaN when not measured."""
+    value = run["metrics"].get(run["setting"], {}).get("average_accuracy")
+    return math.nan if value is None else float(value)
+
+
+def _flops(built: Built, method: Method) -> int | None:
+    """Return the FLOPs of a forward pass of one image through backbone and head; None when they cannot be counted."""
+    task = (0,) if method.needs_task_id else ()
+    total = forward_flops(method, next(built.stream.tasks[0].test.batches(1)).x, *task)
+    if method.uses_frozen_features and total is not None:
+        image = next(built.images.tasks[0].test.batches(1)).x
+        extracting = fact(
+            built.backbone, f"flops of {tuple(image.shape)}", lambda: forward_flops(built.backbone, image)
+        )
+        return None if extracting is None else total + extracting
+    return total
+
+
+def _now() -> str:
+    """Return the time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
