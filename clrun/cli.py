@@ -20,10 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clrun import __version__
 from clrun.config.compose import Composer
-from clrun.config.groups import conf_dir
 from clrun.running.jobs import run, task
 from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
 from clrun.system.failures import told
+from clrun.system.yaml_files import conf_dir
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

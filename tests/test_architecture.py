@@ -28,7 +28,7 @@ ROOMS += ("api", "cli", "__main__")
 # Narrower than the order of the rooms: what these modules import of clrun besides their own room and `system`.
 NARROW: dict[str, tuple[str, ...]] = {
     "config": ("results.identity",),
-    "reporting": ("results", "config.groups"),
+    "reporting": ("results",),
     "data": ("results.metrics",),
     "backbones": (),
     "learning": ("data",),
@@ -40,6 +40,7 @@ SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 # What the command line imports before it knows that a run begins: no torch.
 LIGHT = ("results", "reporting", "config", "cli", "running.jobs", "data.feature_cache", "data.orders")
 LIGHT += ("system.errors", "system.failures", "system.files", "system.libraries", "system.processes")
+LIGHT += ("system.yaml_files",)
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 

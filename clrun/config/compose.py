@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clrun.config.groups import RESERVED
-from clrun.config.groups import conf_dir as conf_dir
 from clrun.results.identity import inside_hash
 from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
+from clrun.system.yaml_files import conf_dir
 
 SLUG_LENGTH = 100  # of the readable part; file systems allow 255 bytes
 

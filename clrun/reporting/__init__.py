@@ -1,4 +1,4 @@
-"""Tables, statistics and pictures from run folders; reads files only, imports neither torch nor a method."""
+"""Tables, statistics and figures from the files of runs; imports neither torch nor a method."""
 
 from clrun.reporting.sweep import SweepResult, refresh, report
 

@@ -1,4 +1,4 @@
-"""The rest of report.html: what failed, which runs there are, how they differ, how to run them again."""
+"""Sections of report.html on the runs: failures, differences of configurations, a list, commands and references."""
 
 import math
 import shlex
@@ -6,31 +6,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clrun import __version__
-from clrun.config.groups import conf_dir
 from clrun.reporting.charts import text
 from clrun.reporting.collect import Run
 from clrun.reporting.groups import Group, differing, labels
 from clrun.reporting.markup import Cell, details, number, order_text, section, table
 from clrun.reporting.tables import SETTINGS
+from clrun.system.yaml_files import conf_dir, description
 
-LISTED = 200  # rows of the lists of what is missing
-GRID = 3  # times the runs, cells up to which orders x seeds are shown as a grid
-VALUES = 12  # values of a key shown
+LISTED = 200  # most rows of the list of missing runs, and most commands
+GRID = 3  # a grid of orders and seeds is shown if it has at most this multiple of the number of runs as cells
+VALUES = 12  # most values of a key that are listed
 SIGNS = {"completed": "●", "failed": "✕", "interrupted": "◐", "running": "…", "no run": "–"}
 CITED = ("method", "dataset", "backbone")
 
 
-def problems(groups: Sequence[Group], entries: Sequence[Mapping[str, Any]], skipped: Sequence[tuple[str, str]]) -> str:
-    """Return what failed, is unfinished, missing or unreadable; "" when nothing is."""
+def problems_section(
+    groups: Sequence[Group], entries: Sequence[Mapping[str, Any]], skipped: Sequence[tuple[str, str]]
+) -> str:
+    """Return the section of runs that failed, are unfinished, missing or unreadable; "" without any."""
     rows: dict[tuple[str, ...], None] = {}
     names = iter([label for label, group in zip(labels(groups), groups, strict=True) for _ in group.settings])
     errors = {run.label: run.error for group in groups for run in group.runs}
     for label, entry in zip(names, entries, strict=True):
-        for lack in entry["missing"]:
-            why = errors.get(lack["folder"] or "") or ""
-            order = order_text(lack["order"])
-            rows[label, lack["reason"], order, str(lack["seed"]), lack["folder"] or "–", why] = None
-    rows |= {("–", "not readable", "", "", folder, reason): None for folder, reason in skipped}
+        for missing in entry["missing"]:
+            why = errors.get(missing["folder"] or "") or ""
+            order = order_text(missing["order"])
+            rows[label, missing["reason"], order, str(missing["seed"]), missing["folder"] or "–", why] = None
+    rows |= {("–", "unreadable", "", "", folder, reason): None for folder, reason in skipped}
     if not rows:
         return ""
     cells = [
@@ -41,17 +43,21 @@ def problems(groups: Sequence[Group], entries: Sequence[Mapping[str, Any]], skip
         for row in list(rows)[:LISTED]
     ]
     more = f"<p>and {len(rows) - LISTED} more</p>" if len(rows) > LISTED else ""
-    body = table(["method", "what", "order", "seed", "folder", "why"], cells, kind="text")
+    body = table(["method", "problem", "order", "seed", "folder", "reason"], cells, kind="text")
     runs = "run" if len(rows) == 1 else "runs"
     return section(f"{len(rows)} {runs} failed or missing", body + more, kind="problems")
 
 
-def differences(groups: Sequence[Group]) -> str:
-    """Return the keys in which the configurations differ: between methods, then inside them."""
+def differences_section(groups: Sequence[Group]) -> str:
+    """Return the section of keys in which configurations differ: between methods, then within each method."""
     configs = [group.runs[0].config for group in groups]
     keys = [key for key in differing(configs, ("seed", "task_order", "name"))]
     rows = [[Cell(key), *(Cell(_value(config, key)) for config in configs)] for key in keys]
-    body = table(["key", *labels(groups)], rows, kind="text") if rows else "<p>None between methods.</p>"
+    body = (
+        table(["key", *labels(groups)], rows, kind="text")
+        if rows
+        else "<p>The configurations of the methods do not differ.</p>"
+    )
     within = []
     for label, group in zip(labels(groups), groups, strict=True):
         for key in differing([run.config for run in group.runs], ()):
@@ -59,7 +65,7 @@ def differences(groups: Sequence[Group]) -> str:
             shown = ", ".join(values[:VALUES]) + (f", … ({len(values)})" if len(values) > VALUES else "")
             within.append([Cell(label), Cell(key), Cell(shown)])
     if within:
-        body += "<h3>Inside a method</h3>" + table(["method", "key", "values"], within, kind="text")
+        body += "<h3>Within a method</h3>" + table(["method", "key", "values"], within, kind="text")
     return section("Differences of the configurations", body)
 
 
@@ -67,8 +73,8 @@ def _value(config: Mapping[str, object], key: str) -> str:
     return "–" if key not in config else "null" if config[key] is None else str(config[key])
 
 
-def runs(groups: Sequence[Group]) -> str:
-    """Return which runs there are: a grid of orders and seeds for each method, then all of them."""
+def runs_section(groups: Sequence[Group]) -> str:
+    """Return the section of runs: a grid of orders and seeds per method, then the list of all runs."""
     grids = [
         f"<figure><figcaption>{text(label)}</figcaption>{grid}</figure>"
         for label, group in zip(labels(groups), groups, strict=True)
@@ -95,7 +101,7 @@ def runs(groups: Sequence[Group]) -> str:
 
 
 def _grid(group: Group) -> str:
-    """Return the state of each order (row) and seed (column); "" where orders have seeds of their own."""
+    """Return a table of the status by order (row) and seed (column); "" where each order has its own seeds."""
     orders = sorted({run.order for run in group.runs if run.order})
     seeds = sorted({run.seed for run in group.runs})
     if not orders or len(orders) * len(seeds) > GRID * len(group.runs):
@@ -118,32 +124,38 @@ def _command(run: Run) -> str:
     return shlex.join(["clrun", *(o for o in run.overrides if not o.startswith("hydra."))]) if run.overrides else "–"
 
 
-def reproduce(groups: Sequence[Group]) -> str:
-    """Return commands, versions, orders and references."""
+def reproduction_section(groups: Sequence[Group]) -> str:
+    """Return the section with commands, versions, orders and references."""
     every = [run for group in groups for run in group.runs]
     lines = commands(every)
-    body = "<h3>Commands</h3><p>Every run, as it was started; a finished run is not repeated in the same folder.</p>"
-    body += f"<pre>{text_lines(lines[:LISTED])}</pre>" if lines else "<p>The runs do not say how they were started.</p>"
-    body += "<h3>Versions</h3>" + table(["what", "version"], _versions(every), kind="text")
+    body = "<h3>Commands</h3><p>These commands start the same runs. A completed run is not repeated in its folder.</p>"
+    body += (
+        f"<pre>{text_lines(lines[:LISTED])}</pre>"
+        if lines
+        else "<p>The files of the runs do not record their commands.</p>"
+    )
+    body += "<h3>Versions</h3>" + table(["component", "version"], _versions(every), kind="text")
     names = {task: name for run in every for task, name in run.task_names.items()}
     orders = sorted({run.order for run in every if run.order})
     named = [
         [Cell(order_text(order)), Cell(", ".join(names.get(task, str(task)) for task in order))] for order in orders
     ]
-    body += f"<h3>Orders</h3><p>Tasks by identity, in the order of learning; {len(orders)} orders.</p>"
-    body += details("orders", table(["order", "names of the tasks"], named, kind="text"), opened=len(orders) <= 12)
-    return section("Cite and reproduce", body + _cite(every))
+    counted = "1 order" if len(orders) == 1 else f"{len(orders)} orders"
+    body += f"<h3>Orders</h3><p>{counted}, as task ids in the order of learning.</p>"
+    body += details("orders", table(["order", "task names"], named, kind="text"), opened=len(orders) <= 12)
+    return section("Reproduce and cite", body + _cite(every))
 
 
 def text_lines(lines: Sequence[str]) -> str:
-    """Return lines escaped for a <pre>."""
+    """Return lines as escaped text for a <pre> element."""
     return "\n".join(map(text, lines))
 
 
 def commands(runs: Sequence[Run]) -> list[str]:
-    """Return command lines that start these runs: a sweep where they form most of a grid, else one by one.
+    """Return command lines that start these runs.
 
-    A sweep says when it holds more than is there. Values with commas, as lists have, are started one by one.
+    Runs that form more than half of a grid of values become one sweep, with a comment when the sweep has more runs than
+    are here. Other runs, and runs with commas in a value (lists), become one command each.
     """
     started: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
     lists: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
@@ -162,7 +174,7 @@ def commands(runs: Sequence[Run]) -> list[str]:
         size, found = math.prod(map(len, options.values())), sorted(lists[keys])
         if len(found) > size / 2 and not any("," in value for values in options.values() for value in values):
             words = [f"{key}={','.join(sorted(values, key=_natural))}" for key, values in options.items()]
-            rest = f"  # {len(found)} of these {size} runs are here" if len(found) < size else ""
+            rest = f"  # starts {size} runs; {len(found)} of them are in this report" if len(found) < size else ""
             lines.append(shlex.join(["clrun", *(["-m"] if size > 1 else []), *words]) + rest)
         else:
             lines += [shlex.join(["clrun", *map("=".join, zip(keys, values, strict=True))]) for values in found]
@@ -202,10 +214,7 @@ def _cite(runs: Sequence[Run]) -> str:
 
 
 def _source(group: str, member: str) -> str:
-    """Return the first comment of a member of a configuration group, which says where it comes from; "" for others'."""
+    """Return the description of a choice of a configuration group, which names its paper; "" for choices of others."""
     folder = conf_dir() / group
     file = folder / f"{member}.yaml"
-    if file.parent != folder or not file.is_file():
-        return ""
-    comments = (line.removeprefix("#").strip() for line in file.read_text("utf-8").splitlines() if line.startswith("#"))
-    return next((line for line in comments if line and not line.startswith("@")), "")
+    return description(file) if file.parent == folder and file.is_file() else ""

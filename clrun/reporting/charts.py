@@ -1,6 +1,6 @@
-"""Pictures of report.html as SVG text, without a drawing library; colours are those of report.css.
+"""Charts of report.html as SVG text, without a drawing library; colours are those of report.css.
 
-Every mark that stands for a number carries it in `data-t`, which report.js shows where the pointer is.
+Every mark that shows a number has it as text in `data-t`, which report.js shows at the pointer.
 """
 
 import json
@@ -15,38 +15,38 @@ from clrun.reporting.tables import printable
 from clrun.results.metrics import Floats
 
 WIDTH = 380  # of a chart, in units that are pixels on a phone
-ROW = 22  # height of a row of a dot range
-LABEL = 130  # most room for the labels of rows
+ROW = 22  # height of one row of `ranges`
+LABEL = 130  # largest width of row labels
 CHAR = 6.3  # width of a character
-CELL = 30  # of a heat map
-LEVELS = 40  # colours of a heat map
-TICKS = 5  # of an axis, about
+CELL = 30  # side of a cell of a heat map
+LEVELS = 40  # number of colours of a heat map
+TICKS = 5  # approximate number of ticks of an axis
 NUMBERED = 10  # tasks up to which cells show their number
-MARKS = 600  # marks of a chart, beyond which only their range is drawn
+MARKS = 600  # a chart with more marks shows only means and the line
 VIRIDIS = ["440154", "482475", "414487", "355f8d", "2a788e", "21918c", "22a884", "44bf70", "7ad151", "bddf26", "fde725"]
 
 
 def text(value: object) -> str:
-    """Return `value` for HTML text and attributes."""
+    """Return `value` as text, escaped for HTML elements and attributes."""
     return escape(printable(str(value)))
 
 
 def short(label: str, room: float) -> str:
-    """Return `label`, its end cut to about `room` units."""
+    """Return `label`, shortened at its end to about `room` units."""
     fits = int(room / CHAR)
     return label if len(label) <= fits else f"{label[: fits - 1]}…"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear or logarithmic scale from values to units.
+    """A linear or logarithmic axis that maps values to units.
 
     Attributes:
         low: value at `start`.
         high: value at `stop`.
         start: first unit.
         stop: last unit.
-        log: logarithmic.
+        log: whether the axis is logarithmic.
     """
 
     low: float
@@ -57,18 +57,18 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float], start: float, stop: float, *, log: bool = False, zero: bool = False) -> "Axis":
-        """Return an axis that holds all values with some room; `zero` makes it hold 0."""
+        """Return an axis that contains all values with a margin; `zero` makes it contain 0."""
         found = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [0.0 if not log else 1.0]
         low, high = min(found), max(found)
         if log:
             return cls(low / 1.6, high * 1.6, start, stop, True)
         low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
         room = 0.06 * (high - low) or 1.0
-        bottom = low if zero and low == 0 < high else low - room  # bars begin at the edge
+        bottom = low if zero and low == 0 < high else low - room  # so that bars begin at the edge
         return cls(bottom, high if zero and low < 0 == high else high + room, start, stop)
 
     def __call__(self, value: float) -> float:
-        """Return the place of a value."""
+        """Return the unit of a value."""
         low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return round(self.start + (value - low) / (high - low) * (self.stop - self.start), 1)
 
@@ -88,7 +88,7 @@ class Axis:
 
 
 def compact(value: float) -> str:
-    """Return a number of a tick: 1500000 as 1.5M."""
+    """Return the text of a tick: 1500000 as 1.5M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -96,7 +96,7 @@ def compact(value: float) -> str:
 
 
 def svg(body: Sequence[str], height: float, label: str) -> str:
-    """Return a chart of the common width."""
+    """Return an SVG chart of the common width; `label` describes it for screen readers."""
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{text(label)}">'
         + "".join(body)
@@ -129,15 +129,15 @@ def _dot(x: float, y: float, tip: str, kind: str = "dot", radius: float = 3.5) -
 
 @dataclass(frozen=True)
 class Range:
-    """A row of `ranges`, in points.
+    """One row of `ranges`; values are in points.
 
     Attributes:
-        label: of the row.
-        dots: (value, what it says).
-        bar: from, to and what it says; None for none.
-        line: likewise, thinner; behind the bar.
-        mark: a tick across the row and what it says.
-        note: at the right end.
+        label: label of the row.
+        dots: (value, tooltip) of each dot.
+        bar: (from, to, tooltip) of a bar; None for no bar.
+        line: likewise of a thin line behind the bar.
+        mark: (value, tooltip) of a tick across the row; None for no tick.
+        note: text at the right end.
     """
 
     label: str
@@ -154,7 +154,7 @@ class Range:
 
 
 def ranges(rows: Sequence[Range], title: str, *, zero: bool = False) -> str:
-    """Return a chart with a row each: lines, bars, ticks and dots along one axis."""
+    """Return a chart with one line of marks per row: lines, bars, ticks and dots along one axis."""
     left = min(LABEL, max(len(row.label) for row in rows) * CHAR) + 8
     right = WIDTH - max(10, max(len(row.note) for row in rows) * CHAR + 6)
     axis = Axis.of([v for row in rows for v in row.values()], left + 4, right - 6, zero=zero)
@@ -187,7 +187,10 @@ def _row(row: Range, axis: Axis, y: float, left: float) -> list[str]:
 
 
 def curves(lines: Sequence[tuple[str, Floats]], title: str) -> str:
-    """Return accuracy (points) after each task: a thin line an order, their mean, and the band between the extremes."""
+    """Return a chart of accuracy (points) after each task.
+
+    It has one thin line per order (for up to 12), their mean, and a band from the lowest to the highest.
+    """
     values = np.array([line for _, line in lines])
     tasks = values.shape[1]
     low, high, mean = values.min(axis=0), values.max(axis=0), values.mean(axis=0)
@@ -201,7 +204,7 @@ def curves(lines: Sequence[tuple[str, Floats]], title: str) -> str:
         body += [f'<path class="thin" d="{_path(across, line, y)}"/>' for _, line in lines]
     body.append(f'<path class="mean" d="{_path(across, mean, y)}"/>')
     for i, place in enumerate(across):
-        each = f"; by order {low[i]:.1f} to {high[i]:.1f}" if len(lines) > 1 else ""
+        each = f"; orders from {low[i]:.1f} to {high[i]:.1f}" if len(lines) > 1 else ""
         body.append(_dot(place, y(mean[i]), f"after {i + 1} tasks: mean {mean[i]:.1f}{each}"))
     for i in range(0, tasks, -(-tasks // 10)):
         body.append(f'<text x="{across[i]}" y="206" class="mid">{i + 1}</text>')
@@ -214,7 +217,13 @@ def _path(across: Sequence[float], values: Floats, y: Axis) -> str:
 
 
 def by_position(cells: Sequence[tuple[int, float, str]], slope: float, title: str) -> str:
-    """Return the position effect: a dot a cell (position from 0, points about the mean, text), means, slope."""
+    """Return the chart of the position effect.
+
+    Args:
+        cells: (position from 0, points above the mean of the task, tooltip) of each cell.
+        slope: points per position.
+        title: label of the horizontal axis.
+    """
     last = max(position for position, _, _ in cells)
     x, y = Axis(-0.4, last + 0.4, 36, WIDTH - 8), Axis.of([value for _, value, _ in cells], 190, 8, zero=True)
     means = [float(np.mean([v for p, v, _ in cells if p == position])) for position in range(last + 1)]
@@ -222,8 +231,8 @@ def by_position(cells: Sequence[tuple[int, float, str]], slope: float, title: st
     if len(cells) <= MARKS:
         body += [_dot(x(p), y(v), tip, "faint", 3) for p, v, tip in cells]
     ends = [(p, slope * (p - last / 2)) for p in (0, last)]
-    inside = [(p, min(max(v, y.low), y.high)) for p, v in ends]
-    body.append(f'<path class="fit" d="M{"L".join(f"{x(p)} {y(v)}" for p, v in inside)}"/>')
+    ends_shown = [(p, min(max(v, y.low), y.high)) for p, v in ends]
+    body.append(f'<path class="fit" d="M{"L".join(f"{x(p)} {y(v)}" for p, v in ends_shown)}"/>')
     for position, value in enumerate(means):
         body.append(_dot(x(position), y(value), f"position {position + 1}: {value:+.1f} on average"))
     for position in range(0, last + 1, -(-(last + 1) // 10)):
@@ -233,7 +242,12 @@ def by_position(cells: Sequence[tuple[int, float, str]], slope: float, title: st
 
 
 def path_of_search(trials: Sequence[tuple[int, float, str, bool]], title: str) -> str:
-    """Return accuracy (points) over the orders of a search, (number, points, text, by a move), and the lowest yet."""
+    """Return the chart of a search: accuracy of each order tried and, as a line, the lowest so far.
+
+    Args:
+        trials: (number, accuracy in points, tooltip, whether a move made the order) of each order.
+        title: label of the horizontal axis.
+    """
     last = max(place for place, *_ in trials)
     x, y = Axis(0.4, last + 0.6, 36, WIDTH - 8), Axis.of([value for _, value, _, _ in trials], 190, 8)
     lowest, steps = trials[0][1], [f"M{x(trials[0][0])} {y(trials[0][1])}"]
@@ -249,7 +263,12 @@ def path_of_search(trials: Sequence[tuple[int, float, str, bool]], title: str) -
 
 
 def scatter(dots: Sequence[tuple[float, float, str, str]], title: str) -> str:
-    """Return accuracy against a cost on a logarithmic axis; dots are (cost, points, label, text)."""
+    """Return a chart of accuracy against a cost on a logarithmic axis.
+
+    Args:
+        dots: (cost, accuracy in points, label, tooltip) of each method.
+        title: label of the horizontal axis.
+    """
     x = Axis.of([dot[0] for dot in dots], 40, WIDTH - 14, log=True)
     y = Axis.of([dot[1] for dot in dots], 190, 12)
     body = [*_y_axis(y, 36, WIDTH - 8), *_x_axis(x, 192, 8, title)]
@@ -269,9 +288,14 @@ def scatter(dots: Sequence[tuple[float, float, str, str]], title: str) -> str:
 
 
 def heat(matrix: Floats, tasks: Sequence[str], *, numbers: bool) -> str:
-    """Return the heat map of a [T, T] accuracy matrix by position; cells that were not evaluated stay blank.
+    """Return the heat map of an accuracy matrix [T, T] by position; cells that were not evaluated stay blank.
 
-    A path a colour keeps many maps small; report.js finds the number of a cell in `data-m`, in tenths of points.
+    One path per colour keeps the file small; report.js reads the number of a cell, in tenths of points, from `data-m`.
+
+    Args:
+        matrix: accuracies as fractions; NaN = not evaluated.
+        tasks: names of the tasks by position.
+        numbers: write the accuracy on each cell, for up to NUMBERED tasks.
     """
     size = len(matrix)
     paths: dict[int, list[str]] = {}
@@ -300,7 +324,7 @@ def _viridis(value: float) -> str:
 
 
 def _is_dark(color: str) -> bool:
-    """Whether white text contrasts more with a colour than black does."""
+    """Return whether white text has more contrast than black on a colour."""
     red, green, blue = ((channel / 255) ** 2.2 for channel in bytes.fromhex(color[1:]))
     return bool(0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.18)
 

@@ -1,5 +1,6 @@
-"""Run folders, read and reduced to what tables and statistics need."""
+"""Reads run folders and keeps what tables and statistics need."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,32 +17,32 @@ from clrun.system.files import holder
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as far as tables and figures need it.
+    """The part of a run's files that tables and figures need.
 
     Attributes:
-        folder: its folder.
-        label: its folder as shown: relative to the folder that was asked about.
-        name: `name` of its configuration.
-        status: as stored, but "interrupted" for a running one whose process is dead.
-        error: what ended it; "" for nothing.
-        method: short name: the choice in the config group, else the last part of the target.
+        folder: folder of the run.
+        label: path of the folder as shown, relative to the folder that the report is about.
+        name: `name` of the configuration.
+        status: as stored, but "interrupted" for a running one whose process no longer exists.
+        error: the error that ended the run; "" without one.
+        method: choice in the configuration group, else the last part of the target.
         backbone: likewise.
         dataset: likewise.
         seed: seed of the run.
-        order: task ids by position; () when it ended before its stream was built.
+        order: task ids by position; () when the run ended before its stream was built.
         config: flattened configuration.
-        metrics: by setting, by name.
-        finals: by setting, the final accuracy of each task id; only where every cell is there.
-        matrices: by setting, [T, T] accuracies by position, row = after i + 1 tasks; NaN where not evaluated.
-        task_names: by task id, as far as stored.
-        overrides: of the command line that started the run.
+        metrics: metrics by setting and name.
+        finals: final accuracy of each task id, by setting; only settings in which every task was evaluated.
+        matrices: accuracies [T, T] by setting; row i is after i + 1 tasks, a column is a position; NaN = not evaluated.
+        task_names: names by task id, as far as stored.
+        overrides: overrides of the command line that started the run.
         versions: versions and device, as stored.
-        finished: when it ended; "" when unknown.
-        parameters: after the last task; None when unknown.
-        state_bytes: after the last task; None when unknown.
-        train_seconds: of all tasks; None when unknown.
-        logme: of the frozen features, over all training rows; None where it is not recorded.
-        searched: a search for the worst order chose the order.
+        finished: time at which the run ended; "" when unknown.
+        parameters: number of parameters after the last task; None when unknown.
+        state_bytes: bytes of stored state after the last task; None when unknown.
+        train_seconds: training time of all tasks; None when unknown.
+        logme: LogME of the frozen features over all training samples; None when not recorded.
+        searched: whether a search for the worst order chose the order.
     """
 
     folder: Path
@@ -70,9 +71,9 @@ class Run:
 
 
 def run_folders(root: Path) -> Iterator[Path]:
-    """Yield every folder at or below `root` that holds a run.json, in sorted order.
+    """Yield every folder at or below `root` that has a run.json, in sorted order.
 
-    Hidden folders and links are not followed: a link could lead out of `root` or into a circle.
+    Hidden folders are skipped and links are not followed: a link could lead out of `root` or into a circle.
     """
     for path, folders, files in os.walk(root):
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
@@ -84,7 +85,7 @@ def collect(roots: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     """Read the runs below `roots`, each once.
 
     Returns:
-        The runs, and (folder, reason) of those that cannot be read.
+        The runs, and (folder, reason) for each folder that cannot be read.
     """
     runs, skipped, seen = [], [], set()
     for root in roots:
@@ -101,15 +102,16 @@ def collect(roots: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
 
 
 def _reduced(record: RunRecord, label: str) -> Run:
+    """Return the part of a record that the report needs."""
     config = record.config
-    dead = record.status == "running" and holder(record.folder / "lock") is None
+    interrupted = record.status == "running" and holder(record.folder / "lock") is None
     matrices = dict(_evaluated(record))
     parameters, state_bytes, train_seconds = cost_totals(record.cost)
     return Run(
         folder=record.folder,
         label=label,
         name=record.name,
-        status="interrupted" if dead else record.status,
+        status="interrupted" if interrupted else record.status,
         error=record.error,
         method=_choice(record, "method"),
         backbone=_choice(record, "backbone"),
@@ -118,7 +120,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         order=record.order,
         config=flatten(config),
         metrics={setting: summary(matrix) for setting, matrix in matrices.items()},
-        finals={setting: finals for setting, m in matrices.items() if not _lacking(finals := m.final())},
+        finals={setting: finals for setting, m in matrices.items() if not _has_nan(finals := m.final())},
         matrices={setting: matrix.by_position()[1:] for setting, matrix in matrices.items()},
         task_names=dict(zip(record.order, _strings(record, "task_names"), strict=False)),
         overrides=_strings(record, "overrides"),
@@ -133,14 +135,14 @@ def _reduced(record: RunRecord, label: str) -> Run:
 
 
 def _evaluated(record: RunRecord) -> Iterable[tuple[str, AccuracyMatrix]]:
-    """Yield (setting, matrix) of the split that the run evaluates on."""
+    """Yield (setting, accuracy matrix) of the split that the run evaluates on."""
     job = record.config.get("job")
     split = job.get("eval_split", "test") if isinstance(job, dict) else "test"
     return ((setting, matrix) for (name, setting), matrix in record.matrices.items() if name == split)
 
 
-def _lacking(finals: Mapping[int, float]) -> bool:
-    return any(value != value for value in finals.values())
+def _has_nan(finals: Mapping[int, float]) -> bool:
+    return any(math.isnan(value) for value in finals.values())
 
 
 def _strings(record: RunRecord, key: str) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ def _strings(record: RunRecord, key: str) -> tuple[str, ...]:
 
 
 def _choice(record: RunRecord, group: str) -> str:
-    """Return the short name of what was chosen in a config group."""
+    """Return the choice in a configuration group, else the last part of the target."""
     if group in record.choices:
         return record.choices[group]
     node: Any = record.config.get(group)

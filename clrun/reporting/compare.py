@@ -1,7 +1,8 @@
-"""method_comparison.json: the methods of a sweep on the same orders and seeds.
+"""method_comparison.json: the methods of a sweep compared on the same orders and seeds.
 
-Groups are compared when their data set and scenario are equal. A pair is compared on the (order, seed) that both have
-completed, all methods together on those that all have; seeds of an order are averaged first.
+Groups are compared when their data set and scenario are equal. Two methods are compared on the (order, seed) pairs that
+both have completed, and the ranking of all methods uses the pairs that all of them have completed. Seeds of an order
+are averaged first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,27 +13,27 @@ from typing import Any
 import numpy as np
 
 from clrun.reporting.collect import Run
-from clrun.reporting.groups import Group, Pair, below, labels
+from clrun.reporting.groups import Group, Pair, at_or_below, labels
 from clrun.reporting.tables import SETTINGS
-from clrun.results.comparison import holm, paired, ranking
+from clrun.results.comparison import caveats, holm, paired, ranking
 from clrun.results.identity import config_hash
 from clrun.results.metrics import Floats
 
-ARENA = ("dataset", "scenario")
+COMPARED_WITHIN = ("dataset", "scenario")  # keys that must be equal for a comparison
 
 
 def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Return an entry for each data set, scenario and setting in which two groups or more can be compared."""
+    """Return one entry for each data set, scenario and setting in which at least two groups can be compared."""
     names = dict(zip(map(id, groups), labels(groups), strict=True))
-    arenas: dict[str, list[Group]] = {}
+    comparable: dict[str, list[Group]] = {}
     for group in groups:
         if group.searched:
-            continue  # orders that are bad for one method are no sample for two
+            continue  # its orders were chosen because they are bad for this one method
         config = group.runs[0].config
-        shared = config_hash({key: value for key, value in config.items() if below(key, ARENA)})
-        arenas.setdefault(shared, []).append(group)
+        shared = config_hash({key: value for key, value in config.items() if at_or_below(key, COMPARED_WITHIN)})
+        comparable.setdefault(shared, []).append(group)
     entries = []
-    for members in arenas.values():
+    for members in comparable.values():
         for setting in SETTINGS:
             runs = {names[id(group)]: complete for group in members if (complete := group.complete(setting))}
             if len(runs) > 1:
@@ -60,12 +61,13 @@ def _entry(dataset: str, setting: str, runs: Mapping[str, Mapping[Pair, Run]]) -
         "p_friedman": found.get("p_friedman"),
         "mean_ranks": found.get("mean_ranks"),
         "critical_difference": found.get("critical_difference"),
+        "caveats": caveats([pair["n"] for pair in pairs]) if pairs else [],
         "pairs": pairs,
     }
 
 
 def _shared(setting: str, runs: Sequence[Mapping[Pair, Run]]) -> tuple[list[tuple[int, ...]], Floats]:
-    """Return the orders that all have with the same seeds, and their averages [orders, methods] over those seeds."""
+    """Return the orders that all have with the same seeds, and the accuracies [orders, methods] averaged over seeds."""
     common = sorted(set(runs[0]).intersection(*runs[1:]))
     orders = sorted({order for order, _ in common})
     values = np.empty((len(orders), len(runs)))

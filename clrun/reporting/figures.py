@@ -1,4 +1,4 @@
-"""Pictures of one run, drawn on matplotlib's objects: pyplot and its global state stay untouched."""
+"""Figures of one run, drawn without pyplot, so that its global state is not changed."""
 
 import io
 import warnings
@@ -24,16 +24,16 @@ NAME = 16  # characters of a task's name
 
 
 def draw_accuracy_matrix(run: Mapping[str, Any], path: Path) -> None:
-    """Draw a heat map a setting: rows = after learning a task, columns = evaluated on a task, both in learning order.
+    """Draw one heat map per setting: accuracy after learning a task (row) on a task (column), in the order of learning.
 
     Cells that were not evaluated stay blank. The same run gives the same bytes.
 
     Args:
         run: content of run.json.
-        path: the PNG to write.
+        path: PNG file to write.
 
     Raises:
-        ConfigError: `run` holds no accuracy matrix, or the file cannot be written.
+        ConfigError: `run` has no accuracy matrix, or the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,14 +57,14 @@ def draw_accuracy_matrix(run: Mapping[str, Any], path: Path) -> None:
     _title(figure, run)
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no letters of some scripts
         figure.savefig(picture, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     with replacing(path) as file:
         file.write(picture.getvalue())
 
 
 def _matrices(run: Mapping[str, Any], path: Path) -> dict[str, Floats]:
-    """Return the [T, T] accuracies of each setting, NaN where not evaluated."""
+    """Return the accuracies [T, T] by setting, NaN where not evaluated."""
     tasks = len(run.get("task_order") or ())
     try:
         matrices = {
@@ -73,7 +73,9 @@ def _matrices(run: Mapping[str, Any], path: Path) -> dict[str, Floats]:
     except (KeyError, TypeError, ValueError):
         matrices = {}
     if not matrices or any(matrix.shape != (tasks, tasks) for matrix in matrices.values()):
-        raise ConfigError(f"{path.parent / 'run.json'}: no accuracy matrix to draw")
+        raise ConfigError(
+            f"{path.parent / 'run.json'}: has no accuracy matrix to draw; the run ended before its first evaluation"
+        )
     return matrices
 
 
@@ -85,7 +87,7 @@ def _labels(run: Mapping[str, Any]) -> list[str]:
 
 
 def _slanted(columns: Sequence[str]) -> bool:
-    """Whether the labels under the columns are too long to stand upright."""
+    """Return whether the labels under the columns are too long for horizontal text."""
     return max(map(len, columns)) > 3
 
 
@@ -96,7 +98,7 @@ def _label(task: int, name: str) -> str:
 
 
 def _draw(axes: "Axes", matrix: Floats, labels: Sequence[str], *, rows: bool) -> None:
-    """Draw one heat map; the labels of its rows only when asked."""
+    """Draw one heat map; `rows` says whether its rows are labelled."""
     tasks = len(matrix)
     axes.set_facecolor("#f3f3f3")
     axes.imshow(100 * np.ma.masked_invalid(matrix), cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
@@ -120,7 +122,7 @@ def _draw(axes: "Axes", matrix: Floats, labels: Sequence[str], *, rows: bool) ->
 
 
 def _annotate(axes: "Axes", matrix: Floats) -> None:
-    """Write each cell's points on it, in white or black, whichever reads better; part the cells by white lines."""
+    """Write the accuracy in points on each cell, in white or black for contrast, and draw white lines between cells."""
     for (i, j), value in np.ndenumerate(matrix):
         if not np.isnan(value):
             color = "white" if is_dark(float(value)) else "black"
@@ -133,7 +135,7 @@ def _annotate(axes: "Axes", matrix: Floats) -> None:
 
 
 def is_dark(value: float) -> bool:
-    """Whether the colour of an accuracy (a fraction) is dark: white text contrasts more with it than black does."""
+    """Return whether white text has more contrast than black on the colour of an accuracy (a fraction)."""
     from matplotlib import colormaps
 
     red, green, blue, _ = (channel**2.2 for channel in colormaps["viridis"](value))
@@ -141,7 +143,7 @@ def is_dark(value: float) -> bool:
 
 
 def _title(figure: "Figure", run: Mapping[str, Any]) -> None:
-    """Name the run, its seed and, where it fits, its order of tasks."""
+    """Set the title: name of the run, its seed and, where there is room, its task order."""
     order = " ".join(map(str, run["task_order"]))
     name = printable(str(run.get("name", "")))
     title = f"{name}, seed {run.get('seed')}"
@@ -151,5 +153,5 @@ def _title(figure: "Figure", run: Mapping[str, Any]) -> None:
 
 
 def _literal(text: "Text") -> None:
-    """Keep a dollar sign of a name from being read as mathematics."""
+    """Keep matplotlib from reading dollar signs in a name as mathematics."""
     text.set_parse_math(False)

@@ -1,6 +1,6 @@
-"""Experiment groups: runs whose configurations are equal but for seed, task order, name and keys outside the hash.
+"""Experiment groups: runs whose configurations differ in seed, task order and keys that cannot change a result only.
 
-Within a group, orders and seeds vary; statistics compare the same task id.
+Within a group orders and seeds vary; statistics compare results on the same task id.
 """
 
 import math
@@ -16,28 +16,27 @@ from clrun.results import order_effects, robustness
 from clrun.results.identity import config_hash, inside_hash
 from clrun.results.metrics import Floats
 
-WITHIN_GROUP = ("seed", "task_order", "name")  # may vary inside a group, as may the keys outside the hash
+WITHIN_GROUP = ("seed", "task_order", "name")  # may differ inside a group, as may the keys that cannot change a result
 SEARCHED = (
-    "orders were chosen by a search for the worst one: mean, deviation, interval and AOPD describe the search, not "
-    "orders at random."
+    "orders were chosen by a search for the worst one: mean, standard deviation, interval and AOPD describe this "
+    "search and not random orders."
 )
 Pair = tuple[tuple[int, ...], int]  # (order, seed)
 
 
 def group_key(config: Mapping[str, object]) -> str:
-    """Return the hash of a flattened configuration without the keys that may vary inside a group; 8 hex digits."""
-    return config_hash({key: value for key, value in config.items() if not below(key, WITHIN_GROUP)})[:8]
+    """Return the hash (8 hex digits) of a flattened configuration without the keys that may differ inside a group."""
+    return config_hash({key: value for key, value in config.items() if not at_or_below(key, WITHIN_GROUP)})[:8]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one experiment.
+    """The runs of one experiment.
 
     Attributes:
-        key: hash of what they share.
-        differing: short config keys, with values, that tell the group from others of the same method, backbone and
-            data set.
-        runs: its runs.
+        key: hash of the configuration that they share.
+        differing: keys and values that distinguish the group from others of the same method, backbone and data set.
+        runs: the runs of the group.
     """
 
     key: str
@@ -46,34 +45,34 @@ class Group:
 
     @property
     def triple(self) -> tuple[str, str, str]:
-        """(method, backbone, dataset)."""
+        """Return (method, backbone, dataset)."""
         return self.runs[0].method, self.runs[0].backbone, self.runs[0].dataset
 
     @property
     def searched(self) -> bool:
-        """Whether a search for the worst order chose its orders."""
+        """Return whether a search for the worst order chose the orders of the group."""
         return self.runs[0].searched
 
     @property
     def title(self) -> str:
-        """Hash and differing keys."""
+        """Return the hash and the differing keys."""
         return " ".join([self.key, *(f"{key}={value}" for key, value in self.differing.items())])
 
     @property
     def settings(self) -> list[str]:
-        """Settings that any of its runs was evaluated in; the configured one when none was."""
+        """Return the settings in which its runs were evaluated; the configured one when none was."""
         configured = self.runs[0].config.get("scenario.setting")
         present = [setting for setting in SETTINGS if any(setting in run.finals for run in self.runs)]
         return present or [setting for setting in SETTINGS if setting == configured]
 
     @property
     def logme(self) -> float | None:
-        """Mean score of the frozen features over the runs that carry one; None without any."""
+        """Return the mean LogME score of the frozen features over the runs that have one; None without any."""
         known = [run.logme for run in self.runs if run.logme is not None]
         return sum(known) / len(known) if known else None
 
     def complete(self, setting: str) -> dict[Pair, Run]:
-        """Return the runs that count in `setting`: completed, every final cell there; the first of equals."""
+        """Return the completed runs with all final accuracies in `setting` by (order, seed), without duplicates."""
         counted: dict[Pair, Run] = {}
         for run in self.runs:
             if run.status == "completed" and setting in run.finals:
@@ -81,26 +80,30 @@ class Group:
         return counted
 
     def missing(self, setting: str) -> list[dict[str, Any]]:
-        """Return what should have counted and does not: runs, then combinations of order and seed that have no run.
+        """Return the runs excluded from the statistics, then the (order, seed) pairs without a run.
 
-        Combinations are those of every order with every seed when more than half of them were tried. Otherwise each
-        order is taken to have seeds of its own.
+        When more than half of all combinations of orders and seeds were tried, the others count as missing. Otherwise
+        each order is assumed to have its own seeds, and no combination is missing.
         """
         counted = self.complete(setting)
-        lacking = []
+        missing = []
         for run in self.runs:
             if (run.order, run.seed) not in counted:
-                reason = run.status if run.status != "completed" else f"not every task is evaluated in {setting}"
-                lacking.append({"order": list(run.order), "seed": run.seed, "reason": reason, "folder": run.label})
+                reason = (
+                    run.status
+                    if run.status != "completed"
+                    else f"some tasks were not evaluated in the setting {setting}"
+                )
+                missing.append({"order": list(run.order), "seed": run.seed, "reason": reason, "folder": run.label})
         tried = {(run.order, run.seed) for run in self.runs if run.order}
         orders, seeds = sorted({order for order, _ in tried}), sorted({seed for _, seed in tried})
         if 2 * len(tried) > len(orders) * len(seeds):
             absent = [(o, s) for o in orders for s in seeds if (o, s) not in tried]
-            lacking += [{"order": list(o), "seed": s, "reason": "no run", "folder": None} for o, s in absent]
-        return lacking
+            missing += [{"order": list(o), "seed": s, "reason": "no run", "folder": None} for o, s in absent]
+        return missing
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return its entries of order_robustness.json, one a setting."""
+        """Return the entries of the group in order_robustness.json, one per setting."""
         return [self._entry(setting) for setting in self.settings]
 
     def _entry(self, setting: str) -> dict[str, Any]:
@@ -130,11 +133,11 @@ class Group:
         }
 
     def finals(self, setting: str) -> tuple[list[tuple[int, ...]], list[int], Floats]:
-        """Return (orders, task ids, finals [R, S, T]) of the runs that count."""
+        """Return (orders, task ids, finals [R, S, T]) of the completed runs; see `complete`."""
         return finals_of(self.complete(setting), setting)
 
     def forgetting(self, setting: str) -> float | None:
-        """Return the mean over orders of forgetting, seeds first; None where a run has none."""
+        """Return the mean forgetting over orders (seeds averaged first); None when a run has none."""
         by_order: dict[tuple[int, ...], list[float]] = {}
         for (order, _), run in self.complete(setting).items():
             value = run.metrics[setting]["forgetting"]
@@ -144,7 +147,7 @@ class Group:
 
 
 def _further(orders: list[tuple[int, ...]], tasks: list[int], finals: Floats) -> dict[str, Any]:
-    """Return the keys of order_robustness.json that explain its first ones; see `clrun.results.order_effects`."""
+    """Return the keys of order_robustness.json that come from `clrun.results.order_effects`."""
     means = robustness.order_means(finals)
     spread, counted = robustness.sd(finals), int((~np.isnan(means)).sum())
     best = None if np.isnan(means).all() else int(np.nanargmax(means))
@@ -168,10 +171,10 @@ def _further(orders: list[tuple[int, ...]], tasks: list[int], finals: Floats) ->
         "order_effect": bottom and bottom.effect,
         "order_variance": parts and parts.order,
         "seed_variance": parts and parts.seed,
-        "order_share": parts and parts.share,
+        "order_share": parts and parts.order_share,
         "task_order_variance": task_parts and task_parts.order,
         "task_seed_variance": task_parts and task_parts.seed,
-        "task_order_share": task_parts and task_parts.share,
+        "task_order_share": task_parts and task_parts.order_share,
         "position_effect": position and asdict(position),
         "caveats": order_effects.caveats(finals),
     }
@@ -198,7 +201,10 @@ def finals_of(complete: Mapping[Pair, Run], setting: str) -> tuple[list[tuple[in
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Sort runs into experiment groups, in order of first appearance; orders chosen by a search are on their own."""
+    """Sort runs into experiment groups, in order of first appearance.
+
+    Runs whose order was chosen by a search for the worst one form groups of their own.
+    """
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         chosen = "searched" if run.searched else ""
@@ -218,7 +224,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def labels(groups: Sequence[Group]) -> list[str]:
-    """Return a short name of each group: its method, and what else tells it from the others."""
+    """Return a short name of each group: its method and the choices in which the groups differ."""
     varies = [len({group.triple[part] for group in groups}) > 1 for part in (1, 2)]
     found = []
     for group in groups:
@@ -229,20 +235,23 @@ def labels(groups: Sequence[Group]) -> list[str]:
 
 
 def differing(configs: Sequence[Mapping[str, object]], without: Iterable[str]) -> list[str]:
-    """Return the keys inside the hash in which flattened configurations differ; a key may be absent in some. Sorted."""
+    """Return the keys that can change a result and in which flattened configurations differ, sorted.
+
+    A key that is absent in some of them differs. Keys at or below one of `without` are left out.
+    """
     first, absent = configs[0] if configs else {}, object()
     keys: set[str] = set()
     for config in configs[1:]:
         keys |= {key for key in first.keys() | config.keys() if first.get(key, absent) != config.get(key, absent)}
-    return sorted(key for key in keys if inside_hash(key) and not below(key, without))
+    return sorted(key for key in keys if inside_hash(key) and not at_or_below(key, without))
 
 
-def below(key: str, prefixes: Iterable[str]) -> bool:
-    """Whether a dotted key is one of `prefixes` or below it."""
+def at_or_below(key: str, prefixes: Iterable[str]) -> bool:
+    """Return whether a dotted key is one of `prefixes` or below one of them."""
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
 def last_part(key: str, others: Iterable[str]) -> str:
-    """Return the last part of a dotted key, or all of it when another key ends alike."""
+    """Return the last part of a dotted key, or the whole key when another one has the same last part."""
     last = key.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else key

@@ -1,4 +1,4 @@
-"""Pieces of HTML: tables, figures, sections. What comes from elsewhere is escaped here or by `charts.text`."""
+"""HTML elements: tables, figures, sections. Text that is not ours is escaped here or by `charts.text`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        shown: its text.
-        value: what it sorts by; None sorts last.
+        shown: text of the cell.
+        value: value by which a column is sorted; None sorts last.
         kind: CSS class.
     """
 
@@ -22,13 +22,13 @@ class Cell:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Cell]], *, kind: str = "", titles: Sequence[str] = ()) -> str:
-    """Return a table that scrolls sideways where it does not fit; the first cell of a row is its heading.
+    """Return a table that scrolls horizontally where it does not fit; the first cell of each row is its heading.
 
     Args:
-        heads: of the columns.
-        rows: cells.
-        kind: CSS classes; "sortable" makes the headings buttons.
-        titles: explanation of each heading.
+        heads: headings of the columns.
+        rows: cells of each row.
+        kind: CSS classes; "sortable" turns the headings into buttons.
+        titles: explanation of each heading, shown at the pointer.
     """
     titles = titles or [""] * len(heads)
     top = "".join(_head(head, title, kind) for head, title in zip(heads, titles, strict=True))
@@ -56,23 +56,23 @@ def _sort(cell: Cell) -> str:
 
 
 def figure(picture: str, caption: str, numbers: str = "") -> str:
-    """Return a figure with its caption and, folded, its numbers; `picture` and `numbers` are HTML."""
+    """Return a figure with its caption and its numbers in a folded block; `picture` and `numbers` are HTML."""
     below = details("numbers", numbers) if numbers else ""
     return f"<figure>{picture}<figcaption>{text(caption)}</figcaption>{below}</figure>"
 
 
 def details(summary: str, body: str, *, opened: bool = False) -> str:
-    """Return a block that unfolds; `body` is HTML."""
+    """Return a block that the reader can unfold; `body` is HTML."""
     return f"<details{' open' if opened else ''}><summary>{text(summary)}</summary>{body}</details>"
 
 
 def section(title: str, body: str, *, kind: str = "") -> str:
-    """Return a section; `body` is HTML."""
+    """Return a section with a heading; `body` is HTML."""
     return f'<section class="{kind}"><h2>{text(title)}</h2>{body}</section>'
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-    """Return a fraction in points; a dash for None."""
+    """Return a fraction in points with one decimal; a dash for None."""
     if value is None:
         return "–"
     shown = round(100 * value, 1) + 0.0
@@ -80,10 +80,10 @@ def number(value: float | None, *, sign: bool = False) -> str:
 
 
 def count(value: float | None) -> str:
-    """Return a whole number with thousands separated; a dash for None."""
+    """Return a whole number with separated thousands; a dash for None."""
     return "–" if value is None else f"{value:,.0f}".replace(",", "\N{THIN SPACE}")
 
 
 def order_text(order: Sequence[int]) -> str:
-    """Return task ids by position."""
+    """Return the text of an order: task ids by position."""
     return " ".join(map(str, order))

@@ -1,6 +1,7 @@
-"""report.html: everything about a sweep on one page that opens offline; written by hand, hence fast.
+"""report.html: everything about a sweep on one page that opens offline.
 
-Accuracies are in points here. What has no value is a dash; what failed or is missing is listed before the numbers.
+The HTML is written without a template library, which keeps large reports fast. Accuracies are in points. A missing
+value is a dash; runs that failed or are missing are listed before the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,24 +15,24 @@ from clrun.reporting import appendix
 from clrun.reporting.charts import text
 from clrun.reporting.groups import Group, labels
 from clrun.reporting.markup import Cell, count, details, number, section, table
-from clrun.reporting.panels import Standings, method, overview
-from clrun.reporting.searches import Search, sections
+from clrun.reporting.panels import Standings, method_section, overview_section
+from clrun.reporting.searches import Search, search_sections
 from clrun.reporting.tables import SETTINGS
 
-PAIRS = 60  # comparisons shown at once
+PAIRS = 60  # comparisons of two methods shown in the table
 
 
 @dataclass(frozen=True)
 class Page:
-    """What report.html shows.
+    """The content of report.html.
 
     Attributes:
         title: name of the sweep.
-        groups: runs by experiment.
+        groups: experiment groups.
         robustness: content of order_robustness.json.
         comparisons: content of method_comparison.json.
-        skipped: (folder, reason) of folders that cannot be read.
-        notes: what a reader of the comparison must know.
+        skipped: (folder, reason) for each folder that cannot be read.
+        notes: caveats about all groups.
         searches: content of each order_search.json.
     """
 
@@ -44,13 +45,13 @@ class Page:
     searches: Sequence[Search] = ()
 
     def settings(self) -> list[str]:
-        """Return the settings of any entry; the one that the first group was trained in comes first."""
+        """Return the settings that have entries; the one that the first group was trained in comes first."""
         own = self.groups[0].runs[0].config.get("scenario.setting") if self.groups else None
         found = [setting for setting in SETTINGS if any(entry["setting"] == setting for entry in self.robustness)]
         return sorted(found, key=lambda setting: setting != own)
 
     def entries(self, setting: str) -> list[tuple[str, Group, Mapping[str, Any]]]:
-        """Return (label, group, entry) of a setting, best first."""
+        """Return (label, group, entry of order_robustness.json) in a setting, best first."""
         pairs = []
         entries = iter(self.robustness)
         for label, group in zip(labels(self.groups), self.groups, strict=True):
@@ -62,17 +63,21 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Return report.html. The same runs give the same text."""
+    """Return the text of report.html. The same runs give the same text."""
     settings = page.settings()
     first = settings[0] if settings else ""
-    parts = [_header(page), appendix.problems(page.groups, page.robustness, page.skipped), _switch(settings)]
+    parts = [_header(page), appendix.problems_section(page.groups, page.robustness, page.skipped), _switch(settings)]
     for setting in settings:
         entries = page.entries(setting)
-        body = [_comparison(page, setting, entries), overview(entries), _pairs(page, setting)]
-        body += [method(label, group, entry) for label, group, entry in entries if entry["n_orders"]]
+        body = [_comparison(page, setting, entries), overview_section(entries), _pairs(page, setting)]
+        body += [method_section(label, group, entry) for label, group, entry in entries if entry["n_orders"]]
         parts.append(f'<div class="in-{setting}">{"".join(body)}</div>')
-    parts.append(sections(page.searches))
-    parts += [appendix.differences(page.groups), appendix.runs(page.groups), appendix.reproduce(page.groups)]
+    parts.append(search_sections(page.searches))
+    parts += [
+        appendix.differences_section(page.groups),
+        appendix.runs_section(page.groups),
+        appendix.reproduction_section(page.groups),
+    ]
     here = files("clrun.reporting")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
     return (
@@ -86,6 +91,7 @@ def render(page: Page) -> str:
 
 
 def _header(page: Page) -> str:
+    """Return the title and the facts below it."""
     runs = [run for group in page.groups for run in group.runs]
     done = sum(run.status == "completed" for run in runs)
     orders, seeds = len({run.order for run in runs if run.order}), len({run.seed for run in runs})
@@ -105,6 +111,7 @@ def _header(page: Page) -> str:
 
 
 def _switch(settings: Sequence[str]) -> str:
+    """Return the buttons that choose the setting shown; "" for one setting."""
     if len(settings) < 2:
         return ""
     buttons = "".join(
@@ -117,33 +124,34 @@ def _switch(settings: Sequence[str]) -> str:
 
 HEADINGS = (
     ("method", ""),
-    ("accuracy", "final average accuracy: mean and standard deviation over orders, seeds averaged first"),
-    ("95 % interval", "of the mean over orders (t, R - 1 degrees of freedom)"),
+    ("accuracy", "final average accuracy: mean and standard deviation over orders (seeds averaged first)"),
+    ("95 % interval", "95 % confidence interval of the mean over R orders (t distribution, R - 1 degrees of freedom)"),
     ("AOPD", "mean over tasks of the range of a task's final accuracy over the orders; lower is better"),
-    ("AOPD0", "the same from seeds alone; * estimated from the spread of seeds"),
-    ("AOPD / d2", "AOPD without its growth with the number of orders"),
-    ("MOPD", "largest range of any task"),
-    ("worst order", "accuracy of the worst order"),
+    ("AOPD0", "AOPD expected from seeds alone; * estimated from the standard deviation between seeds"),
+    ("AOPD / d2", "AOPD divided by d2(R), which removes its growth with the number of orders R"),
+    ("MOPD", "largest range of a task's final accuracy over the orders; lower is better"),
+    ("worst order", "final average accuracy of the worst order"),
     ("worst cell", "lowest final accuracy of a task in any order"),
-    ("order share", "share of the order in the variance of single tasks; the rest is owed to seeds"),
-    ("slope", "change of a task's final accuracy a position later; above 0 early tasks are forgotten"),
-    ("forgetting", "mean over orders"),
-    ("parameters", "after the last task"),
-    ("stored", "bytes kept between tasks"),
-    ("train s", "mean over runs"),
+    ("order share", "part of the variance of a task's accuracy that is due to the order; the rest is due to seeds"),
+    ("slope", "change of a task's final accuracy per position; above 0 tasks learned early are forgotten"),
+    ("forgetting", "drop of a task's accuracy from its highest earlier value to the end; mean over tasks and orders"),
+    ("parameters", "number of parameters after the last task"),
+    ("stored bytes", "bytes that the method stores between tasks: parameters, memories and statistics"),
+    ("training (s)", "training time of a run in seconds, mean over runs"),
     ("orders × seeds", ""),
-    ("missing", "runs that should count and do not"),
+    ("missing", "runs that failed, are unfinished or were never started; they are not in the statistics"),
 )
 
 
 LOGME = (
     "LogME",
-    "log evidence per training image of a linear model on the frozen features, in nats; higher is better, comparable "
-    "for the same images and labels",
+    "log evidence per training image of a linear model on the frozen features, in nats; higher is better; comparable "
+    "for the same images and labels only",
 )
 
 
 def _comparison(page: Page, setting: str, entries: Standings) -> str:
+    """Return the table of all methods in a setting, its caveats, and the meaning of its columns."""
     rows = [_standing(label, group, entry) for label, group, entry in entries]
     headings = list(HEADINGS)
     if any(group.logme is not None for _, group, _ in entries):
@@ -153,9 +161,10 @@ def _comparison(page: Page, setting: str, entries: Standings) -> str:
             row.insert(place, Cell("–" if group.logme is None else f"{group.logme:.3f}", group.logme))
     known = [caveat for _, _, entry in entries for caveat in entry["caveats"]]
     said = list(dict.fromkeys(known))
-    notes = [*(note.removeprefix("note: ") for note in page.notes), *said]
+    few = [caveat for entry in page.comparisons if entry["setting"] == setting for caveat in entry["caveats"]]
+    notes = [*page.notes, *said, *dict.fromkeys(few)]
     listed = "".join(f"<li>{text(_whose(note[:1].upper() + note[1:], entries))}</li>" for note in notes)
-    warning = f'<aside class="caveats"><h3>What these runs cannot say</h3><ul>{listed}</ul></aside>' if notes else ""
+    warning = f'<aside class="caveats"><h3>What these runs cannot show</h3><ul>{listed}</ul></aside>' if notes else ""
     terms = "".join(f"<dt>{name}</dt><dd>{text(meaning)}</dd>" for name, meaning in headings if meaning)
     names, meanings = zip(*headings, strict=True)
     body = table(names, rows, kind="sortable", titles=meanings)
@@ -164,12 +173,13 @@ def _comparison(page: Page, setting: str, entries: Standings) -> str:
 
 
 def _whose(caveat: str, entries: Standings) -> str:
-    """Name the methods that a caveat is about, unless it is about all."""
+    """Return a caveat with the names of the methods that it is about, unless it is about all of them."""
     about = [label for label, _, entry in entries if caveat in entry["caveats"]]
     return caveat if len(about) in (0, len(entries)) else f"{', '.join(about)}: {caveat}"
 
 
 def _standing(label: str, group: Group, entry: Mapping[str, Any]) -> list[Cell]:
+    """Return the row of one method, in the order of HEADINGS."""
     low, high = entry["ci95"] or (None, None)
     position, cell = entry["position_effect"] or {}, entry["worst_cell"] or {}
     estimated = "*" if entry["aopd_floor_source"] == "spread of seeds" else ""
@@ -198,7 +208,7 @@ def _standing(label: str, group: Group, entry: Mapping[str, Any]) -> list[Cell]:
 
 
 def _pairs(page: Page, setting: str) -> str:
-    """Return the comparison of methods on the same orders."""
+    """Return the section that compares methods on the same orders."""
     body = []
     for entry in page.comparisons:
         if entry["setting"] != setting:
@@ -223,9 +233,9 @@ def _pairs(page: Page, setting: str) -> str:
             "mean",
             "95 % interval",
             "p (Holm)",
-            "p Wilcoxon",
-            "p sign",
-            "p t",
+            "p (Wilcoxon)",
+            "p (sign test)",
+            "p (t test)",
             "orders needed",
             "orders",
         ]
@@ -233,30 +243,26 @@ def _pairs(page: Page, setting: str) -> str:
         if len(rows) > PAIRS:
             body.append(f"<p>{len(rows) - PAIRS} further pairs are in method_comparison.json.</p>")
     note = (
-        "<p class=note>Paired over orders, seeds averaged first. Wilcoxon and sign tests are exact and two-sided, Holm "
-        "corrects the Wilcoxon p for all pairs; p t needs normal differences. Orders needed: for 80 % power of a "
-        "paired t test if the difference is as seen.</p>"
+        "<p class=note>Differences are paired over orders; seeds are averaged first. The Wilcoxon signed-rank test and "
+        "the sign test are exact and two-sided. Holm's correction adjusts the Wilcoxon p values for the number of "
+        "comparisons. The t test assumes normal differences. Orders needed: number of orders for 80 % power of a "
+        "paired t test, if the true difference is as large as the one measured.</p>"
     )
     return section("Paired comparison on the same orders", "".join(body) + note) if body else ""
 
 
 def _agreement(entry: Mapping[str, Any]) -> str:
+    """Return the caveats of a comparison and how much its orders agree on the ranking of the methods."""
     orders = entry["n_orders"]
-    lines = []
-    if orders and min(p["n"] for p in entry["pairs"]) < 6:
-        lines.append(
-            f"With {min(p['n'] for p in entry['pairs'])} orders the exact tests cannot go below p = "
-            f"{2 ** (1 - min(p['n'] for p in entry['pairs'])):.3g}: no difference can be shown at 5 %."
-        )
+    lines = list(entry["caveats"])
     if entry["mean_ranks"]:
         ranks = sorted(zip(entry["mean_ranks"], entry["methods"], strict=True))
         listed = ", ".join(f"{label} {rank:.2f}" for rank, label in ranks)
         w = "–" if entry["kendall_w"] is None else f"{entry['kendall_w']:.3f}"
         p = "–" if entry["p_friedman"] is None else f"{entry['p_friedman']:.3g}"
-        critical = entry["critical_difference"]
-        apart = "" if critical is None else f"; ranks apart by {critical:.2f} or more differ at 5 % (Nemenyi)"
         lines.append(
             f"{entry['dataset']}, {orders} shared orders: Kendall's W = {w} (1: every order ranks the methods alike), "
-            f"Friedman p = {p}. Mean ranks: {listed}{apart}."
+            f"Friedman test p = {p}. Mean ranks (1 is best): {listed}. Two mean ranks differ significantly at 5 % when "
+            f"they are {entry['critical_difference']:.2f} or more apart (Nemenyi test)."
         )
     return "".join(f"<p>{text(line)}</p>" for line in lines)

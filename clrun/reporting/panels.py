@@ -1,4 +1,4 @@
-"""The figures of report.html: all methods side by side, then one method over its orders."""
+"""The figures of report.html: all methods side by side, then each method over its orders."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ from clrun.reporting.groups import Group
 from clrun.reporting.markup import Cell, figure, order_text, section, table
 from clrun.results import order_effects, robustness
 
-MAPS = 12  # orders of a method whose accuracy matrices are shown
-DOTS = 40  # orders up to which every one is a dot and a row
-Standings = Sequence[tuple[str, Group, Mapping[str, Any]]]  # (label, runs, entry of order_robustness.json)
+MAPS = 12  # number of orders whose accuracy matrices are shown for each method
+DOTS = 40  # number of orders up to which each one is a dot and a row
+Standings = Sequence[tuple[str, Group, Mapping[str, Any]]]  # (label, group, entry of order_robustness.json)
 
 
-def overview(entries: Standings) -> str:
-    """Return the figures that put all methods side by side."""
+def overview_section(entries: Standings) -> str:
+    """Return the section with figures of all methods side by side."""
     counted = [item for item in entries if item[2]["mean"] is not None]
     if not counted:
         return ""
@@ -25,6 +25,7 @@ def overview(entries: Standings) -> str:
 
 
 def _accuracies(entries: Standings) -> str:
+    """Return the figure of final accuracies."""
     rows = []
     for label, _, entry in entries:
         mean, low, high = (100 * entry[key] for key in ("mean", "worst_order_mean", "best_order_mean"))
@@ -34,11 +35,14 @@ def _accuracies(entries: Standings) -> str:
             bar = (*interval, f"95 % interval of the mean: {interval[0]:.1f} to {interval[1]:.1f}")
         line = (low, high, f"worst order {low:.1f}, best order {high:.1f}")
         rows.append(Range(label, [(mean, f"{label}: mean over orders {mean:.1f}")], bar, line, note=f"{mean:.1f}"))
-    caption = "Final average accuracy: mean over orders (dot), its 95 % interval (bar), worst to best order (line)."
+    caption = (
+        "Final average accuracy: mean over orders (dot), 95 % interval of the mean (bar), worst to best order (line)."
+    )
     return figure(ranges(rows, "accuracy (points)"), caption)
 
 
 def _disparities(entries: Standings) -> str:
+    """Return the figure of AOPD and its seed-only floor; "" without AOPD."""
     rows = []
     for label, _, entry in entries:
         if entry["aopd"] is not None:
@@ -47,11 +51,14 @@ def _disparities(entries: Standings) -> str:
             rows.append(Range(label, (), (0.0, value, f"{label}: AOPD {value:.1f}"), None, mark, f"{value:.1f}"))
     if not rows:
         return ""
-    caption = "AOPD (bar) beside its seed-only floor AOPD0 (tick): only what exceeds the tick is owed to the order."
+    caption = (
+        "AOPD (bar) and AOPD0, expected from seeds alone (tick): only the part beyond the tick is due to the order."
+    )
     return figure(ranges(rows, "AOPD (points)", zero=True), caption)
 
 
 def _variances(entries: Standings) -> str:
+    """Return the figure of the variance components; "" when no method has them."""
     rows, numbers = [], []
     for label, _, entry in entries:
         if entry["task_order_variance"] is not None:
@@ -63,16 +70,18 @@ def _variances(entries: Standings) -> str:
             numbers.append([Cell(label, label), *(Cell(f"{v:.2f}", v) for v in (order, seed, *whole))])
     if not rows:
         return ""
-    heads = ["method", "order (tasks)", "seed (tasks)", "order (average)", "seed (average)"]
-    caption = (
-        "Order against seed: standard deviation of a task's final accuracy owed to the order (bar), to the seed (tick)."
-    )
+    heads = ["method", "order, single tasks", "seed, single tasks", "order, average accuracy", "seed, average accuracy"]
+    caption = "Standard deviation of a task's final accuracy that is due to the order (bar) and to the seed (tick)."
     return figure(ranges(rows, "standard deviation (points)", zero=True), caption, table(heads, numbers))
 
 
 def _costs(entries: Standings) -> list[str]:
+    """Return the figures of accuracy against training time and stored bytes."""
     figures = []
-    for title, of in (("train seconds a run", "train_seconds"), ("stored bytes after the last task", "state_bytes")):
+    for title, of in (
+        ("training seconds per run", "train_seconds"),
+        ("stored bytes after the last task", "state_bytes"),
+    ):
         dots = []
         for label, group, entry in entries:
             values = [v for run in group.runs if (v := getattr(run, of))]
@@ -84,8 +93,8 @@ def _costs(entries: Standings) -> list[str]:
     return figures
 
 
-def method(label: str, group: Group, entry: Mapping[str, Any]) -> str:
-    """Return the section of one method."""
+def method_section(label: str, group: Group, entry: Mapping[str, Any]) -> str:
+    """Return the section of one method: curves, tasks, position effect and accuracy matrices."""
     setting = entry["setting"]
     runs = list(group.complete(setting).values())
     names = {task: name for run in runs for task, name in run.task_names.items()}
@@ -100,6 +109,7 @@ def method(label: str, group: Group, entry: Mapping[str, Any]) -> str:
 
 
 def _curves(matrices: Mapping[tuple[int, ...], Any]) -> str:
+    """Return the figure of average accuracy after each task; "" when a cell is missing in every order."""
     averages = {
         order: np.array([100 * matrix[k, : k + 1].mean() for k in range(len(order))])
         for order, matrix in matrices.items()
@@ -109,12 +119,15 @@ def _curves(matrices: Mapping[tuple[int, ...], Any]) -> str:
         return ""
     rows = [[Cell(name), *(Cell(f"{v:.1f}", v) for v in values)] for name, values in lines[:DOTS]]
     heads = ["order", *(str(k + 1) for k in range(len(lines[0][1])))]
-    caption = "Average accuracy on the tasks so far, after each task: mean over orders, band from lowest to highest."
+    caption = (
+        "Average accuracy on the tasks learned so far, after each task: mean over orders, and band from the lowest to "
+        "the highest order."
+    )
     return figure(curves(lines, "tasks learned"), caption, table(heads, rows))
 
 
 def _tasks(group: Group, entry: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
-    """Return the disparity of each task and the position effect."""
+    """Return the figures of the disparity of each task and of the position effect."""
     orders, tasks, finals = group.finals(entry["setting"])
     means = 100 * robustness.seed_means(finals)
     if not tasks or len(orders) < 2:
@@ -133,7 +146,7 @@ def _tasks(group: Group, entry: Mapping[str, Any], names: Mapping[int, str]) -> 
         for r, order in enumerate(orders[:DOTS])
     ]
     heads = ["order", *(f"task {task}" for task in tasks), "average"]
-    caption = "Final accuracy of each task, a dot an order; at the right its range, OPD."
+    caption = "Final accuracy of each task, one dot per order. The number at the right is the range over orders (OPD)."
     found = [figure(ranges(rows, "final accuracy (points)"), caption, table(heads, numbers, kind="sortable"))]
     effect = order_effects.position_effect(finals, orders)
     if effect is not None:
@@ -145,13 +158,16 @@ def _tasks(group: Group, entry: Mapping[str, Any], names: Mapping[int, str]) -> 
         ]
         slope = 100 * effect.slope
         rho = "" if effect.spearman is None else f", rank correlation {effect.spearman:+.2f}"
-        caption = f"Position effect: final accuracy about the task's own mean; {slope:+.2f} points a position{rho}."
+        caption = (
+            "Position effect: final accuracy of a task minus its mean over orders, by the position at which it was "
+            f"learned; {slope:+.2f} points per position{rho}."
+        )
         found.append(figure(by_position(cells, slope, "position of the task"), caption))
     return found
 
 
 def _maps(matrices: Mapping[tuple[int, ...], Any], names: Mapping[int, str]) -> str:
-    """Return the accuracy matrices: the mean by position, then each order."""
+    """Return the accuracy matrices: the mean over orders by position, then one per order."""
     maps = []
     shapes = {matrix.shape for matrix in matrices.values()}
     if len(matrices) > 1 and len(shapes) == 1:
@@ -164,9 +180,14 @@ def _maps(matrices: Mapping[tuple[int, ...], Any], names: Mapping[int, str]) -> 
         last = f"<b>{100 * matrix[-1].mean():.1f}</b> <span>{text(order_text(order))}</span>"
         maps.append(f"<figure>{heat(matrix, tasks, numbers=True)}<figcaption>{last}</figcaption></figure>")
     rest = len(matrices) - MAPS
-    more = f"<p class=note>{rest} further orders are in the folders of their runs.</p>" if rest > 0 else ""
+    more = (
+        f"<p class=note>The accuracy matrices of {rest} more orders are in the folders of their runs.</p>"
+        if rest > 0
+        else ""
+    )
     caption = (
-        "<p>Accuracy matrices (seeds averaged). A row is learning one more task, downwards; a column is the task "
-        "evaluated, in the order of learning. Below each: final average accuracy and the order.</p>"
+        "<p>Accuracy matrices (seeds averaged). Each row shows the accuracies after learning one more task, from top "
+        "to bottom; each column is an evaluated task, in the order of learning. Below each matrix: final average "
+        "accuracy and order.</p>"
     )
     return f'{caption}<div class="maps">{"".join(maps)}</div>{legend()}{more}'

@@ -1,4 +1,4 @@
-"""Figures (PNG and SVG) and tables (CSV and LaTeX) of a sweep for papers, in its folder `report`."""
+"""Figures (PNG and SVG) and tables (CSV and LaTeX) for papers, in the folder `report` of a sweep."""
 
 import io
 import warnings
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANELS = 12  # methods of a figure with a panel each: the best ones
-COLUMNS = 4  # panels side by side
+PANELS = 12  # a figure with one panel per method shows this number of methods, the best ones
+COLUMNS = 4  # panels per row
 DPI = 200
 BLUE, ORANGE, GREY = "#0b62c4", "#b3400a", "#777777"
 TABLE = (
@@ -40,8 +40,8 @@ def write(folder: Path, standings: Mapping[str, Standings], comparisons: Sequenc
     """Write the figures and tables of each setting into `folder`. The same runs give the same bytes.
 
     Args:
-        folder: made when needed.
-        standings: by setting, best first.
+        folder: is created when it does not exist.
+        standings: methods by setting, best first.
         comparisons: content of method_comparison.json.
 
     Raises:
@@ -60,7 +60,7 @@ def write(folder: Path, standings: Mapping[str, Standings], comparisons: Sequenc
 
 
 def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """Return a table for the package booktabs, everything in it escaped."""
+    """Return a LaTeX table for the package booktabs; all text is escaped."""
     lines = [" & ".join(map(escaped, row)) + r" \\" for row in rows]
     return "\n".join(
         [
@@ -81,7 +81,7 @@ def latex(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> 
 
 
 def escaped(value: str) -> str:
-    """Return text that LaTeX sets as it stands."""
+    """Return text in which the special characters of LaTeX are escaped."""
     return "".join(SPECIAL.get(character, character) for character in printable(value))
 
 
@@ -107,8 +107,8 @@ def _tables(folder: Path, setting: str, entries: Standings) -> None:
     measured = len(TABLE) + 1
     shown = [[row[0], *map(points, row[1:measured]), *map(_plain, row[measured:])] for row in full]
     caption = (
-        f"Final {SETTINGS[setting]} accuracy in points: mean and standard deviation over task orders (seeds averaged "
-        "first), disparity over orders (AOPD, MOPD) and its seed-only floor (AOPD0)."
+        f"Final {SETTINGS[setting]} accuracy in points: mean and standard deviation (sd) over task orders (seeds "
+        "averaged first), mean and largest disparity over orders (AOPD, MOPD), and AOPD expected from seeds (AOPD0)."
     )
     _put(folder / f"comparison_{setting}.tex", latex(heads, shown, caption))
     tasks = sorted({task for _, _, entry in entries for task in entry["opd"] or ()}, key=int)
@@ -139,7 +139,9 @@ def _pairs(folder: Path, setting: str, comparisons: Sequence[Mapping[str, Any]])
         ]
         for p in pairs
     ]
+    few = dict.fromkeys(caveat for entry in comparisons if entry["setting"] == setting for caveat in entry["caveats"])
     caption = f"Differences of final {SETTINGS[setting]} accuracy in points, paired over task orders."
+    caption = " ".join([caption, "Signed-rank tests are exact and two-sided.", *few])
     _put(folder / f"pairs_{setting}.tex", latex(heads, rows, caption))
 
 
@@ -155,12 +157,12 @@ def _save(path: Path, figure: "Figure | None") -> None:
     layout = figure.get_layout_engine()
     assert layout is not None
     layout.execute(figure)
-    figure.set_layout_engine("none")  # laid out once, not once more for each file
+    figure.set_layout_engine("none")  # the layout is computed once for both files
     png, svg = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings(), rc_context({"svg.hashsalt": "clrun", "svg.fonttype": "none"}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no letters of some scripts
         as_png: Any = FigureCanvasAgg(figure)
-        as_png.print_png(png, metadata={"Software": None})  # savefig would draw each twice
+        as_png.print_png(png, metadata={"Software": None})  # savefig would draw each file twice
         as_svg: Any = FigureCanvasSVG(figure)
         as_svg.print_svg(svg, metadata={"Date": None, "Creator": None})
     for kind, picture in (("png", png), ("svg", svg)):
@@ -181,7 +183,7 @@ def _clean(axes: "Axes") -> None:
 
 
 def _rows(axes: "Axes", names: Sequence[str], title: str) -> None:
-    """Label the rows of a dot range, the first on top."""
+    """Label the rows of a figure; the first is at the top."""
     axes.set_yticks(range(len(names)), [printable(name)[:40] for name in names])
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
@@ -213,7 +215,7 @@ def _order_effect(entries: Standings) -> "Figure | None":
         axes.barh(y, 100 * entry["aopd"], height=0.5, color=BLUE, alpha=0.75)
         if entry["aopd_floor"] is not None:
             axes.plot([100 * entry["aopd_floor"]] * 2, [y - 0.36, y + 0.36], color=ORANGE, lw=2.5)
-    _rows(axes, [label for label, _, _ in known], "AOPD (points); tick: seeds alone")
+    _rows(axes, [label for label, _, _ in known], "AOPD (points); tick: expected from seeds alone")
     return figure
 
 
@@ -238,7 +240,7 @@ def _cost(entries: Standings) -> "Figure | None":
     found = False
     for axes, (title, of) in zip(
         figure.subplots(1, 2, sharey=True),
-        (("train seconds a run", "train_seconds"), ("stored bytes", "state_bytes")),
+        (("training seconds per run", "train_seconds"), ("stored bytes", "state_bytes")),
         strict=True,
     ):
         for label, group, entry in entries:
@@ -260,13 +262,13 @@ def _cost(entries: Standings) -> "Figure | None":
 def _panels(
     entries: Standings, draw: Callable[["Axes", Group, str], None], side: float, *, shared: str = "none"
 ) -> "Figure":
-    """Return a figure with a panel a method, of the best ones; axes that panels share are labelled at the edge alone.
+    """Return a figure with one panel per method, for the best ones; shared axes are labelled at the edge only.
 
     Args:
-        entries: best first.
-        draw: fills a panel.
-        side: of a panel, inches.
-        shared: "none", "x" or "both".
+        entries: methods, best first.
+        draw: draws one panel.
+        side: side of a panel in inches.
+        shared: axes that all panels share: "none", "x" or "both".
     """
     shown = entries[:PANELS]
     columns = min(COLUMNS, len(shown))
@@ -294,7 +296,7 @@ def _panels(
 
 
 def _matrices(group: Group, setting: str) -> list[Any]:
-    """Return the accuracy matrix of each order, seeds averaged; of the most common number of tasks."""
+    """Return the accuracy matrix of each order (seeds averaged) that has the most common number of tasks."""
     by_order: dict[tuple[int, ...], list[Any]] = {}
     for run in group.complete(setting).values():
         by_order.setdefault(run.order, []).append(run.matrices[setting])
@@ -309,7 +311,7 @@ def _draw_matrix(axes: "Axes", group: Group, setting: str) -> None:
     axes.imshow(np.ma.masked_invalid(mean), cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel("task by position", fontsize=8)
+    axes.set_xlabel("position of the task", fontsize=8)
     axes.set_ylabel("tasks learned", fontsize=8)
 
 
@@ -341,7 +343,7 @@ def _draw_position(axes: "Axes", group: Group, setting: str) -> None:
     orders, tasks, finals = group.finals(setting)
     effect = order_effects.position_effect(finals, orders) if tasks else None
     axes.set_xlabel("position", fontsize=8)
-    axes.set_ylabel("about the task's mean", fontsize=8)
+    axes.set_ylabel("accuracy minus the task's mean", fontsize=8)
     _clean(axes)
     if effect is None:
         return

@@ -1,4 +1,4 @@
-"""The picture of a stream of tasks: a band of sample images a task, in the order in which they are learned."""
+"""The figure of a stream of tasks: one band of sample images per task, in the order of learning."""
 
 import io
 import textwrap
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]  # [k, height, width, 1 or 3]
 
 TILE, GAP, LABEL, MARGIN, BETWEEN = 0.62, 0.07, 2.35, 0.2, 0.3  # inches
-LINE = 0.11  # height of a line of the class names under the images
-HEADER = 0.85  # height of the title and of the headings
+LINE = 0.11  # height of one line of the class names under the images
+HEADER = 0.85  # height of the title and the headings
 DPI = 110
 FONT = "DejaVu Sans"  # comes with matplotlib
 
@@ -32,10 +32,10 @@ class Band:
 
     Attributes:
         title: position, id and name of the task.
-        lines: further text, wrapped where it is long.
+        lines: further text; long lines are wrapped.
         names: class name of each sample.
-        images: the samples as a network sees them.
-        training: the same samples augmented for training; None where that is no different.
+        images: the samples as the network sees them.
+        training: the same samples augmented for training; None when training does not augment.
     """
 
     title: str
@@ -51,8 +51,9 @@ def draw_samples(title: str, subtitle: str, bands: Sequence[Band], path: Path) -
     Args:
         title: what the stream is.
         subtitle: how its images become network input.
-        bands: in order; all of them have training images or none has, and none has more samples than the first.
-        path: the PNG to write.
+        bands: one per task, in the order of learning. Either all of them have training images or none has; none has
+            more samples than the first.
+        path: PNG file to write.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -81,7 +82,7 @@ def draw_samples(title: str, subtitle: str, bands: Sequence[Band], path: Path) -
         _draw(axes, content, left=k // rows * column + MARGIN, top=HEADER + k % rows * band, strip=strip)
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the font has no letters of some scripts
         figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
     with replacing(path) as file:
         file.write(picture.getvalue())
@@ -109,7 +110,7 @@ def _draw(axes: "Axes", band: Band, *, left: float, top: float, strip: float) ->
 
 
 def _caption(name: str) -> list[str]:
-    """Return a class name on at most two lines under its image; of a longer one the beginning and the end."""
+    """Return a class name as at most two lines; of a longer name the first and the last line."""
     lines = textwrap.wrap(printable(name).replace("_", " "), 13) or [""]
     return lines if len(lines) <= 2 else [lines[0], lines[-1]]
 
@@ -126,7 +127,7 @@ def _write(
     align: str = "left",
     color: str = "black",
 ) -> None:
-    """Write one line of text, shortened to about `room` inches, its baseline at y."""
+    """Write one line of text with its baseline at y, shortened to about `room` inches."""
     fits = int(room * 72 / (0.56 * size))
     line = printable(text)
     line = line if len(line) <= fits else f"{line[: fits - 1]}…"

@@ -1,4 +1,4 @@
-"""The path of a search for the worst order (order_search.json): read, told in words, and shown on report.html."""
+"""A search for the worst order (order_search.json): reading it, its result in words, and its section of report.html."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from clrun.system.errors import ConfigError
 
 RECORD = "order_search.json"
 SCHEMA = 1
-LISTED = 40  # orders up to which the table of a search is unfolded
+LISTED = 40  # number of orders up to which the table of a search is shown unfolded
 KEYS = {"name", "choices", "config_hash", "setting", "budget", "started", "status", "worst", "trials", "again"}
 TRIAL = {"number", "order", "accuracy", "source", "parent", "move", "reused", "status", "folder"}
 Search = Mapping[str, Any]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_search(path: Path) -> dict[str, Any]:
     """Return the content of an order_search.json.
 
     Raises:
@@ -30,15 +30,15 @@ def read(path: Path) -> dict[str, Any]:
     try:
         search = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); remove it to search anew") from error
+        raise ConfigError(f"{path}: cannot be read ({error}); remove the file to start a new search") from error
     sound = isinstance(search, dict) and search.get("schema") == SCHEMA and search.keys() >= KEYS
     if not sound or not all(isinstance(trial, dict) and trial.keys() >= TRIAL for trial in search["trials"]):
-        raise ConfigError(f"{path}: not written by this version of clrun")
+        raise ConfigError(f"{path}: was not written by this version of clrun; remove the file to start a new search")
     return dict(search)
 
 
-def find(roots: Sequence[Path]) -> tuple[list[Search], list[tuple[str, str]]]:
-    """Return the searches at or below `roots`, and (file, reason) of those that cannot be read."""
+def find_searches(roots: Sequence[Path]) -> tuple[list[Search], list[tuple[str, str]]]:
+    """Return the searches at or below `roots`, and (folder, reason) for each that cannot be read."""
     found: list[Search] = []
     skipped = []
     for root in roots:
@@ -46,47 +46,48 @@ def find(roots: Sequence[Path]) -> tuple[list[Search], list[tuple[str, str]]]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if RECORD in files:
                 try:
-                    found.append(read(Path(folder) / RECORD))
+                    found.append(read_search(Path(folder) / RECORD))
                 except ConfigError as error:
                     skipped.append((os.path.relpath(folder, root), str(error)))
     return found, skipped
 
 
 def conclusion(search: Search) -> str:
-    """Return what a search found, in one line, and in another the command that runs its worst order again."""
+    """Return the result of a search as one line; a second line has the command that runs the worst order again."""
     known = [trial for trial in search["trials"] if trial["accuracy"] is not None]
     known = [trial for trial in known if trial["accuracy"] == trial["accuracy"]]
     if not known:
-        return "no order has an accuracy yet."
+        return "no order has been evaluated yet."
     if len(known) == 1:
-        return f"one order so far: {points(known[0]['accuracy'])}."
+        return f"one order has been evaluated so far: {points(known[0]['accuracy'])} points."
     low, high = (pick(trial["accuracy"] for trial in known) for pick in (min, max))
     counted = f"{len(known)} orders ({sum(trial['reused'] for trial in known)} of them reused)"
     if low == high:
-        return f"all {counted} tie at {points(low)}: the order makes no difference."
+        return f"all {counted} have the same accuracy, {points(low)} points: the order makes no difference."
     worst = search["worst"]
     listed = ",".join(map(str, worst["order"]))
     return (
-        f"worst of {counted}: {points(low)} in order {order_text(worst['order'])}; the best has {points(high)}. The "
-        f"lowest of many is low in part by chance; other seeds of it:\n{search['again']} "
+        f"the worst of {counted} is {order_text(worst['order'])} with {points(low)} points; the best has "
+        f"{points(high)}. The lowest of many accuracies is low in part by chance; to check it with other seeds, run:\n"
+        f"{search['again']} "
         f"{shlex.quote(f'task_order.tasks=[{listed}]')}"
     )
 
 
-def told(search: Search) -> str:
-    """Return the conclusion as it is printed; the command stays on one line."""
+def printed_conclusion(search: Search) -> str:
+    """Return the conclusion wrapped for the terminal; the command stays on one line."""
     found, _, command = conclusion(search).partition("\n")
     lines = textwrap.wrap(f"search for the worst order, {method_of(search)}: {printable(found)}", WIDTH)
     return "\n".join([*lines, *([command] if command else [])])
 
 
 def method_of(search: Search) -> str:
-    """Return the method that was searched with."""
+    """Return the name of the method that the search trained."""
     return printable(str(search["choices"].get("method") or search["name"]))
 
 
-def sections(searches: Sequence[Search]) -> str:
-    """Return a section of report.html for each search."""
+def search_sections(searches: Sequence[Search]) -> str:
+    """Return one section of report.html for each search."""
     return "".join(map(_section, searches))
 
 
@@ -104,7 +105,7 @@ def _section(search: Search) -> str:
         ]
         for trial in search["trials"]
     ]
-    heads = ["#", "accuracy", "order", "made from", "state", "folder"]
+    heads = ["#", "accuracy", "order", "origin", "state", "folder"]
     listed = details("all orders tried", table(heads, rows, kind="sortable text path"), opened=len(rows) <= LISTED)
     dots = [
         (trial["number"], 100 * trial["accuracy"], _tip(trial), trial["source"] == "move")
@@ -113,11 +114,11 @@ def _section(search: Search) -> str:
     ]
     setting = SETTINGS[search["setting"]]
     caption = (
-        f"Final {setting} accuracy of every order tried: earlier runs and designed orders (pale), moves from the worst "
-        f"(dark), and the lowest so far (line). {search['started']} of {search['budget']} runs; "
-        f"{search['status']}."
+        f"Final {setting} accuracy of every order tried: earlier runs and designed orders (light dots), orders made by "
+        f"moving tasks in the worst one (dark dots), and the lowest accuracy so far (line). {search['started']} of "
+        f"{search['budget']} runs were started; status: {search['status']}."
     )
-    picture = figure(path_of_search(dots, "order tried"), caption) if dots else ""
+    picture = figure(path_of_search(dots, "number of the order"), caption) if dots else ""
     again = f"<pre>{text(command)}</pre>" if command else ""
     said = f"<p>{text(first[0].upper() + first[1:])}</p>{again}"
     return section(title, f'{said}<div class="figures">{picture}</div>{listed}')

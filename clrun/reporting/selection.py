@@ -1,4 +1,4 @@
-"""The picture of what a method chooses for the images of each task."""
+"""The figure of the prompts or components that a method selects for the images of each task."""
 
 import io
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ import numpy as np
 
 from clrun.system.files import replacing
 
-ANNOTATED = 20  # columns up to which every cell shows its share
+ANNOTATED = 20  # rows and columns up to which every cell shows its number
 
 
 def draw_selection(run: Mapping[str, Any], path: Path) -> None:
-    """Draw the share of each component (columns) in the choices for the images of each true task (rows).
+    """Draw how often each component (column) is selected for the images of each task (row), in percent.
 
     Args:
-        run: content of run.json, with `selection`.
-        path: the PNG to write.
+        run: content of run.json with the key `selection`.
+        path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,11 +36,11 @@ def draw_selection(run: Mapping[str, Any], path: Path) -> None:
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set_xticks(range(0, columns, max(1, columns // 20)))
     axes.set_yticks(range(0, tasks, max(1, tasks // 20)))
-    axes.set_xlabel("chosen prompt, or task whose component is chosen (by position)")
-    axes.set_ylabel("task of the image (by position)")
+    axes.set_xlabel("selected prompt, or position of the task whose component is selected")
+    axes.set_ylabel("position of the image's task")
     used, entropy = run["selection"]["used"], run["selection"]["entropy"]
-    axes.set_title(f"{run['name']}: {used} of {columns} chosen, relative entropy {entropy:.2f}", fontsize=9)
-    figure.colorbar(image, ax=axes).set_label("share of the choices for the task (%)", fontsize=8)
+    axes.set_title(f"{run['name']}: {used} of {columns} selected, relative entropy {entropy:.2f}", fontsize=9)
+    figure.colorbar(image, ax=axes).set_label("selections for the images of the task (%)", fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
     with replacing(path) as file:

@@ -1,6 +1,6 @@
-"""What many runs add up to: sweep.csv, order_robustness.json, method_comparison.json, report.html, the printed table.
+"""The results of many runs: sweep.csv, order_robustness.json, method_comparison.json, report.html, the printed table.
 
-Their runs are sorted into experiment groups first (`clrun.reporting.groups`).
+Runs are sorted into experiment groups first (`clrun.reporting.groups`).
 """
 
 import textwrap
@@ -21,28 +21,28 @@ from clrun.system.errors import ConfigError
 from clrun.system.files import csv_text, exclusive, json_text, replacing, writing
 
 PICTURE = "accuracy_matrix.png"
-FEW = 50  # pictures of single runs that a report draws unasked
+FEW = 50  # a report draws at most this number of figures of single runs without --pictures
 COLUMNS = ("folder", "name", "status", "method", "backbone", "dataset", "setting", "seed", "order")
 UNFINISHED = {
     "failed": "no error was recorded",
-    "interrupted": "its process is gone; start it again to resume",
-    "running": "its process is alive",
+    "interrupted": "its process has ended; start the same command again to resume it",
+    "running": "its process is running",
 }
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What the run folders below some folders add up to.
+    """The results of all runs at or below some folders.
 
     Attributes:
-        runs: a run each, sorted by folder.
+        runs: all runs, sorted by folder.
         groups: the same runs by experiment.
         robustness: content of order_robustness.json.
         comparisons: content of method_comparison.json.
-        skipped: (folder, reason) of folders that cannot be read.
+        skipped: (folder, reason) for each folder that cannot be read.
         searches: content of each order_search.json.
-        text: comparison table, then failed, interrupted and skipped folders; "" when there is nothing.
-        page: the report.html that was written; None when none was.
+        text: comparison table and notes, then failed, interrupted and skipped folders; "" without any of them.
+        page: the report.html that was written; None when none was written.
     """
 
     runs: list[Run]
@@ -58,7 +58,7 @@ class SweepResult:
 def refresh(sweep_dir: Path) -> SweepResult:
     """Read the run folders below `sweep_dir` and rewrite its tables and report.html, each file atomically.
 
-    One process at a time; others wait. Without runs nothing is written.
+    Only one process does this at a time; others wait for it. Without runs nothing is written.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -74,28 +74,28 @@ def refresh(sweep_dir: Path) -> SweepResult:
 def report(
     dirs: Sequence[Path], *, out: Path | None = None, pictures: bool = True, every_picture: bool = False
 ) -> SweepResult:
-    """Rebuild tables and pictures from run folders alone.
+    """Rebuild tables and figures from the files of runs.
 
-    For one folder its tables and report.html are rewritten in place; a single run's gets report.html alone. Several
-    folders are read as one sweep, and nothing is written into them but pictures: their joint tables and page go to
-    `out`, when that is given.
+    For one folder, its tables and report.html are rewritten in place; the folder of a single run gets report.html only.
+    Several folders are read as one sweep. Their joint tables and report.html are written to `out` if it is given;
+    nothing but missing figures is written into the folders themselves.
 
     Args:
-        dirs: sweeps' or runs' folders, or folders above them.
-        out: where to write the tables instead; made when needed.
+        dirs: folders of sweeps or runs, or folders above them.
+        out: folder for the tables instead; it is created when it does not exist.
         pictures: also write figures and tables for papers into the folder `report` beside the tables, and draw
-            accuracy_matrix.png where a completed run has none, for at most FEW runs.
-        every_picture: draw it for more runs, too, which takes about a second for three.
+            accuracy_matrix.png for completed runs without one, if there are at most FEW.
+        every_picture: draw accuracy_matrix.png also if there are more, which takes about 0.3 seconds each.
 
     Raises:
-        ConfigError: a folder does not exist, holds no run, or cannot be written.
+        ConfigError: a folder does not exist, has no run, or cannot be written.
     """
     for folder in dirs:
         if not folder.is_dir():
             raise ConfigError(f"report: no such folder: {folder}")
     result = read_runs(dirs)
     if not result.runs and not result.skipped:
-        raise ConfigError(f"report: no run (run.json) in {', '.join(map(str, dirs))}")
+        raise ConfigError(f"report: no run (run.json) found in {', '.join(map(str, dirs))}")
     target = out if out or len(dirs) > 1 else dirs[0]
     if target is not None:
         _rebuild(result, target, alone=(target / "run.json").exists(), pictures=pictures)
@@ -106,16 +106,16 @@ def report(
 
 
 def _draw(runs: Sequence[Run], *, every: bool) -> str:
-    """Draw what `report` draws of single runs; return what to say of pictures that are still missing, "" for none."""
+    """Draw missing figures of single runs; return a message about those that are still missing, "" for none."""
     missing = [run for run in runs if run.status == "completed" and not (run.folder / PICTURE).exists()]
     if len(missing) > FEW and not every:
-        return f"{len(missing)} runs have no {PICTURE} (job.picture=false); clrun report --pictures draws them."
+        return f"{len(missing)} runs have no {PICTURE} (job.picture=false); to draw them, run clrun report --pictures"
     undrawn = _drawn(missing)
-    return listing("no picture drawn", undrawn) if undrawn else ""
+    return listing("figures that could not be drawn", undrawn) if undrawn else ""
 
 
 def _rebuild(result: SweepResult, target: Path, *, alone: bool, pictures: bool) -> None:
-    """Write tables, page and the files for papers; of a run that is alone the page."""
+    """Write tables, report.html and the files for papers; for a single run (`alone`) report.html only."""
     if alone:
         _write_page(result, target)
         return
@@ -132,7 +132,7 @@ def _rebuild(result: SweepResult, target: Path, *, alone: bool, pictures: bool) 
 
 
 def _drawn(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """Draw the accuracy matrices of these runs; return (folder, reason) where that failed."""
+    """Draw the accuracy matrices of these runs; return (folder, reason) for each that could not be drawn."""
     from clrun.reporting.figures import draw_accuracy_matrix
 
     undrawn = []
@@ -145,24 +145,26 @@ def _drawn(runs: Iterable[Run]) -> list[tuple[str, str]]:
 
 
 def read_runs(roots: Sequence[Path]) -> SweepResult:
-    """Read every run at or below `roots`; nothing is written."""
+    """Read the runs at or below `roots` and compute everything that a report shows; nothing is written."""
     runs, skipped = collect(roots)
-    searches, unreadable = order_searches.find(roots)
+    searches, unreadable = order_searches.find_searches(roots)
     skipped += unreadable
     groups = group_runs(runs)
     entries = [group.entries() for group in groups]
     parts = [comparison_table(_lines(groups, entries))] if groups else []
-    parts += _notes(groups)
+    comparisons = compare(groups)
+    notes = [*_notes(groups), *dict.fromkeys(caveat for entry in comparisons for caveat in entry["caveats"])]
     if any(group.searched for group in groups):
-        parts.append("\n".join(textwrap.wrap(f"note: orders=searched: {SEARCHED}", WIDTH)))
-    parts += map(order_searches.told, searches)
+        notes.append(f"orders=searched: {SEARCHED}")
+    parts += ["\n".join(textwrap.wrap(f"note: {note}", WIDTH)) for note in notes]
+    parts += map(order_searches.printed_conclusion, searches)
     for status, why in UNFINISHED.items():
         if listed := [(run.label, run.error or why) for run in runs if run.status == status]:
             parts.append(listing(status, listed))
     if skipped:
-        parts.append(listing("skipped: not readable as runs", skipped))
+        parts.append(listing("skipped because they cannot be read", skipped))
     robustness = [entry for each in entries for entry in each]
-    return SweepResult(runs, groups, robustness, compare(groups), skipped, searches, "\n\n".join(parts))
+    return SweepResult(runs, groups, robustness, comparisons, skipped, searches, "\n\n".join(parts))
 
 
 def _write(result: SweepResult, folder: Path) -> None:
@@ -220,7 +222,7 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _lines(groups: Sequence[Group], entries: Sequence[list[dict[str, Any]]]) -> list[Line]:
-    """Return the lines of the comparison table, labelled with what varies between them."""
+    """Return the lines of the comparison table, labelled with the choices in which they differ."""
     lines = []
     for group, label, each in zip(groups, labels(groups), entries, strict=True):
         standings = {
@@ -236,9 +238,9 @@ def _lines(groups: Sequence[Group], entries: Sequence[list[dict[str, Any]]]) -> 
 
 
 def _notes(groups: Sequence[Group]) -> list[str]:
-    """Return what a reader of the table must know about the sets of runs behind its lines."""
+    """Return caveats about the sets of runs behind the lines of the table."""
     notes = []
     pairs = {frozenset(group.complete(setting)) for group in groups for setting in group.settings[:1]}
     if len(pairs - {frozenset()}) > 1:
-        notes.append("note: the lines rest on different sets of orders and seeds; compare them with care.")
+        notes.append("the methods were run on different sets of orders and seeds; compare them with care.")
     return notes

@@ -1,6 +1,6 @@
-"""Text tables: of a run while it lives, of its end, and of a sweep. Accuracies are printed in points (100 = all right).
+"""Text tables of a run and of a sweep. Accuracies are printed in points (100 = all answers are correct).
 
-Everything printed is ASCII of ours; names that come from elsewhere go through `printable`.
+Our own text is ASCII; names that come from elsewhere go through `printable`.
 """
 
 import textwrap
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH = 100
-LISTED = 20  # entries of a list that are shown
-WIDE = 10  # tasks up to which a matrix row shows every cell
-AVERAGES = 24  # characters of the averages of two settings
+LISTED = 20  # most entries of a list
+WIDE = 10  # with more tasks a row of the matrix shows a summary instead of every cell
+AVERAGES = 24  # width of the averages of two settings
 SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domain-incremental"}
 FINAL = {
     "average_accuracy": "average accuracy",
@@ -30,7 +30,7 @@ def settings_of(present: Mapping[str, Any]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Return `text` on one line, control characters (a terminal would obey them) written as escapes."""
+    """Return `text` on one line; control characters, which a terminal would execute, are written as escapes."""
     return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
@@ -40,20 +40,23 @@ def points(value: float | None, width: int = 0) -> str:
 
 
 def matrix_header(run: Mapping[str, Any]) -> str:
-    """Return the lines above the rows of the accuracy matrix; `run` is the content of run.json, at any stage."""
+    """Return the lines above the rows of the accuracy matrix; `run` is the content of run.json at any time."""
     order = run["task_order"]
     if len(order) > WIDE:
-        what, columns = "the task just learned, those before it, the worst", f"{'new':>7}{'old':>7}{'worst':>7} (task)"
+        what, columns = (
+            "the newest task, the mean of the older ones, and the worst",
+            f"{'new':>7}{'old':>7}{'worst':>7} (task)",
+        )
     else:
-        what, columns = "each task, after learning a task", _joined(order)
+        what, columns = "each task (column) after learning a task (row)", _joined(order)
     title = f"{SETTINGS[run['setting']]} accuracy in points on {what}"
     return f"{title}\n{'learned':<{_label_width(run)}}{columns} | averages"
 
 
 def matrix_row(run: Mapping[str, Any]) -> str:
-    """Return the row of the accuracy matrix after the task learned last, in the run's setting, and all averages.
+    """Return the row of the accuracy matrix after the last learned task, and the average accuracy in every setting.
 
-    Every cell up to 10 tasks; beyond, the new task, the mean of the old ones and the worst.
+    The row has every cell for up to 10 tasks; beyond, it has the newest task, the mean of the older ones and the worst.
     """
     order, learned, width = run["task_order"], len(run["cost"]["tasks"]), _label_width(run)
     rows = {s: run["accuracy_matrix"][s][learned - 1] for s in settings_of(run["accuracy_matrix"])}
@@ -69,7 +72,11 @@ def matrix_row(run: Mapping[str, Any]) -> str:
 
 
 def final_table(run: Mapping[str, Any]) -> str:
-    """Return the metrics of a finished run, a column a setting, and what it cost; `run` is the content of run.json."""
+    """Return the table of the metrics of a finished run, one column per setting, and of its cost.
+
+    Args:
+        run: content of run.json.
+    """
     settings = settings_of(run["metrics"])
     lines = [" " * 30 + "".join(f"{SETTINGS[setting]:>20}" for setting in settings)]
     for key, label in FINAL.items():
@@ -80,17 +87,17 @@ def final_table(run: Mapping[str, Any]) -> str:
     parameters, stored, seconds = cost_totals(run.get("cost") or {})
     lines.append(f"{'parameters':<30}{_count(parameters):>20}")
     lines.append(f"{'stored bytes':<30}{_count(stored):>20}")
-    lines.append(f"{'train seconds':<30}{'-' if seconds is None else f'{seconds:.1f}':>20}")
+    lines.append(f"{'training seconds':<30}{'-' if seconds is None else f'{seconds:.1f}':>20}")
     return "\n".join([*lines, *_tuning_lines(run)])
 
 
 def _tuning_lines(run: Mapping[str, Any]) -> list[str]:
-    """Return what `job.tuning` chose for each task, accuracies on validation rows; nothing without it."""
+    """Return the hyper-parameters that `job.tuning` chose for each task, with accuracies on validation rows."""
     tasks, width = [cost for cost in (run.get("cost") or {}).get("tasks") or [] if "tuning" in cost], _label_width(run)
     lines = [
         "",
-        "hyper-parameters chosen on validation rows; * accuracy not reached, knobs decayed once more for the next task",
-        f"{'':<{width}}{'lr':>8}{'finetuned':>11}{'wanted':>8}{'reached':>9}{'trainings':>11}{'seconds':>9}  knobs",
+        "hyper-parameters chosen on validation rows; * accuracy not reached, options decay once more for the next task",
+        f"{'':<{width}}{'lr':>8}{'finetuned':>11}{'wanted':>8}{'reached':>9}{'trainings':>11}{'seconds':>9}  options",
     ]
     for label, cost in zip(_labels(run), tasks, strict=False):
         first, second = cost["tuning"]["plasticity"], cost["tuning"]["stability"]
@@ -106,7 +113,7 @@ def _tuning_lines(run: Mapping[str, Any]) -> list[str]:
 
 
 def cost_totals(cost: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
-    """Return (parameters, bytes of state, seconds of training) of a run, unfinished ones included."""
+    """Return (parameters, bytes of state, training seconds) of a run, which may be unfinished; None where unknown."""
     tasks = cost.get("tasks") or [{}]
     parameters, stored = (cost.get(key) or tasks[-1].get(key) or {} for key in ("parameters", "state_bytes"))
     seconds = [task["train_seconds"] for task in tasks if task.get("train_seconds") is not None]
@@ -115,14 +122,14 @@ def cost_totals(cost: Mapping[str, Any]) -> tuple[int | None, int | None, float 
 
 @dataclass(frozen=True)
 class Standing:
-    """How one experiment group did in one setting, in fractions; None where that cannot be said.
+    """Results of one experiment group in one setting, as fractions; None where the runs do not determine them.
 
     Attributes:
         accuracy: mean over orders of the final average accuracy.
-        sd: its standard deviation over orders.
-        aopd: mean range over orders of a task's final accuracy.
-        mopd: largest range.
-        forgetting: mean over orders.
+        sd: standard deviation of the accuracy over orders.
+        aopd: mean over tasks of the range of a task's final accuracy over orders.
+        mopd: largest range of a task.
+        forgetting: mean forgetting over orders.
     """
 
     accuracy: float | None
@@ -137,12 +144,12 @@ class Line:
     """One line of the comparison table.
 
     Attributes:
-        label: method, and what else tells the line from the others.
-        standings: by setting.
-        orders: orders counted.
-        seeds: seeds of each order.
-        missing: runs that should have counted and do not.
-        logme: mean score of the frozen features; None for learners without.
+        label: method, and the choices in which it differs from other lines.
+        standings: results by setting.
+        orders: number of orders in the statistics.
+        seeds: number of seeds of each order.
+        missing: number of runs that failed, are unfinished or were never started.
+        logme: mean LogME score of the frozen features; None for methods without them.
     """
 
     label: str
@@ -153,13 +160,13 @@ class Line:
     logme: float | None = None
 
 
-BLOCK = 31  # characters of the columns of one setting
+BLOCK = 31  # width of the columns of one setting
 
 
 def comparison_table(lines: Sequence[Line]) -> str:
-    """Return the table of a sweep, best first (class-incremental, else domain-, else task-incremental accuracy).
+    """Return the table of a sweep, best first, at most 100 characters wide; long labels are wrapped.
 
-    At most 100 columns wide; long labels are wrapped.
+    Lines are sorted by class-incremental accuracy, else by domain- or task-incremental accuracy.
     """
     settings = [setting for setting in SETTINGS if any(setting in line.standings for line in lines)]
     missing, scored = any(line.missing for line in lines), any(line.logme is not None for line in lines)
@@ -178,21 +185,21 @@ def comparison_table(lines: Sequence[Line]) -> str:
         blocks = "".join("  " + _block(line.standings.get(setting)) for setting in settings)
         runs = f"{line.orders} x {line.seeds}"
         score = (f" {line.logme:7.3f}" if line.logme is not None else " " * 8) if scored else ""
-        lack = f" {line.missing or '':>7}" if missing else ""
-        table.append(f"{label[0]:<{width}}{blocks} {runs:>8}{score}{lack}".rstrip())
+        lacking = f" {line.missing or '':>7}" if missing else ""
+        table.append(f"{label[0]:<{width}}{blocks} {runs:>8}{score}{lacking}".rstrip())
         table += label[1:]
-    table.append("acc: final average accuracy in points, mean and sd over orders (seeds averaged first, ddof 1).")
+    table.append("acc: final average accuracy in points; sd: standard deviation over orders (seeds averaged first).")
     table.append("AOPD, MOPD: mean and largest range of a task's final accuracy over the orders; lower is better.")
     if scored:
         table.append(
-            "LogME: log evidence per training image of a linear model on the frozen features; higher is better,"
+            "LogME: log evidence per training image of a linear model on the frozen features; higher is better;"
         )
-        table.append("comparable for the same images and labels.")
+        table.append("comparable for the same images and labels only.")
     return "\n".join(table)
 
 
 def listing(title: str, entries: Sequence[tuple[str, str]]) -> str:
-    """Return a titled list of (folder, reason), reasons wrapped under their folders."""
+    """Return a list of (folder, reason) with a title; each reason is wrapped below its folder."""
     lines = [f"{title} ({len(entries)}):"]
     for folder, reason in entries[:LISTED]:
         lines.append(f"  {printable(folder)}")
@@ -214,7 +221,7 @@ def _block(standing: Standing | None) -> str:
 
 
 def _rank(line: Line) -> tuple[bool, float, str]:
-    """Return a key that sorts the best line first and lines without accuracy last."""
+    """Return a sort key: the best line first, lines without accuracy last."""
     for setting in ("cil", "dil", "til"):
         standing = line.standings.get(setting)
         if standing is not None and standing.accuracy is not None:
@@ -227,14 +234,14 @@ def _joined(cells: Sequence[Any]) -> str:
 
 
 def _labels(run: Mapping[str, Any]) -> list[str]:
-    """Return count, id and name of the task at each position."""
+    """Return the label of the row at each position: number of learned tasks, task id and name."""
     order, names = run["task_order"], run["task_names"]
     tasks = [f"{i}" if str(i) == name else f"{i}: {printable(str(name))}" for i, name in zip(order, names, strict=True)]
     return [f"{count}/{len(order)} task {task}" for count, task in enumerate(tasks, start=1)]
 
 
 def _label_width(run: Mapping[str, Any]) -> int:
-    """Return the width of the longest label of a matrix row, as far as there is room."""
+    """Return the width of the row labels: that of the longest one, limited by the width of the table."""
     cells = 28 if len(run["task_order"]) > WIDE else 6 * len(run["task_order"])
     return min(max(map(len, _labels(run))), WIDTH - AVERAGES - cells)
 
@@ -244,7 +251,7 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean; None for no values or a missing one."""
+    """Return the mean; None without values or when one is None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 

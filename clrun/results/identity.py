@@ -1,4 +1,4 @@
-"""Which configurations give the same results: the hash of every key that can change a number."""
+"""The identity of a configuration: a hash of every key that can change a result."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-# Keys that cannot change a result: they name, show, store or speed up a run.
+# Keys that cannot change a result: they name a run, or decide what it shows, stores and caches and how fast it is.
 OUTSIDE_HASH = (
     "name",
     "logger",
@@ -31,12 +31,12 @@ CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
 
 @cache
 def inside_hash(key: str) -> bool:
-    """Whether the dotted `key` can change a result."""
+    """Return whether the dotted `key` can change a result."""
     return not any(key == outside or key.startswith(f"{outside}.") for outside in OUTSIDE_HASH)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of nested mappings by dotted key; lists and empty mappings are leaves."""
+    """Return the leaves of nested mappings by dotted key; lists and empty mappings count as leaves."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
@@ -47,19 +47,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return 16 hex digits that depend on every key inside the hash; 1 and 1.0 are the same."""
+    """Return 16 hex digits that depend on the value of every key that can change a result; 1 and 1.0 are equal."""
     lines = [f"{key}={text}" for key, text in sorted(_texts(config).items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys inside the hash whose values differ, or that only one configuration has."""
+    """Return the keys that can change a result and have other values in `b` than in `a`, or are absent in one."""
     texts_a, texts_b = _texts(a), _texts(b)
     return [key for key in sorted(texts_a.keys() | texts_b.keys()) if texts_a.get(key) != texts_b.get(key)]
 
 
 def _texts(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return a canonical text of every leaf inside the hash."""
+    """Return a canonical text for the value of each key that can change a result."""
 
     def canonical(x: Any) -> Any:
         if isinstance(x, list | tuple):

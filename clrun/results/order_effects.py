@@ -1,7 +1,7 @@
-"""What orders and what seeds contribute to final accuracies, and what so many orders can tell.
+"""How much orders and seeds contribute to final accuracies, and which claims a number of orders supports.
 
 `finals` is [R, S, T] as in `clrun.results.robustness`: R orders, S seeds, T task ids, NaN where a run is absent.
-Accuracies are fractions, and variances are squares of fractions. None means that the runs cannot tell.
+Accuracies are fractions, and variances are squares of fractions. None means that the runs do not determine the value.
 """
 
 import math
@@ -16,13 +16,16 @@ from clrun.results import robustness
 from clrun.results.metrics import Floats
 
 RESAMPLES = 2000
-BOOTSTRAP_FROM = 6  # orders below which a percentile interval is misleading
-DEV, REPORT, CLAIM = 5, 10, 20  # orders for developing, for a report, for a claim of robustness
+BOOTSTRAP_FROM = 6  # with fewer orders a percentile interval is misleading
+REPORT, CLAIM = 10, 20  # number of orders for a report and for a claim of robustness
 
 
 @cache
 def d2(n: int) -> float:
-    """Return E[range]/sigma of n >= 2 normal values: the integral of 1 - Phi^n - (1 - Phi)^n."""
+    """Return the expected range of n >= 2 normal values over their sigma: the integral of 1 - Phi^n - (1 - Phi)^n.
+
+    This is the constant d2 of control charts.
+    """
     from scipy.special import ndtr
 
     x = np.linspace(-9.0, 9.0, 18001)
@@ -31,7 +34,10 @@ def d2(n: int) -> float:
 
 
 def normalised_aopd(finals: Floats) -> float | None:
-    """Return AOPD / d2(R), comparable across R: the standard deviation over orders of a task if that is normal."""
+    """Return AOPD / d2(R), which can be compared between different R.
+
+    It estimates the standard deviation of a task's accuracy over orders if that accuracy is normally distributed.
+    """
     value = robustness.aopd(finals)
     return None if value is None else value / d2(len(_counted(finals)))
 
@@ -45,37 +51,40 @@ def task_sd(finals: Floats) -> float | None:
 
 
 def sd_interval(spread: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a standard deviation estimated from n >= 2 normal values (chi-square)."""
-    from scipy.special import chdtri
+    """Return the 95 % interval of a standard deviation that was estimated from n >= 2 normal values (chi-square)."""
+    from scipy import stats
 
-    low, high = (spread * math.sqrt((n - 1) / float(chdtri(n - 1, tail))) for tail in (0.025, 0.975))
+    low, high = (spread * math.sqrt((n - 1) / float(stats.chi2.isf(tail, n - 1))) for tail in (0.025, 0.975))
     return low, high
 
 
 @dataclass(frozen=True)
 class Components:
-    """Variances of X_rs = mu + o_r + e_rs.
+    """Variance components of the model X_rs = mu + o_r + e_rs of order r and seed s.
 
     Attributes:
-        order: between orders, cut off at 0.
-        seed: between the seeds of one order.
+        order: variance of o_r, between orders; a negative estimate is set to 0.
+        seed: variance of e_rs, between the seeds of one order.
     """
 
     order: float
     seed: float
 
     @property
-    def share(self) -> float | None:
-        """The intraclass correlation order / (order + seed): 0 when seeds explain all; None when nothing varies."""
+    def order_share(self) -> float | None:
+        """The intraclass correlation order / (order + seed).
+
+        It is 0 when seeds explain all differences, and None when all values are equal.
+        """
         total = self.order + self.seed
         return self.order / total if total > 0 else None
 
 
 def components(values: Floats) -> Components | None:
-    """Estimate the components of [R, S] values by one-way analysis of variance; NaN is an absent run.
+    """Estimate the variance components of values [R, S] by one-way analysis of variance; NaN is an absent run.
 
-    Unequal numbers of seeds weigh by n0 = (N - sum n_r^2 / N) / (R - 1), which is S when they are equal. None without
-    two orders, one of them with two seeds.
+    With n_r seeds of order r and N runs, the order variance is divided by n0 = (N - sum_r n_r^2 / N) / (R - 1), which
+    is S when all orders have S seeds. The result is None unless there are two orders and one of them has two seeds.
     """
     present = ~np.isnan(values)
     values, counts = values[present.any(axis=1)], present.sum(axis=1)[present.any(axis=1)]
@@ -83,7 +92,7 @@ def components(values: Floats) -> Components | None:
     if orders < 2 or runs == orders:
         return None
     if np.nanmin(values) == np.nanmax(values):
-        return Components(0.0, 0.0)  # rounding of the means would leave a share of nothing
+        return Components(0.0, 0.0)  # rounding of the means would leave a tiny variance and an arbitrary share
     means = np.nanmean(values, axis=1)
     within = float(np.nansum((values - means[:, None]) ** 2)) / (runs - orders)
     grand = float(np.nansum(values)) / runs
@@ -93,12 +102,15 @@ def components(values: Floats) -> Components | None:
 
 
 def accuracy_components(finals: Floats) -> Components | None:
-    """Return the components of the final average accuracy."""
+    """Return the variance components of the final average accuracy."""
     return components(_run_means(finals))
 
 
 def task_components(finals: Floats) -> Components | None:
-    """Return the components of a task's final accuracy, averaged over tasks: averages hide what single tasks lose."""
+    """Return the variance components of a task's final accuracy, averaged over tasks.
+
+    They show order effects on single tasks that cancel in the average accuracy.
+    """
     each = [components(np.where(_complete(finals), finals[:, :, t], np.nan)) for t in range(finals.shape[2])]
     known = [one for one in each if one is not None]
     if not known:
@@ -108,12 +120,14 @@ def task_components(finals: Floats) -> Components | None:
 
 @dataclass(frozen=True)
 class Floor:
-    """AOPD0, what AOPD would be if the order had no effect.
+    """AOPD0: the AOPD expected if the order had no effect and only seeds differed.
 
     Attributes:
-        aopd: for as many groups as there are orders.
-        measured: range over R groups of the seeds of one fixed order; else d2(R) times the spread of seeds.
-        effect: sqrt(max(0, (AOPD / d2)^2 - (AOPD0 / d2)^2)), a task's standard deviation owed to the order.
+        aopd: AOPD0 for as many groups as there are orders.
+        measured: True where AOPD0 was measured over R groups of seeds of one fixed order; False where it was estimated
+            as d2(R) times the standard deviation between seeds.
+        effect: sqrt(max(0, (AOPD / d2)^2 - (AOPD0 / d2)^2)), the part of a task's standard deviation that is due to the
+            order.
     """
 
     aopd: float
@@ -122,11 +136,11 @@ class Floor:
 
 
 def floor(finals: Floats) -> Floor | None:
-    """Return the seed-only floor of AOPD; None without AOPD or without a second seed of any order.
+    """Return the seed-only floor of AOPD; None without AOPD or when no order has a second seed.
 
-    S is the smallest number of seeds of an order. An order with at least R S seeds is cut into R groups of S, in the
-    order of the seeds, and AOPD is taken over the groups. Without one the floor is estimated from the seeds of all
-    orders, as normal noise: d2(R) sqrt(seed variance / S), averaged over tasks.
+    S is the smallest number of seeds of an order. If one order has at least R S seeds, they are divided into R groups
+    of S, by increasing seed, and AOPD is computed over the groups. Otherwise the floor is estimated from the seeds of
+    all orders, as normal noise: d2(R) sqrt(seed variance / S), averaged over tasks.
     """
     value = robustness.aopd(finals)
     if value is None:
@@ -149,12 +163,13 @@ def floor(finals: Floats) -> Floor | None:
 
 @dataclass(frozen=True)
 class PositionEffect:
-    """How the final accuracy of a task, less its mean over orders, goes with its position.
+    """Dependence of a task's final accuracy, minus its mean over orders, on the position at which it was learned.
 
     Attributes:
-        slope: change a position; above 0 late tasks do better (forgetting), below 0 early ones (lost capacity).
-        pearson: correlation; None when nothing varies.
-        spearman: correlation of ranks; None when nothing varies.
+        slope: change per position; above 0 tasks learned late do better (forgetting), below 0 tasks learned early do
+            (loss of capacity).
+        pearson: Pearson correlation; None when all accuracies are equal.
+        spearman: Spearman rank correlation; None when all accuracies are equal.
     """
 
     slope: float
@@ -163,7 +178,7 @@ class PositionEffect:
 
 
 def position_effect(finals: Floats, orders: Sequence[Sequence[int]]) -> PositionEffect | None:
-    """Regress P_t^r - mean_r P_t^r on position, over all cells.
+    """Regress P_t^r - mean_r P_t^r on the position of task t in order r, over all cells (t, r).
 
     Args:
         finals: [R, S, T]; column t is the t-th smallest task id.
@@ -175,13 +190,17 @@ def position_effect(finals: Floats, orders: Sequence[Sequence[int]]) -> Position
     positions, centred = centred_by_position(finals, orders)
     if len(centred) < 2 or centred.shape[1] < 2:
         return None
+    from scipy import stats
+
     x, y = positions.ravel().astype(np.float64), centred.ravel()
     slope = float(((x - x.mean()) * y).sum() / ((x - x.mean()) ** 2).sum())
-    return PositionEffect(slope, _correlation(x, y), _correlation(ranks(x), ranks(y)))
+    if np.ptp(y) == 0:
+        return PositionEffect(slope, None, None)
+    return PositionEffect(slope, float(stats.pearsonr(x, y).statistic), float(stats.spearmanr(x, y).statistic))
 
 
 def centred_by_position(finals: Floats, orders: Sequence[Sequence[int]]) -> tuple[np.ndarray, Floats]:
-    """Return positions [R, T] from 0 and P_t^r - mean_r P_t^r [R, T], of the orders with complete runs."""
+    """Return positions [R, T] from 0 and P_t^r - mean_r P_t^r [R, T] of the orders that have complete runs."""
     means = robustness.seed_means(finals)
     kept = ~np.isnan(means).any(axis=1)
     positions = np.array([np.argsort(order) for order in orders], dtype=np.int64).reshape(means.shape)[kept]
@@ -190,7 +209,7 @@ def centred_by_position(finals: Floats, orders: Sequence[Sequence[int]]) -> tupl
 
 
 def worst_cell(finals: Floats) -> tuple[float, int, int] | None:
-    """Return min_{t,r} P_t^r with the indices (order, task) of the first such cell."""
+    """Return min_{t,r} P_t^r and the indices (order, task) of the first cell with this value; None without runs."""
     means = robustness.seed_means(finals)
     if np.isnan(means).all():
         return None
@@ -199,16 +218,17 @@ def worst_cell(finals: Floats) -> tuple[float, int, int] | None:
 
 
 def bootstrap_interval(finals: Floats) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of the mean over orders: resample orders, then seeds inside; None for R < 6.
+    """Return the 95 % percentile interval of the mean over orders; None for R < 6.
 
-    The same runs give the same interval.
+    Orders are resampled first and then the seeds within each (scipy.stats.bootstrap has no nested resampling). The same
+    runs give the same interval.
     """
     runs = [row[~np.isnan(row)] for row in _run_means(finals)]
     runs = [row for row in runs if row.size]
     if len(runs) < BOOTSTRAP_FROM:
         return None
     random = np.random.default_rng(0)
-    # A row of resampled means for each order, then one entry of a random row for each place of a resample.
+    # First RESAMPLES means over resampled seeds for each order, then orders drawn with one of their means each.
     drawn = np.stack([row[random.integers(row.size, size=(RESAMPLES, row.size))].mean(axis=1) for row in runs])
     chosen = random.integers(len(runs), size=(RESAMPLES, len(runs)))
     means = drawn[chosen, random.integers(RESAMPLES, size=chosen.shape)].mean(axis=1)
@@ -217,12 +237,12 @@ def bootstrap_interval(finals: Floats) -> tuple[float, float] | None:
 
 
 def chance_of_extreme(orders: int, share: float) -> float:
-    """Return the chance that `orders` random orders hold one of the worst `share` of all orders."""
+    """Return the chance that `orders` random orders contain one of the worst `share` (a fraction) of all orders."""
     return float(1 - (1 - share) ** orders)
 
 
 def caveats(finals: Floats) -> list[str]:
-    """Return what the number of orders and seeds cannot support, a sentence each, the gravest first."""
+    """Return one sentence for each claim that the number of orders and seeds does not support, most important first."""
     finals = _counted(finals)
     orders = len(finals)
     if not orders:
@@ -233,58 +253,47 @@ def caveats(finals: Floats) -> list[str]:
     if orders < CLAIM:
         seen = 100 * chance_of_extreme(orders, 0.1)
         found.append(
-            f"{orders} orders cannot support a claim of robustness ({CLAIM} and a search for the worst order can): "
-            f"the chance to have met one of the worst 10 % of all orders is {seen:.0f} %."
+            f"{orders} orders do not support a claim of robustness ({CLAIM} orders and a search for the worst one do): "
+            f"the chance that they include one of the worst 10 % of all orders is {seen:.0f} %."
         )
     if orders < REPORT:
         low, high = sd_interval(1.0, orders)
         found.append(
-            f"The standard deviation over {orders} orders is known only within a factor of {low:.2f} to {high:.2f} "
-            f"(95 %, if normal); report from {REPORT} orders or a Williams square."
+            f"The standard deviation over {orders} orders is known only up to a factor of {low:.2f} to {high:.2f} "
+            f"(95 % interval for normal values); use at least {REPORT} orders or a Williams square."
         )
     if int(_complete(finals).sum(axis=1).max()) < 2:
-        found.append("No order has a second seed: the effect of the order cannot be told from that of the seed.")
+        found.append(
+            "No order has a second seed: the effect of the order cannot be separated from the effect of the seed."
+        )
     seeds = _complete(finals).sum(axis=1)
     if int(seeds.min()) < int(seeds.max()):
         found.append(
-            f"Orders rest on {int(seeds.min())} to {int(seeds.max())} seeds: where seeds are missing, differences "
-            "between orders are in part differences between seeds."
+            f"The orders have {int(seeds.min())} to {int(seeds.max())} seeds each: where seeds are missing, "
+            "differences between orders are in part differences between seeds."
         )
     bottom, value = floor(finals), robustness.aopd(finals)
     if bottom is not None and value is not None and 0 < value <= bottom.aopd:
-        found.append("AOPD is no larger than its seed-only floor: seeds alone explain the differences.")
+        found.append("AOPD is not larger than its seed-only floor: seeds alone explain the differences.")
     return found
 
 
-def ranks(values: Floats) -> Floats:
-    """Return the ranks of `values` from 1, the mean rank for equal ones."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse], dtype=np.float64)
-
-
 def _centred(means: Floats) -> Floats:
-    """Return [R, T] less the mean over orders of each column, exactly 0 where a column is constant."""
+    """Return [R, T] minus the mean over orders of each column, exactly 0 where a column is constant."""
     constant = np.ptp(means, axis=0) == 0
     return np.asarray(np.where(constant, 0.0, means - means.mean(axis=0)), dtype=np.float64)
 
 
-def _correlation(x: Floats, y: Floats) -> float | None:
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float((x * x).sum()) * float((y * y).sum()))
-    return float((x * y).sum()) / scale if scale > 0 else None
-
-
 def _complete(finals: Floats) -> np.ndarray:
-    """Return [R, S]: which runs have every cell."""
+    """Return a mask [R, S] of the runs that have every cell."""
     return np.asarray(~np.isnan(finals).any(axis=2))
 
 
 def _run_means(finals: Floats) -> Floats:
-    """Return [R, S] the average accuracy of each run; NaN where it is absent."""
+    """Return the average accuracy of each run, [R, S]; NaN where the run is absent."""
     return np.asarray(finals.sum(axis=2) / max(1, finals.shape[2]), dtype=np.float64)
 
 
 def _counted(finals: Floats) -> Floats:
-    """Drop the orders without complete runs."""
+    """Return `finals` without the orders that have no complete run."""
     return finals[_complete(finals).any(axis=1)]

@@ -1,8 +1,9 @@
 """How much final accuracies depend on the order of the tasks (Yoon et al., ICLR 2020, arXiv 1902.09432, section 5).
 
-`finals` is [R, S, T]: R orders, S seeds of each, T tasks **by task id**, the same column in every order. A run that is
-absent or lacks a cell is NaN there and does not count; an order without any complete run drops out. Seeds are averaged
-first: P_t^r is the mean over the seeds of order r. Accuracies are fractions. None stands for what R orders cannot tell.
+`finals` is [R, S, T]: R orders, S seeds of each, T tasks **by task id**, so that a task has the same column in every
+order. A run that is absent or lacks a cell is NaN there and is not counted; an order without any complete run is left
+out. Seeds are averaged first: P_t^r is the mean over the seeds of order r. Accuracies are fractions. None means that
+the runs do not determine the value.
 """
 
 import math
@@ -14,7 +15,7 @@ from clrun.results.metrics import Floats
 
 
 def seed_means(finals: Floats) -> Floats:
-    """Return P_t^r, [R, T]: the mean over the complete runs of each order; a row of NaN for an order without any."""
+    """Return P_t^r, [R, T]: the mean over the complete runs of each order; the row of an order without any is NaN."""
     complete = ~np.isnan(finals).any(axis=2, keepdims=True)  # [R, S, 1]
     runs = complete.sum(axis=1)
     total = np.where(complete, finals, 0.0).sum(axis=1)
@@ -22,30 +23,36 @@ def seed_means(finals: Floats) -> Floats:
 
 
 def order_means(finals: Floats) -> Floats:
-    """Return [R] the average accuracy of each order (mean over seeds and tasks); NaN for an order without runs."""
+    """Return the average accuracy of each order, [R] (mean over seeds and tasks); NaN for an order without runs."""
     return np.asarray(seed_means(finals).sum(axis=1) / max(1, finals.shape[2]), dtype=np.float64)
 
 
 def opd(finals: Floats) -> Floats | None:
-    """Return the order-normalised performance disparity max_r P_t^r - min_r P_t^r of each task, [T]; None for R < 2."""
+    """Return the order-normalised performance disparity (OPD) of each task, [T]; None for R < 2.
+
+    It is max_r P_t^r - min_r P_t^r.
+    """
     means = _counted(seed_means(finals))
     return np.asarray(np.ptp(means, axis=0), dtype=np.float64) if len(means) > 1 else None
 
 
 def aopd(finals: Floats) -> float | None:
-    """Return the mean of OPD over tasks; 0 exactly when no task's accuracy depends on the order."""
+    """Return AOPD, the mean of OPD over tasks; exactly 0 when no task's accuracy depends on the order."""
     disparity = opd(finals)
     return None if disparity is None else float(disparity.mean())
 
 
 def mopd(finals: Floats) -> float | None:
-    """Return the largest OPD of any task. Like AOPD it grows with R, and also with T: compare at equal R and T only."""
+    """Return MOPD, the largest OPD of any task.
+
+    AOPD grows with R, and MOPD with R and T: compare them at equal R and T only.
+    """
     disparity = opd(finals)
     return None if disparity is None else float(disparity.max())
 
 
 def mean(finals: Floats) -> float | None:
-    """Return the mean of the order means."""
+    """Return the mean of the order means; None without complete runs."""
     means = _counted(order_means(finals)).tolist()
     return statistics.fmean(means) if means else None
 
@@ -59,23 +66,23 @@ def sd(finals: Floats) -> float | None:
 def ci95(finals: Floats) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean over orders, mean -+ t_{R-1, .975} sd / sqrt(R); None for R < 2.
 
-    Orders are the sample, not runs: further seeds of the same orders do not narrow the order term.
+    The sampling unit is the order and not the run: more seeds of the same orders do not narrow the interval.
     """
-    from scipy.special import stdtrit
+    from scipy import stats
 
     centre, spread, orders = mean(finals), sd(finals), len(_counted(order_means(finals)))
     if centre is None or spread is None:
         return None
-    half = float(stdtrit(orders - 1, 0.975)) * spread / math.sqrt(orders)
+    half = float(stats.t.ppf(0.975, orders - 1)) * spread / math.sqrt(orders)
     return centre - half, centre + half
 
 
 def worst_order(finals: Floats) -> int | None:
-    """Return the index of the order with the lowest mean, the first of equals; None without complete runs."""
+    """Return the index of the order with the lowest mean, the first of equal ones; None without complete runs."""
     means = order_means(finals)
     return None if np.isnan(means).all() else int(np.nanargmin(means))
 
 
 def _counted(values: Floats) -> Floats:
-    """Drop the orders (first axis) without complete runs."""
+    """Return `values` without the orders (first axis) that have no complete run."""
     return values[~np.isnan(values).any(axis=tuple(range(1, values.ndim)))]

@@ -19,8 +19,8 @@ from clrun.data.split import Plain
 from clrun.data.stream import Stream
 from clrun.reporting import refresh
 from clrun.reporting.collect import Run, collect
-from clrun.reporting.groups import below
-from clrun.reporting.searches import RECORD, SCHEMA, read
+from clrun.reporting.groups import at_or_below
+from clrun.reporting.searches import RECORD, SCHEMA, read_search
 from clrun.results.identity import config_hash, flatten
 from clrun.results.records import RunFolder
 from clrun.running.build import build_stream
@@ -57,7 +57,7 @@ def search_worst_order(parts: Parts, out: Path, job: JobInfo, *, run: RunOrder) 
         raise ConfigError("job.max_tasks: orders would differ in the tasks that are learned; set it to null")
     stream = build_stream(parts, parts.load_dataset(), canonical, Plain())
     folder = RunFolder(out)
-    stored = read(out / RECORD) if parts.job.resume and (out / RECORD).exists() else None
+    stored = read_search(out / RECORD) if parts.job.resume and (out / RECORD).exists() else None
     if stored is not None and stored["config_hash"] != _hash(parts.config, HIDDEN):
         raise ConfigError(f"{out}: holds a search with another configuration; choose another hydra.run.dir")
     with folder.locked():
@@ -202,7 +202,7 @@ class _Searcher:
 
 def _hash(config: Config, without: tuple[str, ...]) -> str:
     """Return the hash of a configuration, flattened or not, without some keys."""
-    return config_hash({key: value for key, value in flatten(config).items() if not below(key, without)})
+    return config_hash({key: value for key, value in flatten(config).items() if not at_or_below(key, without)})
 
 
 def _tied(accuracy: float) -> float:

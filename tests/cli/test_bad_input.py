@@ -52,7 +52,7 @@ FOUND_BY_HYDRA = {
     "list of nothing": (["list"], "list: give a group (available: backbone, ..."),
     "report of nothing": (["report"], "the following arguments are required: DIR; see clrun --help"),
     "report of no folder": (["report", "nowhere"], "report: no such folder: nowhere"),
-    "report of no run": (["report", "."], "report: no run (run.json) in ."),
+    "report of no run": (["report", "."], "report: no run (run.json) found in ."),
 }
 FOUND_BY_CHECK = {
     "compiled gates": (

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from running import run, run_interrupted
 
-from clrun.config.groups import conf_dir
 from clrun.config.signature import locate
 from clrun.system import files
+from clrun.system.yaml_files import conf_dir
 
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")

@@ -197,7 +197,7 @@ def test_an_unfinished_run_does_not_count(tmp_path):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     (entry,) = refresh(tmp_path).robustness
     assert entry["n_orders"] == 2
-    assert entry["missing"][0]["reason"] == "not every task is evaluated in cil"
+    assert entry["missing"][0]["reason"] == "some tasks were not evaluated in the setting cil"
 
 
 def test_the_same_run_twice_counts_once(tmp_path):
@@ -344,14 +344,14 @@ def test_report_draws_the_pictures_that_are_missing(tmp_path):
     result = report([tmp_path])
     assert (tmp_path / "er-0-0" / "accuracy_matrix.png").read_bytes() == b"kept"
     assert (tmp_path / "er-1-0" / "accuracy_matrix.png").read_bytes().startswith(b"\x89PNG")
-    assert "no picture drawn (1)" in result.text
+    assert "figures that could not be drawn (1)" in result.text
 
 
 def test_many_missing_pictures_are_drawn_only_when_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("clrun.reporting.sweep.FEW", 1)
     sweep(tmp_path, orders=[0, 1])
     text = report([tmp_path]).text
-    assert "2 runs have no accuracy_matrix.png (job.picture=false); clrun report --pictures draws them." in text
+    assert "2 runs have no accuracy_matrix.png (job.picture=false); to draw them, run clrun report --pictures" in text
     assert list(tmp_path.glob("*/accuracy_matrix.png")) == []
     assert "accuracy_matrix.png" not in report([tmp_path], every_picture=True).text
     assert len(list(tmp_path.glob("*/accuracy_matrix.png"))) == 2
@@ -430,7 +430,7 @@ def test_final_table_in_points(tmp_path):
     assert rows["average accuracy"] == ["75.0", "75.0"]
     assert rows["forgetting"] == rows["backward transfer"] == ["0.0", "0.0"]
     assert rows["worst task"] == ["60.0", "60.0"]
-    assert (rows["parameters"], rows["stored bytes"], rows["train seconds"]) == (["10"], ["40"], ["6.0"])
+    assert (rows["parameters"], rows["stored bytes"], rows["training seconds"]) == (["10"], ["40"], ["6.0"])
     assert "forward transfer" not in rows
 
 
