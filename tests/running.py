@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 
 from clrun.config.check import check
 from clrun.config.compose import Composer, plain_config
-from clrun.config.groups import conf_dir
 from clrun.config.job import JobInfo
 from clrun.config.signature import locate
 from clrun.running import checkpoint
 from clrun.running.run import run_config
+from clrun.system.yaml_files import conf_dir
 
 THREADS = f"hardware.threads={os.environ['CLRUN_TEST_THREADS']}"
 

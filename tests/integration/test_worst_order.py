@@ -62,7 +62,7 @@ def test_the_command_searches_records_and_reports(tmp_path, capfd, monkeypatch):
         assert run["metrics"]["cil"]["average_accuracy"] == pytest.approx(trial["accuracy"], abs=1e-12)
         assert run["config"]["task_order"]["_target_"] == "clrun.data.orders.listed"
     worst = ",".join(map(str, record["worst"]["order"]))
-    said = f"search for the worst order, finetune: the worst of 5 orders (0 of them reused) is"
+    said = "search for the worst order, finetune: the worst of 5 orders (0 of them reused) is"
     assert said in " ".join(out.split())
     assert f"seed=range(1,6)' task_order=listed 'task_order.tasks=[{worst}]'" in out
     page = Path("s/report.html").read_text()
