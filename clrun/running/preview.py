@@ -41,6 +41,23 @@ def preview(parts: Parts, out: Path, job: JobInfo) -> float:
         ConfigError: the data set has no images, or the picture cannot be written.
     """
     parts.hardware.setup(job=job.number or 0, parallel=job.parallel)
+    title, text, bands = samples(parts)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    draw_samples(title, text, bands, out / FILE)
+    print(f"{len(bands)} tasks drawn: {out / FILE}")
+    return math.nan
+
+
+def samples(parts: Parts) -> tuple[str, str, list[Band]]:
+    """Return what the picture shows: a title, how images are fitted to the backbone, and the samples of each task.
+
+    Args:
+        parts: of the configuration; its hardware is set up.
+
+    Raises:
+        ConfigError: the data set has no images.
+    """
     needed = order_reads_backbone(parts)  # then the order is the run's only with the run's backbone on its device
     _, stream, text = build_images(parts, place=needed, pretrained=needed)
     if not isinstance(stream.transform, ImageTransform):
@@ -49,11 +66,7 @@ def preview(parts: Parts, out: Path, job: JobInfo) -> float:
     bands = [_band(stream, task, slots, parts.seed) for task in stream.tasks]
     order = " ".join(map(str, stream.order))
     title = f"{parts.name}: {len(stream.tasks)} tasks, {SETTINGS[stream.setting]}, order {order}"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    draw_samples(title, text, bands, out / FILE)
-    print(f"{len(bands)} tasks drawn: {out / FILE}")
-    return math.nan
+    return title, text, bands
 
 
 def _band(stream: Stream, task: Task, slots: int, seed: int) -> Band:

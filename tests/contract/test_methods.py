@@ -158,8 +158,12 @@ def test_a_dry_run_can_time_a_fit(name: str) -> None:
     method, stream = born(small(name), image_stream())
     ctx = context(stream, max_steps=5)
     method.begin_task(stream.tasks[0], ctx)
-    if not method.uses_frozen_features:
-        fit(method, stream.tasks[0].train, ctx)
+    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    if method.uses_frozen_features:  # a dry run times the evaluation alone
+        return
+    fit(method, stream.tasks[0].train, ctx)
+    assert ctx.progress.step == 5, "the timed steps are taken without `learn`"
+    assert ctx.progress.moved and any(not torch.equal(before[n], t) for n, t in method.state_dict().items())
 
 
 def tensors(*modules: nn.Module) -> set[int]:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -211,3 +212,28 @@ def test_state_that_could_not_be_read_back_is_refused_at_once(tmp_path: Path, mo
         run(tmp_path / "run", "method=finetune", *OPTIONS[1:])
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
     run(tmp_path / "other", "method=finetune", *OPTIONS[1:], "job.resume=false")
+
+
+class Callback(Keeper):
+    """Keeps a function that cannot be pickled."""
+
+    def kept(rows: Any) -> Any:  # noqa: N805 - called on the class
+        return lambda: rows
+
+
+def test_a_method_that_no_checkpoint_can_store_runs_without_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice of the message works when followed."""
+    monkeypatch.setattr("clrun.methods.finetune.Finetune", Callback)
+    options = ("method=finetune", *OPTIONS[1:4])
+    with pytest.raises(ConfigError, match=r"^method: cannot be stored in a checkpoint .*or set job\.resume=false"):
+        run(tmp_path / "run", *options)
+    with pytest.raises(ConfigError, match="^method: cannot be stored in a checkpoint "):
+        run(tmp_path / "kept", *options, "job.resume=false", "job.keep_checkpoint=true")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"of an earlier run")
+    run(tmp_path / "run", *options, "job.resume=false")
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["status"] == "completed" and len(stored["notes"]) == 1
+    assert stored["notes"][0].startswith("method: cannot be stored in a checkpoint ")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -8,10 +8,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
-from running import cells, run
+from running import cells, run, run_interrupted
 from safetensors.torch import load_file
 
 from clrun.cli import main
@@ -153,6 +154,124 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     with locked(out / "lock"), pytest.raises(ConfigError, match="in use by process"):
         run(out, "method=finetune", *SHORT)
     assert not (out / "accuracy.csv").exists()
+
+
+FAST = ("method=finetune", "job.max_tasks=2", "job.max_steps=2", "job.max_eval_rows=8")
+
+
+def failing_to_build(error: BaseException) -> pytest.MonkeyPatch:
+    """Let every backbone raise `error` as long as the returned patch is not undone."""
+    patch = pytest.MonkeyPatch()
+
+    def fit_transform(*_: object) -> None:
+        raise error
+
+    patch.setattr("clrun.running.build.fit_transform", fit_transform)
+    return patch
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), ConfigError("a mistake"), KeyboardInterrupt()])
+@pytest.mark.parametrize("state", ["completed", "interrupted"])
+def test_a_rerun_that_fails_to_build_leaves_the_results_alone(tmp_path: Path, error: BaseException, state: str) -> None:
+    out = tmp_path / "run"
+    if state == "completed":
+        run(out, *FAST)
+    else:
+        run_interrupted(out, *FAST)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "clrun.log"}
+    patch = failing_to_build(error)
+    with pytest.raises(type(error)):
+        run(out, *FAST, *(["job.resume=false"] if state == "completed" else []))
+    patch.undo()
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.name != "clrun.log"}
+    run(out, *FAST)
+    assert json.loads((out / "run.json").read_text())["status"] == "completed"
+
+
+def test_a_rerun_beside_a_running_one_is_refused_before_it_builds_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_interrupted(out, *FAST)
+    with locked(out / "lock"):
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        patch = failing_to_build(ZeroDivisionError("a bug"))
+        with pytest.raises(ConfigError, match="in use by process"):
+            run(out, *FAST)
+        patch.undo()
+        assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_first_run_that_fails_to_build_says_so(tmp_path: Path) -> None:
+    patch = failing_to_build(ZeroDivisionError("a bug"))
+    for _ in range(2):  # again: there are no results to be kept
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "run", *FAST)
+    patch.undo()
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (stored["status"], stored["error"]) == ("failed", "ZeroDivisionError: a bug")
+    assert (tmp_path / "run" / "clrun.log").read_text().count("ZeroDivisionError: a bug") == 2
+
+
+@pytest.mark.parametrize(("method", "trainable"), [("simplecil", 0), ("linear_probe", 970), ("ranpac method.m=50", 0)])
+def test_a_frozen_backbone_has_no_trainable_parameters(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], method: str, trainable: int
+) -> None:
+    options = (*f"method={method}".split(), "backbone=glyph_vit", *FAST[1:])
+    run(tmp_path / "run", *options)
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["cost"]["parameters"]["trainable"] == trainable
+    assert stored["backbone"]["trainable"] == 0
+    assert stored["cost"]["parameters"]["total"] >= stored["backbone"]["total"] == 379_968
+    assert all(task["parameters"]["trainable"] == trainable for task in stored["cost"]["tasks"])
+    capfd.readouterr()
+    run(tmp_path / "dry", *options, "job.mode=dry_run")
+    total = stored["cost"]["parameters"]["total"]
+    assert f"parameters: {total:,} ({trainable:,} trainable)" in capfd.readouterr().out
+
+
+def predictions(out: Path) -> list[dict[str, str]]:
+    with (out / "predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_and_logits_after_each_task(tmp_path: Path) -> None:
+    options = ("method=finetune", "task_order=reverse", *SHORT, "job.max_steps=20", "job.max_eval_rows=30")
+    wanted = ("job.save_predictions=each_task", "job.save_logits=each_task")
+    run(tmp_path / "none", *options)
+    run(tmp_path / "run", *options, *wanted)
+    run_interrupted(tmp_path / "stopped", *options, *wanted)
+    run(tmp_path / "stopped", *options, *wanted)
+    names = ["accuracy.csv", "predictions.csv", *(f"logits/after_{n}.npz" for n in (1, 2, 3))]
+    for name in names:
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+    assert (tmp_path / "none" / "accuracy.csv").read_bytes() == (tmp_path / "run" / "accuracy.csv").read_bytes()
+    assert not (tmp_path / "none" / "predictions.csv").exists() and not (tmp_path / "none" / "logits").exists()
+    rows = predictions(tmp_path / "run")
+    assert list(rows[0]) == ["position", "task", "row", "label", "cil", "til"]
+    for (position, task), (correct, total) in cells(tmp_path / "run").items():
+        own = [row for row in rows if (int(row["position"]), int(row["task"])) == (position, task)]
+        assert (sum(row["label"] == row["cil"] for row in own), len(own)) == (correct, total)
+    for position in (1, 2, 3):
+        own = [row for row in rows if int(row["position"]) == position]
+        with numpy.load(tmp_path / "run" / "logits" / f"after_{position}.npz") as stored:
+            assert stored["classes"].tolist() == list(range(10 - 2 * position, 10))
+            for name in ("task", "row", "label"):
+                assert stored[name].tolist() == [int(row[name]) for row in own]
+            assert stored["logits"].dtype == numpy.float32
+            best = stored["classes"][stored["logits"].argmax(axis=1)]
+        assert best.tolist() == [int(row["cil"]) for row in own]
+
+
+def test_final_predictions_also_of_a_run_that_had_all_but_ended_without_them(tmp_path: Path) -> None:
+    options = ("method=finetune", "job.max_tasks=1", "job.max_steps=2", "job.max_eval_rows=8")
+    run(tmp_path / "run", *options, "job.save_predictions=final", "job.save_logits=final")
+    run_interrupted(tmp_path / "stopped", *options)  # at the checkpoint of the last task
+    run(tmp_path / "stopped", *options, "job.save_predictions=final", "job.save_logits=final")
+    for name in ("predictions.csv", "logits/after_1.npz"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+    run_interrupted(tmp_path / "late", *options)
+    run(tmp_path / "late", *options, "job.save_logits=each_task")
+    notes = json.loads((tmp_path / "late" / "run.json").read_text())["notes"]
+    assert any(note.startswith("job.save_logits=each_task: those after 1 tasks are missing") for note in notes)
 
 
 @pytest.mark.parametrize("failing", ["replace", "write"])

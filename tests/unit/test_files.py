@@ -154,15 +154,20 @@ def test_a_living_process_keeps_its_lock_and_a_killed_one_does_not(elsewhere):
 def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path):
     path = tmp_path / "lock"
     path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": "long ago"}))
+    assert holder(path) is None
     with locked(path):
-        pass
+        assert json.loads(path.read_text())["started"] != "long ago"
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', '"lock"'])
 def test_an_empty_or_foreign_lock_file_holds_nothing(tmp_path, content):
-    (tmp_path / "lock").write_text(content)
-    with locked(tmp_path / "lock"):
-        pass
+    path = tmp_path / "lock"
+    path.write_text(content)
+    assert holder(path) is None
+    with locked(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid(), "the file names its new holder"
+    assert not path.exists()
 
 
 def test_a_lock_of_another_machine_is_kept_while_it_shows_signs_of_life(tmp_path):
@@ -173,7 +178,8 @@ def test_a_lock_of_another_machine_is_kept_while_it_shows_signs_of_life(tmp_path
     silent = time.time() - files.SILENCE - 1
     os.utime(path, (silent, silent))
     with locked(path):
-        pass
+        assert json.loads(path.read_text())["host"] == socket.gethostname()
+    assert not path.exists()
 
 
 def test_a_held_lock_shows_signs_of_life(tmp_path, monkeypatch):

@@ -115,8 +115,21 @@ def test_the_log_is_cut_before_the_unfinished_task(folder):
 
 
 def test_a_folder_in_use_is_refused(folder):
-    with folder.locked(), pytest.raises(ConfigError, match="run: in use by process"), folder.locked():
-        pass
+    with folder.locked():
+        with pytest.raises(ConfigError, match="run: in use by process"), folder.locked():
+            pytest.fail("the folder was given to two holders")
+        assert (folder.path / "lock").exists(), "whoever was refused leaves the lock of the holder alone"
+    assert not (folder.path / "lock").exists()
+
+
+def test_a_folder_made_for_a_lock_and_left_empty_is_removed_with_its_parents(tmp_path):
+    nested = RunFolder(tmp_path / "a" / "b")
+    with nested.locked():
+        assert nested.path.is_dir()
+    assert not (tmp_path / "a").exists()
+    with nested.locked():
+        (nested.path / "file").touch()
+    assert (nested.path / "file").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path):
