@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clrun.backbones import hub
+from clrun.backbones.patches import check_patches
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean, first_line, one_line
 
@@ -53,7 +54,7 @@ def timm_backbone(
             that the model cannot take.
     """
     timm = libraries.load("timm")
-    preflight(name=name, pretrained=pretrained, weights=weights)
+    preflight(name=name, pretrained=pretrained, weights=weights, image_size=image_size)
     model = _create(timm, name, pretrained and weights is None, image_size)
     if weights is not None:
         _load(model, name, Path(weights).expanduser())
@@ -61,6 +62,7 @@ def timm_backbone(
     channels, height, width = config["input_size"]
     model.input_size = (channels, image_size or height, image_size or width)
     if image_size is not None:
+        check_patches(name, image_size)
         _check_size(model, name, model.input_size)
     model.mean, model.std = {
         "timm": (tuple(config["mean"]), tuple(config["std"])),
@@ -76,11 +78,14 @@ def timm_backbone(
     return found
 
 
-def preflight(*, name: str, pretrained: bool, weights: str | None, **others: Any) -> None:
+def preflight(
+    *, name: str, pretrained: bool, weights: str | None, image_size: int | None = None, **others: Any
+) -> None:
     """Find what is wrong with the options of `timm_backbone` without building the model.
 
     Raises:
-        ConfigError: unknown model or tag; weights that are neither on this machine nor to be had.
+        ConfigError: unknown model or tag; weights that are neither on this machine nor can be downloaded; an image size
+            that the model's patches do not divide.
     """
     load = pretrained and weights is None
     if ":" not in name:
@@ -89,6 +94,8 @@ def preflight(*, name: str, pretrained: bool, weights: str | None, **others: Any
         _weights_file(Path(weights).expanduser())
     elif load:
         hub.locate(name)
+    if image_size is not None and ":" not in name:
+        check_patches(name, image_size)
 
 
 timm_backbone.preflight = preflight  # type: ignore[attr-defined]
@@ -130,6 +137,8 @@ def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> A
             raise ConfigError(hub.missing(name, first_line(error)[:200])) from error
         if ":" in name:
             raise ConfigError(f"backbone.name: {name} cannot be opened ({first_line(error)[:200]})") from error
+        if image_size is not None and isinstance(error, AssertionError | RuntimeError | ValueError):
+            raise ConfigError(_refused_size(name, image_size, error)) from error
         raise
 
 
@@ -139,8 +148,13 @@ def _check_size(model: nn.Module, name: str, size: Shape) -> None:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"backbone.image_size: {name} cannot take {size[1]} ({first_line(error)[:200]})") from error
+        raise ConfigError(_refused_size(name, size[1], error)) from error
     model.train()
+
+
+def _refused_size(name: str, image_size: int, error: Exception) -> str:
+    """Return the message for an image size that a model cannot take."""
+    return f"backbone.image_size: {name} cannot take {image_size} ({first_line(error)[:200]})"
 
 
 def _load(model: nn.Module, name: str, path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clrun.system.errors import ConfigError, PositiveInt
+from clrun.system.errors import ConfigError, Positive, PositiveInt
 
 When = Literal["none", "final", "each_task"]
 
@@ -23,6 +23,7 @@ class Job:
             or after each task for all tasks learned so far. `clrun.running.predictions` describes the file.
         save_logits: the same for logits, in the files logits/after_N.npz (N tasks learned).
         feature_cache: folder for the features of frozen backbones; true is the default one, false keeps none.
+        feature_cache_gb: size limit of that folder in GB; the features used least recently make room for new ones.
         mode: run; or dry_run, print what the run would do; or preview, draw the data. The latter train nothing.
         eval_initial: evaluate the untrained learner and unseen tasks (domain-incremental only).
         eval_every: optimizer steps between evaluations within a task; null evaluates after tasks only.
@@ -46,6 +47,7 @@ class Job:
     save_predictions: When
     save_logits: When
     feature_cache: bool | str
+    feature_cache_gb: Positive
     mode: Literal["run", "dry_run", "preview"]
     eval_initial: bool
     eval_every: PositiveInt | None

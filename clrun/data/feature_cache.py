@@ -9,7 +9,9 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +29,6 @@ from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
 
 SCHEMA = 1
-LIMIT = 20 * 10**9  # bytes of all entries
 ABANDONED = 3600.0  # seconds without growth after which an unfinished file is taken to be a crashed process's
 HEADER = 128  # bytes of .npy before the rows
 BLOCK = 2**20  # bytes read at once for a checksum
@@ -135,13 +136,14 @@ class FeatureCache:
 
     Attributes:
         folder: where; made when it is first written to.
-        limit: bytes of all entries together; the least recently used make room, never one in use.
+        limit: size limit of all entries together in bytes. The entries used least recently make room for new ones;
+            entries in use are never removed.
         about: facts recorded with new entries and not part of their key (names, versions, device).
         opened: what was asked for so far.
     """
 
     folder: Path
-    limit: int = LIMIT
+    limit: float = math.inf
     about: Mapping[str, Any] = field(default_factory=dict)
     opened: list[Features] = field(default_factory=list)
 
@@ -169,8 +171,8 @@ class FeatureCache:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         found = self._open(name, shape, agrees)
         if not isinstance(found, Features):
+            self._make_folder()
             with _writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / f"{name}.lock").touch()
             with exclusive(self.folder / f"{name}.lock"):
                 found = self._open(name, shape, agrees)  # another process may have been first
@@ -178,6 +180,21 @@ class FeatureCache:
                     found = self._compute(name, shape, compute, {**self.about, **about, "key": dict(key)}, found)
         self.opened.append(found)
         return found
+
+    def _make_folder(self) -> None:
+        """Make the folder if there is none; the process that makes it says so on stderr, with its size limit."""
+        with _writing(self.folder):
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                if self.folder.is_dir():
+                    return
+                raise
+        print(
+            f"clrun: features of frozen backbones are kept in {self.folder}, up to {self.limit / 1e9:g} GB; change "
+            "this with job.feature_cache_gb=N, job.feature_cache=FOLDER or job.feature_cache=false",
+            file=sys.stderr,
+        )
 
     def entries(self) -> list[Entry]:
         """Return what is in the cache, most recently used first."""
@@ -262,7 +279,10 @@ class FeatureCache:
                 temporary.unlink()
         notes = [f"{damage}; computed anew"] if damage else []
         if not fits:
-            notes.append(f"features are not kept: {self.folder} holds at most {self.limit / 1e9:.1f} GB")
+            notes.append(
+                f"features are not kept: they do not fit into the {self.limit / 1e9:g} GB of {self.folder} "
+                "(job.feature_cache_gb)"
+            )
         return Features(file, shape, name, reused=False, kept=fits, notes=tuple(notes))
 
 
@@ -277,7 +297,7 @@ def listing(folder: Path) -> str:
         state = " (in use)" if entry.in_use else ""
         lines.append(f"{names[0][:15]:<16}{names[1][:6]:<7}{names[2][:31]:<32}{size}  {used}{state}")
     total = sum(entry.size for entry in entries)
-    return "\n".join([*lines, f"{len(entries)} files, {total / 1e6:.1f} MB of {LIMIT / 1e9:.0f} GB in {folder}"])
+    return "\n".join([*lines, f"{len(entries)} files, {total / 1e6:.1f} MB in {folder}"])
 
 
 def _write(path: Path, shape: tuple[int, int], compute: Callable[[], Iterable[Floats]]) -> int:

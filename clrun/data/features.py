@@ -28,11 +28,14 @@ LOOKED_AT = 8  # rows that are computed again when features of an earlier proces
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of those rows, relative to their largest entry
 
 
-def open_cache(option: bool | str, hardware: Hardware, about: Mapping[str, Any]) -> FeatureCache | None:
+def open_cache(
+    option: bool | str, gigabytes: float, hardware: Hardware, about: Mapping[str, Any]
+) -> FeatureCache | None:
     """Return the cache that `job.feature_cache` names; None for false.
 
     Args:
         option: true is the default folder.
+        gigabytes: size limit of the folder, `job.feature_cache_gb`.
         hardware: the features' last bits may depend on it.
         about: what to record with new features.
 
@@ -47,7 +50,7 @@ def open_cache(option: bool | str, hardware: Hardware, about: Mapping[str, Any])
     device = hardware.device.partition(":")[0]
     place = f"a CPU with {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
     circumstances = f"torch {torch.__version__} on {place}"
-    return FeatureCache(folder, about={**about, "circumstances": circumstances})
+    return FeatureCache(folder, gigabytes * 1e9, {**about, "circumstances": circumstances})
 
 
 class FeatureBackbone(nn.Module):

@@ -25,6 +25,7 @@ OUTSIDE_HASH = (
     "job.save_predictions",
     "job.save_logits",
     "job.feature_cache",
+    "job.feature_cache_gb",
 )
 CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
 

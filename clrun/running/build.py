@@ -68,7 +68,7 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     stream, seen_backbone = images, backbone
     cache: FeatureCache | None = None
     if parts.reads_features and features:
-        cache = open_cache(parts.job.feature_cache, hardware, _names(parts, text))
+        cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
         digest = fact(backbone, "digest", lambda: module_digest(backbone))
         stream, seen_backbone = frozen_features(
             images, backbone, hardware, cache, digest=digest, show=parts.job.progress

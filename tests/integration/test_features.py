@@ -104,7 +104,7 @@ def test_logme_ranks_backbones(command, tmp_path: Path) -> None:
 
 def test_features_are_listed_and_pruned(command, tmp_path: Path) -> None:
     code, out, _ = command("features")
-    assert (code, out) == (0, f"0 files, 0.0 MB of 20 GB in {tmp_path}/cache/features\n")
+    assert (code, out) == (0, f"0 files, 0.0 MB in {tmp_path}/cache/features\n")
     assert command("method=simplecil", "backbone=mlp", *QUIET, "hydra.run.dir=r")[0] == 0
     code, out, _ = command("features", "list")
     lines = out.splitlines()
@@ -120,6 +120,27 @@ def test_features_are_listed_and_pruned(command, tmp_path: Path) -> None:
     assert out.startswith("0 files") and not list(Path("cache/features").iterdir())
     code, _, err = command("features", "prun")
     assert code == 2 and err.count("\n") == 1 and "prune" in err
+
+
+def test_a_new_cache_folder_is_announced_once_with_its_limit(command, tmp_path: Path) -> None:
+    options = ("method=simplecil", "backbone=mlp", *QUIET, "job.feature_cache_gb=0.5")
+    _, _, err = command(*options, "hydra.run.dir=r1")
+    [line] = [line for line in err.splitlines() if "features of frozen backbones" in line]
+    assert f" kept in {tmp_path}/cache/features, up to 0.5 GB; " in line
+    for advice in ("job.feature_cache_gb=N", "job.feature_cache=FOLDER", "job.feature_cache=false"):
+        assert advice in line
+    assert "features of frozen backbones" not in command(*options, "hydra.run.dir=r2")[2]
+
+
+def test_the_size_limit_of_the_cache_is_an_option(command, tmp_path: Path) -> None:
+    options = ("method=simplecil", "backbone=mlp", *QUIET)
+    assert command(*options, "hydra.run.dir=r1", "job.feature_cache_gb=1e-4")[0] == 0  # 0.1 MB; the features need 0.7
+    assert command("features")[1].startswith("0 files")
+    assert any("0.0001 GB" in note for note in json.loads(Path("r1/run.json").read_text())["notes"])
+    assert command(*options, "hydra.run.dir=r2")[0] == 0
+    assert command("features")[1].splitlines()[-1].startswith("2 files")
+    code, _, err = command(*options, "hydra.run.dir=r3", "job.feature_cache_gb=0")
+    assert (code, err) == (2, "clrun: job.feature_cache_gb: must be greater than 0, got 0\n")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from helpers import CONF, configured
 from torch import nn
 
 from clrun.backbones import hub
+from clrun.backbones.patches import check_patches, patch_side, patches
 from clrun.backbones.pretrained import preflight, read_weights, timm_backbone
 from clrun.backbones.small import BatchNormRows, alexnet, cnn, lenet, mlp, resnet18, resnet32
 from clrun.data.sources.digits import digits
@@ -176,6 +177,9 @@ def test_the_default_network_learns_digits() -> None:
 @pytest.fixture(scope="module")
 def timm() -> ModuleType:
     return pytest.importorskip("timm")
+
+
+UNTRAINED: dict[str, Any] = {"pretrained": False, "weights": None}
 
 
 def timm_model(name: str, shape: tuple[int, int, int] = (3, 32, 32), **changes: Any) -> Any:
@@ -452,10 +456,52 @@ def test_tokens_are_counted_where_there_are_any(timm: ModuleType) -> None:
     assert token_count(timm_model("test_resnet")) is None and token_count(lenet((1, 28, 28))) is None
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_maxvit"])
-def test_an_image_size_that_a_model_cannot_take(timm: ModuleType, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^backbone.image_size: {name} cannot take 33 "):
-        timm_model(name, image_size=33)
+def test_an_image_size_that_a_model_cannot_take(timm: ModuleType) -> None:
+    with pytest.raises(ConfigError, match="^backbone.image_size: test_maxvit cannot take 33 "):
+        timm_model("test_maxvit", image_size=33)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "side", "nearest"),
+    [
+        ("test_vit", 33, 16, "32 or 48"),
+        ("test_vit", 9, 16, "16"),
+        ("test_convnext", 80, 32, "64 or 96"),  # the stem cuts at 4 pixels, and three layers halve
+        ("xcit_nano_12_p16_224", 225, 16, "224 or 240"),  # cuts with overlapping convolutions
+        ("tnt_s_patch16_224", 225, 16, "224 or 240"),  # unfolds
+        ("vit_tiny_r_s16_p8_224", 48, 32, "32 or 64"),  # patches of a map that is smaller than the image
+    ],
+)
+def test_an_image_size_that_patches_do_not_divide(
+    timm: ModuleType, name: str, size: int, side: int, nearest: str
+) -> None:
+    for build in (timm_model, lambda name, image_size: preflight(name=name, image_size=image_size, **UNTRAINED)):
+        with pytest.raises(ConfigError) as error:
+            build(name, image_size=size)
+        assert str(error.value) == (
+            f"backbone.image_size: {size} is no multiple of {side}, so that {name} would drop a margin of every image; "
+            f"set it to {nearest}"
+        )
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_vit", 48), ("test_convnext", 96), ("xcit_nano_12_p16_224", 240)])
+def test_the_advised_image_sizes_are_accepted(timm: ModuleType, name: str, size: int) -> None:
+    assert timm_model(name, image_size=size).input_size == (3, size, size)
+
+
+@pytest.mark.parametrize(("name", "size"), [("test_resnet", 33), ("davit_tiny", 65)])
+def test_models_that_pad_their_input_take_sizes_that_patches_do_not_divide(
+    timm: ModuleType, name: str, size: int
+) -> None:
+    check_patches(name, size)
+
+
+def test_looking_for_patches_draws_no_random_numbers(timm: ModuleType) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    patches.cache_clear()
+    check_patches("test_vit", 64)
+    assert patch_side("test_vit") == 16 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_sources_that_cannot_be_opened(timm: ModuleType, tmp_path: Path) -> None:
