@@ -1,4 +1,4 @@
-"""Adapting a frozen transformer to the first task and leaving it so: the first session of APER, phase 1 of RanPAC.
+"""Adaptation of a frozen transformer to the first task only: the first session of APER and phase 1 of RanPAC.
 
 Shapes: `B` images, `D` width, `C` classes.
 """
@@ -20,16 +20,17 @@ Kind = Literal["finetune", "vpt_shallow", "vpt_deep", "ssf", "adapter"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is adapted, and how it begins.
+    """Kind of adaptation and the initial values of its parameters.
 
     Attributes:
-        kind: prompts at the input ("vpt_shallow") or of every block ("vpt_deep"), which begin at 0; scales and shifts
-            ("ssf"); adapters beside the MLPs ("adapter"); a copy of the transformer that is trained ("finetune").
-        length: prompts, of each block that has some.
-        bottleneck: width of adapters.
-        adapter_scale: factor of an adapter's output, not trained.
-        dropout: share of an adapter's activations dropped in training.
-        ssf_std: of the initial scales about 1 and shifts about 0.
+        kind: what is trained. "vpt_shallow": prompts at the input; "vpt_deep": prompts at the input of every block;
+            both start at 0. "ssf": scales and shifts of outputs. "adapter": adapters beside the MLPs. "finetune": a
+            copy of the transformer.
+        length: number of prompts per block with prompts.
+        bottleneck: width of the adapters.
+        adapter_scale: constant factor of the output of an adapter.
+        dropout: probability with which an activation of an adapter is dropped in training.
+        ssf_std: standard deviation of the initial scales around 1 and of the initial shifts around 0.
         cosine_scale: initial value of the trained factor of the cosine head.
     """
 
@@ -43,18 +44,18 @@ class Recipe:
 
 
 class Adaptation(nn.Module):
-    """What is trained on the first task, with a cosine head that is thrown away when it ends.
+    """The parameters that are trained on the first task, with a cosine head that is dropped when the task ends.
 
-    The transformer itself is not kept here and not changed: `features` is given it.
+    The transformer is not stored here and not changed; `features` has it as an argument.
 
     Args:
-        vit: the transformer; a timm `VisionTransformer` for prompts, else any of timm's with `blocks`.
+        vit: the transformer; a timm `VisionTransformer` for prompts, and any timm transformer with `blocks` otherwise.
         num_classes: C.
-        recipe: what is adapted.
-        method: who asks, for messages.
+        recipe: the kind of adaptation.
+        method: name of the method, for messages.
 
     Raises:
-        ConfigError: the transformer cannot take it.
+        ConfigError: the transformer does not support this kind.
     """
 
     def __init__(self, vit: nn.Module, num_classes: int, recipe: Recipe, *, method: str) -> None:
@@ -85,26 +86,26 @@ class Adaptation(nn.Module):
 
     @property
     def done(self) -> bool:
-        """Whether the first task is over: nothing changes any more."""
+        """Whether the first task is over, so that the features no longer change."""
         return self.head is None
 
     def begin(self, classes: Tensor) -> None:
-        """Make rows of the cosine head for the `classes` [k] of the first task."""
-        assert self.head is not None, "a first task begins once"
+        """Initialise the rows of the cosine head for the `classes` [k] of the first task."""
+        assert self.head is not None, "there is only one first task"
         self.head.grow(classes)
 
     def loss(self, vit: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
         """Return the cross-entropy [] of the cosine head over the classes of `mask` [B, C]."""
-        assert self.head is not None, "training is over"
+        assert self.head is not None, "the first task is over"
         return masked_cross_entropy(self.head(self.features(vit, batch.x)), batch.y, mask)
 
     def end(self) -> None:
-        """Freeze what was trained and drop the cosine head."""
+        """Freeze all parameters and drop the cosine head."""
         self.head = None
         self.requires_grad_(False)
 
     def features(self, vit: nn.Module, x: Tensor) -> Tensor:
-        """Return the features [B, D] of the adapted transformer."""
+        """Return the features [B, D] of the adapted transformer for prepared images x."""
         if self.copied:
             features: Tensor = self.copied[0](x)
             return features
@@ -117,7 +118,7 @@ class Adaptation(nn.Module):
         self.injector.release()
 
     def plan(self) -> Plan:
-        """Return what is injected."""
+        """Return the plan that injects the parameters into a forward pass."""
         return Plan(
             tokens=dict(enumerate(self.prompts)),
             beside_mlp={int(block): module for block, module in self.adapters.items()},

@@ -1,8 +1,9 @@
-"""Weights of a task as shared weights behind a gate plus a sparse part of its own, and what such parts have in common.
+"""Additive decomposition of a task's weights into gated shared weights and a sparse task-specific part.
 
-Source: APD (Yoon et al., ICLR 2020, arXiv 1902.09432). Symbols: a layer has shared weights sigma [m, ...], and for
-each task a gate sigmoid(v) [m], one number an output, and tau of the shape of sigma: theta = sigma * gate + tau. Tasks
-of one group also share tau~, stored once, which is added.
+Source: APD (Yoon et al., ICLR 2020, arXiv 1902.09432). Symbols: a layer has shared weights sigma [m, ...] for m
+outputs. A task has a gate sigmoid(v) [m], one number per output, and a task-specific part tau in the shape of sigma.
+Its weight is theta = sigma * gate + tau. The tasks of one group may have a common part tau~ in the shape of sigma,
+which is stored once and added to theta.
 """
 
 from collections.abc import Sequence
@@ -13,20 +14,21 @@ from torch import Tensor, nn
 
 from clrun.blocks.low_rank import Layer
 
-KMEANS_ROUNDS = 100
+KMEANS_ROUNDS = 100  # most iterations of k-means
 
 
 class Additive(nn.Module):
-    """A linear or convolution layer of a task with weight theta; the bias is the task's own.
+    """A linear or convolutional layer of a task with the weight theta; each task has its own bias.
 
-    In eval mode entries of tau and tau~ up to `threshold` count as 0, and so does a gate up to `gate_threshold`. Code
-    that reads `weight` and `bias` instead of calling the layer finds those of the task.
+    In eval mode entries of tau and tau~ with absolute values up to `threshold`, and gates up to `gate_threshold`, are
+    replaced by 0. The attributes `weight` and `bias` are those of the task, for code that reads them instead of calling
+    the layer.
 
     Args:
-        layer: the task's own layer; its weight is sigma, the same object for all tasks.
+        layer: the task's layer; its weight is sigma, the same tensor for all tasks.
         logits: v [m].
-        threshold: of entries of tau and tau~, absolute values.
-        gate_threshold: of the gate.
+        threshold: largest absolute value of an entry of tau or tau~ that counts as 0.
+        gate_threshold: largest gate that counts as 0.
     """
 
     common: nn.Parameter | None
@@ -40,13 +42,13 @@ class Additive(nn.Module):
         self.threshold, self.gate_threshold = threshold, gate_threshold
 
     def theta(self) -> Tensor:
-        """Return the weight [m, ...] as training sees it."""
+        """Return theta [m, ...] without thresholds, as used in training."""
         total: Tensor = self.layer.weight * self._shaped(self.logits.sigmoid()) + self.own
         return total if self.common is None else total + self.common
 
     @property
     def weight(self) -> Tensor:
-        """The weight [m, ...] of the current mode."""
+        """The weight theta [m, ...], with thresholds in eval mode and without them in training mode."""
         if self.training:
             return self.theta()
         gate = sparse(self.logits.sigmoid(), self.gate_threshold)
@@ -55,19 +57,19 @@ class Additive(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """[m], the task's own."""
+        """The bias [m] of the task, or None."""
         bias: Tensor | None = self.layer.bias
         return bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer with this weight returns."""
+        """Return the output of the layer for its input x, with theta as weight."""
         if isinstance(self.layer, nn.Conv2d):
             convolved: Tensor = self.layer._conv_forward(x, self.weight, self.bias)
             return convolved
         return F.linear(x, self.weight, self.bias)
 
     def _shaped(self, gate: Tensor) -> Tensor:
-        """Return [m] so that it multiplies the rows of the weight."""
+        """Return the gate [m] in the shape [m, 1, ...], which multiplies the rows of the weight."""
         return gate.view(-1, *(1,) * (self.layer.weight.dim() - 1))
 
 
@@ -77,20 +79,21 @@ def sparse(values: Tensor, threshold: float) -> Tensor:
 
 
 def additive_layers(network: nn.Module) -> dict[str, Additive]:
-    """Return the `Additive` layers of `network` by name."""
+    """Return all `Additive` layers of `network` by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, Additive)}
 
 
 def consolidate(layers: Sequence[Additive], groups: Sequence[int], *, gap: float) -> None:
-    """Give the tasks of each group what their parts agree on, stored once; no weight moves by more than gap / 2.
+    """Move the entries on which the task-specific parts of a group agree into a common part that is stored once.
 
-    Entries of tau that differ by at most `gap` within a group become the middle of their range, in tau~. What was
-    shared before is first put back. A group of one keeps its tau.
+    Where the entries of tau of all tasks of a group differ by at most `gap`, tau~ becomes the middle of their range,
+    and their tau becomes 0. No weight changes by more than gap / 2. Earlier common parts are first added back to tau. A
+    group of one task has no common part.
 
     Args:
-        layers: one layer of each task.
+        layers: one layer per task, all with the same sigma.
         groups: the group of each task.
-        gap: beta.
+        gap: beta of the paper.
     """
     fold(layers)
     for group in set(groups):
@@ -107,7 +110,7 @@ def consolidate(layers: Sequence[Additive], groups: Sequence[int], *, gap: float
 
 
 def fold(layers: Sequence[Additive]) -> None:
-    """Put what tasks share back into their own parts."""
+    """Add the common parts tau~ back to the task-specific parts tau, and drop them."""
     for layer in layers:
         if layer.common is not None:
             layer.own.detach().add_(layer.common)
@@ -115,13 +118,15 @@ def fold(layers: Sequence[Additive]) -> None:
 
 
 def cluster(rows: Tensor, count: int, *, before: Sequence[int]) -> list[int]:
-    """Return the group of each row by k-means (100 rounds or until nothing changes), without random numbers.
+    """Return the group of each row by k-means, without random numbers.
+
+    The first centroids are the means of the groups of an earlier clustering. Further centroids are chosen one by one:
+    each is the row farthest from its nearest centroid so far.
 
     Args:
         rows: [N, P].
         count: number of groups; at most N are used.
-        before: groups of the first rows in an earlier clustering, whose means are the first centroids; further ones
-            are the rows farthest from all centroids.
+        before: groups of the first rows in an earlier clustering; empty if there was none.
     """
     earlier = torch.tensor(before, dtype=torch.long, device=rows.device)
     centroids = [rows[: len(before)][earlier == group].mean(dim=0) for group in sorted(set(before))][:count]
@@ -143,5 +148,11 @@ def cluster(rows: Tensor, count: int, *, before: Sequence[int]) -> list[int]:
 
 
 def _distances(rows: Tensor, centroids: Tensor) -> Tensor:
-    """Return squared distances [N, K]."""
+    """Return the squared distances [N, K] between rows [N, P] and centroids [K, P].
+
+    They are sums of squared differences, not differences of inner products: rows of nearly equal tasks would cancel.
+    """
     return torch.stack([(rows - centroid).square().sum(dim=1) for centroid in centroids], dim=1)
+
+
+__all__ = ["Additive", "additive_layers", "cluster", "consolidate", "fold", "sparse"]

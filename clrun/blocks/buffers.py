@@ -1,8 +1,8 @@
-"""Rows kept for replay, and the rules that choose them.
+"""Replay memories of raw rows, and the rules that choose the rows to store.
 
-Symbols: `M` capacity, `n` rows offered so far. A buffer stores raw inputs as the split stores them (uint8 images)
-and 8 bytes of bookkeeping a row (label and task position as int32): M (s + 8) bytes for s bytes a raw row; logits,
-where a method keeps them, add 4 C.
+Symbols: `M` capacity in rows, `n` rows offered so far, `B` rows of a batch, `C` classes. A row takes the bytes of the
+raw input as the split stores it (uint8 images), 4 bytes for its label and 4 bytes for the position of its task, and
+another 4 C bytes if the method stores logits.
 """
 
 from typing import Literal
@@ -14,19 +14,19 @@ from clrun.blocks.params import Carrier
 from clrun.data.split import Batch, TensorSplit, Transform
 
 
-def share(total: int, *, rank: int, world: int) -> int:
-    """Return the part of `total` that belongs to process `rank` of `world`; the parts add up to `total`."""
+def per_process(total: int, *, rank: int, world: int) -> int:
+    """Return the part of `total` rows for process `rank` of `world` processes; the parts add up to `total`."""
     return total // world + (rank < total % world)
 
 
 class Buffer(Carrier):
-    """Storage common to all rules; a rule says in `_place` where an offered row goes.
+    """A replay memory; each subclass is a rule that chooses in `_place` where an offered row is stored.
 
     Args:
         capacity: M, the largest number of rows.
 
     Attributes:
-        tasks: how many tasks will share the rows; a learner sets it for `RingBuffer`.
+        tasks: number of tasks among which the rows are divided; a method sets it for `RingBuffer`.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -44,12 +44,12 @@ class Buffer(Carrier):
         return self.filled
 
     def add(self, batch: Batch, *, generator: torch.Generator, logits: Tensor | None = None) -> None:
-        """Offer rows, one after the other.
+        """Offer rows to the memory, one after the other.
 
         Args:
             batch: raw rows.
-            generator: chooses; on the CPU.
-            logits: [B, C], kept beside the rows. Either every call of a buffer brings them or none.
+            generator: random generator of the rule, on the CPU.
+            logits: logits of the rows [B, C] to store with them. For each buffer either all calls pass logits or none.
         """
         writer = {slot: row for row, slot in enumerate(self._place(batch, generator)) if slot >= 0}
         if not writer:
@@ -65,29 +65,29 @@ class Buffer(Carrier):
         self.filled = max(self.filled, max(writer) + 1)
 
     def draw(self, size: int, generator: torch.Generator) -> Tensor:
-        """Return [k] long, k = min(size, stored rows) different slots, uniformly."""
+        """Return min(size, stored rows) different slots, drawn uniformly, as a long tensor."""
         return torch.randperm(self.filled, generator=generator)[:size].to(self.x.device)
 
     def read(self, slots: Tensor) -> Batch:
-        """Return the raw rows in these slots; their `i` is -1."""
+        """Return the raw rows in these slots as a batch, whose row indices `i` are -1."""
         return Batch(self.x[slots], self.y[slots].long(), self.t[slots].long(), torch.full_like(slots, -1))
 
     def sample(self, size: int, generator: torch.Generator) -> Batch:
-        """Return min(size, stored rows) different raw rows, uniformly."""
+        """Return a batch of min(size, stored rows) different raw rows, drawn uniformly."""
         return self.read(self.draw(size, generator))
 
     def _place(self, batch: Batch, generator: torch.Generator) -> list[int]:
-        """Return the slot of each offered row; -1 drops it. Slots are taken into use in order: 0, 1, 2, ..."""
+        """Return the slot of each offered row, -1 if it is not stored. New slots are used in the order 0, 1, 2, ..."""
         raise NotImplementedError
 
     def _grow(self, rows: int, x: Tensor, logits: Tensor | None) -> None:
-        """Make room for `rows` rows like `x`, at least doubling what is there, up to the capacity."""
-        room = len(self.y)
-        if rows <= room:
+        """Allocate space for at least `rows` rows like `x`; the space at least doubles, up to the capacity."""
+        allocated = len(self.y)
+        if rows <= allocated:
             return
-        more = max(rows, min(2 * room, self.capacity)) - room
-        kept = self.x if room else x[:0]
-        self.x = torch.cat([kept, x.new_zeros(more, *x.shape[1:])])
+        more = max(rows, min(2 * allocated, self.capacity)) - allocated
+        present = self.x if allocated else x[:0]
+        self.x = torch.cat([present, x.new_zeros(more, *x.shape[1:])])
         self.y, self.t = (torch.cat([c.to(x.device), c.new_zeros(more, device=x.device)]) for c in (self.y, self.t))
         if logits is not None:
             stored = logits.new_zeros(0, logits.shape[1]).float() if self.logits is None else self.logits
@@ -97,10 +97,11 @@ class Buffer(Carrier):
 class ReservoirBuffer(Buffer):
     """A uniform sample of all rows offered (Vitter, 1985, algorithm R).
 
-    Row number n (from 1) is stored when n <= M; later it draws j uniformly from the n numbers 0 ... n - 1 and replaces
-    row j if j < M, so that each of n rows is kept with probability M / n. Drawing from n + 1 or n - 1 numbers, as two
-    published codes do, is measurably not uniform. What is kept depends on the generator and the order of the rows, not
-    on how they are cut into batches.
+    Row number n (counted from 1) is stored if n <= M. Otherwise a number j is drawn uniformly from 0 ... n - 1, and the
+    row replaces row j if j < M. Each of n rows is then in the memory with probability M / n. The stored rows depend on
+    the generator and on the order of the offered rows, but not on the batches in which they are offered.
+
+    Deviation: two published implementations draw from n + 1 or n - 1 numbers, which is measurably not uniform.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -118,7 +119,8 @@ class ReservoirBuffer(Buffer):
 class RingBuffer(Buffer):
     """The last M / T rows of each of T tasks (GEM, Lopez-Paz and Ranzato, NeurIPS 2017).
 
-    The rows of a task must be offered together: once the next task has begun, the ring of the last one is closed.
+    All rows of a task must be offered before those of the next task, because the memory of a task then no longer
+    changes.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -137,11 +139,11 @@ class RingBuffer(Buffer):
 
 
 class ClassBalancedBuffer(Buffer):
-    """A sample of M rows that is as balanced over the classes as the stream allows, uniform within each class.
+    """A sample of M rows that is as balanced over the classes as the stream allows, and uniform within each class.
 
-    Class-balancing reservoir sampling (Chrysakis and Moens, ICML 2020, algorithm 1): a class is full from the moment
-    it holds the most rows of all classes in a full memory. A row of a class that is not full replaces a row of the
-    largest class; one of a full class is kept as in a reservoir of that class alone.
+    This is class-balancing reservoir sampling (Chrysakis and Moens, ICML 2020, algorithm 1). A class becomes full, and
+    stays so, when the memory is full and no other class has more rows in it. A row of a class that is not full replaces
+    a random row of the largest class. A row of a full class is stored as in a reservoir of that class alone.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -154,8 +156,14 @@ class ClassBalancedBuffer(Buffer):
         draws = torch.rand(len(batch), 2, dtype=torch.float64, generator=generator).tolist()
         return [self._place_one(label, *draw) for label, draw in zip(batch.y.tolist(), draws, strict=True)]
 
-    def _place_one(self, label: int, keep: float, which: float) -> int:
-        """Return the slot of a row of class `label`; `keep` and `which` are uniform on [0, 1)."""
+    def _place_one(self, label: int, accept: float, choice: float) -> int:
+        """Return the slot of a row of class `label`, or -1.
+
+        Args:
+            label: the class.
+            accept: uniform random number from [0, 1), which decides whether a row of a full class is stored.
+            choice: uniform random number from [0, 1), which chooses the row that is replaced.
+        """
         own = self.slots.setdefault(label, [])
         self.offered[label] = self.offered.get(label, 0) + 1
         stored = sum(map(len, self.slots.values()))
@@ -167,20 +175,21 @@ class ClassBalancedBuffer(Buffer):
             return -1
         self.full |= {c for c, slots in self.slots.items() if len(slots) == largest}
         if label in self.full:
-            return own[int(which * len(own))] if keep < len(own) / self.offered[label] else -1
+            return own[int(choice * len(own))] if accept < len(own) / self.offered[label] else -1
         victim = self.slots[max(self.slots, key=lambda c: len(self.slots[c]))]
-        slot = victim.pop(int(which * len(victim)))
+        slot = victim.pop(int(choice * len(victim)))
         own.append(slot)
         return slot
 
 
 class Exemplars(Buffer):
-    """Ordered sets of rows, one a class or one a task: of each set the first rows can be kept and the others dropped.
+    """Ordered sets of rows, one set per class or per task, which can be shortened to their first rows.
 
-    Nothing is drawn: a method says which rows, in which order. With several processes each holds all of them.
+    There is no random choice: the method appends rows in the order of their importance. With several processes, each
+    process stores all rows.
 
     Args:
-        by: what makes a set, the label ("y") or the task ("t").
+        by: "y": one set per class; "t": one set per task.
     """
 
     def __init__(self, by: Literal["y", "t"]) -> None:
@@ -188,7 +197,7 @@ class Exemplars(Buffer):
         self.by = by
 
     def append(self, batch: Batch) -> None:
-        """Put raw rows behind those of their sets, in order."""
+        """Append raw rows to their sets, in order."""
         if not self.filled:
             self.x, self.y, self.t = batch.x[:0], batch.y[:0].int(), batch.t[:0].int()
         self.x = torch.cat([self.x, batch.x])
@@ -196,44 +205,45 @@ class Exemplars(Buffer):
         self.filled = len(self.y)
 
     def truncate(self, limit: int) -> None:
-        """Keep the first `limit` rows of each set."""
+        """Drop all rows of each set except the first `limit`."""
         if not self.filled:
             return
-        keep = torch.cat([self.set(int(group))[:limit] for group in torch.unique(self.groups())]).sort().values
-        self.x, self.y, self.t, self.filled = self.x[keep], self.y[keep], self.t[keep], len(keep)
+        first = torch.cat([self.set(int(group))[:limit] for group in torch.unique(self.groups())]).sort().values
+        self.x, self.y, self.t, self.filled = self.x[first], self.y[first], self.t[first], len(first)
 
     def set(self, group: int) -> Tensor:
-        """Return [k] long, the slots of a class or a task, in order."""
+        """Return the slots [k] long of the set of a class or task, in order."""
         return (self.groups() == group).nonzero()[:, 0]
 
     def groups(self) -> Tensor:
-        """Return [n], the class or the task of every row."""
+        """Return the class or task [n] int32 of every row, which is the set it belongs to."""
         return self.y if self.by == "y" else self.t
 
     def split(self, transform: Transform) -> TensorSplit:
-        """Return the rows as a split."""
+        """Return all rows as a split with this transform."""
         return TensorSplit(self.x, self.y.long(), positions=self.t.long(), transform=transform)
 
 
 def herd(features: Tensor, count: int) -> Tensor:
-    """Return [m] long, m = min(count, n): rows whose mean, after each further one, is closest to the mean of all.
+    """Return the indices of min(count, n) rows, chosen one by one so that their mean approximates that of all rows.
 
-    Herding without replacement (Welling 2009; iCaRL, Rebuffi et al., CVPR 2017, algorithm 4): row k minimises
-    |mu - (f_j + sum of the rows before) / k|. The choice for a smaller count is the beginning of that for a larger one.
+    This is herding without replacement (Welling, 2009; iCaRL, Rebuffi et al., CVPR 2017, algorithm 4): with mu the mean
+    of all features, choice number k is the row j that minimises |mu - (f_j + sum of the features chosen before) / k|.
+    The choice for a smaller count is the beginning of the choice for a larger one.
 
     Args:
         features: f [n, D].
-        count: rows to choose.
+        count: number of rows to choose.
     """
     features = features.double()
     mean, square = features.mean(dim=0), features.square().sum(dim=1)
     chosen: list[int] = []
     total = torch.zeros_like(mean)
-    open_ = torch.ones(len(features), dtype=torch.bool, device=features.device)
+    available = torch.ones(len(features), dtype=torch.bool, device=features.device)
     for k in range(1, min(count, len(features)) + 1):
-        score = 2 * features @ (k * mean - total) - square  # |f_j|^2 - 2 <f_j, k mu - sum>, negated
-        best = int(score.masked_fill(~open_, float("-inf")).argmax())
+        score = 2 * features @ (k * mean - total) - square  # -(|f_j|^2 - 2 <f_j, k mu - total>)
+        best = int(score.masked_fill(~available, float("-inf")).argmax())
         chosen.append(best)
         total = total + features[best]
-        open_[best] = False
+        available[best] = False
     return torch.tensor(chosen, dtype=torch.long, device=features.device)

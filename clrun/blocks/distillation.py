@@ -1,7 +1,7 @@
-"""What a learner keeps of its former self on the data of now: outputs, codes of features, pooled attention maps.
+"""Distillation from a frozen copy of the method: losses on logits, on codes of features and on pooled attention maps.
 
-Shapes: `B` rows of a batch, `C` classes, `D` feature width, `H` maps of a block (attention heads),
-`n` tokens, `m` columns of a map, `h` units of a code.
+Shapes: `B` rows of a batch, `C` classes, `D` feature width, `H` maps of a block (one per attention head), `n` tokens
+(rows of a map), `m` columns of a map, `h` units of a code.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ Pool = Literal["height", "width", "spatial", "gap", "pixel"]
 
 
 class Teacher:
-    """A frozen copy of backbone and head in eval mode: it answers alike whatever the rest of a batch is.
+    """A frozen copy of a backbone and a head in eval mode, so that its output for a row is independent of the batch.
 
-    It is no module: not a weight of the learner, never trained, averaged over processes or exported. Made when a task
-    begins, from a learner that is on its device, and dropped when it ends.
+    It is not a module: its weights are no weights of the method, and they are never trained, averaged over processes or
+    exported. It is made when a task begins, from modules that are on their device, and dropped when the task ends.
 
     Args:
         backbone: maps prepared images to features [B, D].
@@ -32,17 +32,17 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features [B, D] and logits [B, C] of prepared x, the very tensors that the student sees."""
+        """Return the features [B, D] and logits [B, C] of prepared rows x, the same tensor as for the student."""
         features = self.backbone(x)
         return features, self.head(features)
 
 
 def head_groups(members: Tensor, *, per_head: bool) -> list[Tensor]:
-    """Return the classes ([k] long) of each group that shares a softmax: one for each head, or all heads together.
+    """Return the classes ([k] long) of each softmax: one softmax per head, or one over the classes of all heads.
 
     Args:
         members: [tasks, C] bool, the classes of each task that has a head.
-        per_head: one group for each head; tasks of the same classes (domain-incremental) share theirs.
+        per_head: one softmax per head; tasks with the same classes (domain-incremental) have one head.
     """
     groups = torch.unique(members, dim=0) if per_head else members.any(dim=0, keepdim=True)
     return [group.nonzero()[:, 0] for group in groups]
@@ -51,31 +51,34 @@ def head_groups(members: Tensor, *, per_head: bool) -> list[Tensor]:
 def distillation_loss(logits: Tensor, target: Tensor, groups: Sequence[Tensor], *, tau: float) -> Tensor:
     """Return the mean over rows of sum_g KL(softmax(target_g / tau) || softmax(logits_g / tau)), [].
 
-    Differs from the cross-entropy of Li & Hoiem (1606.09282), whose p^(1 / tau), renormalised, is this softmax, by the
-    entropy of the targets, which has no gradient: it is 0 where both agree. No factor tau^2, as there.
+    Li and Hoiem (arXiv 1606.09282) use the cross-entropy of the probabilities p^(1 / tau), renormalised, which equal
+    this softmax. The divergence differs from that cross-entropy by the entropy of the targets, which has no gradient,
+    and is 0 where student and teacher agree. As in their paper there is no factor tau^2.
 
     Args:
-        logits: [B, C] of the student.
-        target: [B, C] of the teacher, without gradient.
-        groups: classes of each softmax.
+        logits: logits of the student [B, C].
+        target: logits of the teacher [B, C], without gradient.
+        groups: classes of each softmax, see `head_groups`.
         tau: temperature.
     """
     total = torch.zeros((), device=logits.device)
-    for size in sorted({len(classes) for classes in groups}):  # groups of one size at once: many tasks cost no more
+    for size in sorted(
+        {len(classes) for classes in groups}
+    ):  # one call per size: its cost does not grow with the tasks
         columns = torch.stack([classes for classes in groups if len(classes) == size])
-        now = (logits[:, columns].float() / tau).log_softmax(dim=-1)
-        then = (target[:, columns].float() / tau).log_softmax(dim=-1)
-        total = total + F.kl_div(now, then, reduction="batchmean", log_target=True)
+        student = (logits[:, columns].float() / tau).log_softmax(dim=-1)
+        teacher = (target[:, columns].float() / tau).log_softmax(dim=-1)
+        total = total + F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return total
 
 
-def code_loss(now: Tensor, then: Tensor) -> Tensor:
-    """Return the mean over rows of the squared distance between two codes [B, h], [] (mean over h: divide by h)."""
-    return (now.float() - then.float()).square().sum(dim=1).mean()
+def code_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean [] over rows of the squared distance between two codes [B, h], summed over the h units."""
+    return (student.float() - teacher.float()).square().sum(dim=1).mean()
 
 
 class Encoder(nn.Module):
-    """code = sigmoid(E f + e), initialised as `nn.Linear` is.
+    """The code sigmoid(E f + e) of features f, with E and e initialised as in `nn.Linear`.
 
     Args:
         num_features: D.
@@ -93,7 +96,7 @@ class Encoder(nn.Module):
 
 
 class CodeAutoencoder(nn.Module):
-    """An undercomplete autoencoder of features, linear from the code on.
+    """An autoencoder of features with a code narrower than the features and a linear decoder.
 
     Args:
         num_features: D.
@@ -115,9 +118,13 @@ class CodeAutoencoder(nn.Module):
 
 
 def attention_scores(attention: nn.Module, qkv: Tensor) -> Tensor:
-    """Return the scaled scores before the softmax, [B, H, n, n], of a timm `Attention` whose `qkv` gave [B, n, 3 D].
+    """Return the scaled attention scores before the softmax [B, H, n, n] of a timm `Attention`.
 
-    Computed beside the attention, which may stay fused.
+    They are computed in addition to the attention itself, which may be fused.
+
+    Args:
+        attention: the module.
+        qkv: output of its projection `qkv` [B, n, 3 D].
     """
     batch, tokens, _ = qkv.shape
     queries, keys, _ = qkv.reshape(batch, tokens, 3, int(attention.num_heads), -1).permute(2, 0, 3, 1, 4)  # type: ignore[arg-type]
@@ -126,12 +133,12 @@ def attention_scores(attention: nn.Module, qkv: Tensor) -> Tensor:
 
 
 def pooled(maps: Tensor, pool: Pool) -> Tensor:
-    """Return a vector of length 1 for each row, [B, -], of maps [B, H, n, m].
+    """Return the pooled maps of each row as a vector of Euclidean length 1, [B, ...].
 
     Args:
-        maps: one block's maps.
-        pool: "height" sums over n, "width" over m, "spatial" has both side by side, "gap" is the mean of each map,
-            "pixel" leaves the map as it is.
+        maps: maps of one block [B, H, n, m].
+        pool: "height" sums over n, "width" sums over m, "spatial" concatenates both, "gap" takes the mean of each map,
+            "pixel" takes all entries.
     """
     maps = maps.float()
     if pool == "height":
@@ -147,14 +154,19 @@ def pooled(maps: Tensor, pool: Pool) -> Tensor:
     return F.normalize(vectors.flatten(1), dim=1)
 
 
-def pooled_distance(now: Tensor, then: Tensor, *, pool: Pool, symmetric: bool) -> Tensor:
-    """Return the distance [] of one block's maps [B, H, n, m] from the teacher's (Pelosin et al., 2203.13167).
+def pooled_distance(student: Tensor, teacher: Tensor, *, pool: Pool, symmetric: bool) -> Tensor:
+    """Return the mean distance [] between the pooled maps of student and teacher (Pelosin et al., arXiv 2203.13167).
 
-    Symmetric: mean_rows |a - b| of the pooled squares. Asymmetric: mean_rows |relu(a - b)| of the pooled maps, a the
-    teacher's: only what was lost counts.
+    Args:
+        student: maps of one block of the student [B, H, n, m].
+        teacher: maps of the same block of the teacher.
+        pool: see `pooled`.
+        symmetric: take the length of a - b, where a and b are the pooled squares of the teacher's and the student's
+            maps. Otherwise take the length of relu(a - b) for the pooled maps themselves, so that only attention that
+            the student has lost counts.
     """
     if symmetric:
-        now, then = now.float().square(), then.float().square()
-    lost = pooled(then, pool) - pooled(now, pool)
+        student, teacher = student.float().square(), teacher.float().square()
+    lost = pooled(teacher, pool) - pooled(student, pool)
     distance: Tensor = torch.linalg.vector_norm(lost if symmetric else lost.relu(), dim=1).mean()
     return distance

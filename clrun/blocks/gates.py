@@ -1,9 +1,10 @@
-"""Gates on the units of a network (hidden units, channels, attention heads) that say which task uses which.
+"""Gates on the units of a network (hidden units, channels, attention heads), which choose the units that a task uses.
 
-A unit is made by one layer, its producer, and read by one other, its consumer, with nothing but unit-wise layers
-between them. Its gate multiplies what the consumer reads; where a normalisation between the two mixes units (group and
-layer normalisation) it multiplies what the producer makes too, so that a closed unit is a constant for all others.
-Layers that write to a residual stream have no gates: many layers read it.
+A unit is an output of one layer, its producer, and an input of exactly one other layer, its consumer, with only
+unit-wise layers between the two. The gate of a unit multiplies the input of the consumer. If a normalisation between
+the two mixes units (group or layer normalisation), the gate also multiplies the output of the producer, so that a unit
+with gate 0 is a constant for all other units. Layers that write to a residual stream have no gates, because many layers
+read the stream.
 
 Symbols: `U` units of all layers together, `u` units of one layer.
 """
@@ -50,16 +51,16 @@ METHODS = ("relu", "tanh", "sigmoid", "flatten")
 
 @dataclass(frozen=True)
 class Gated:
-    """The units of one layer. Entry i of a producer or consumer belongs to unit (i // inner) % units.
+    """The units of one layer. Output or input number i of a layer belongs to unit (i // repeats) % units.
 
     Attributes:
-        units: u.
-        producer: path of the layer whose outputs they are.
-        rows: `inner` of the outputs.
-        consumer: path of the layer that reads them; None for the head.
-        columns: `inner` of the inputs of the consumer.
-        norms: paths of the normalisations between the two, which have one entry a unit.
-        mixed: whether one of them mixes units.
+        units: the number u of units.
+        producer: path of the layer whose outputs are the units.
+        rows: `repeats` of the outputs of the producer.
+        consumer: path of the layer whose inputs are the units; None for the head.
+        columns: `repeats` of the inputs of the consumer.
+        norms: paths of the normalisations between the two, which have one entry per unit.
+        mixed: whether one of these mixes units.
     """
 
     units: int
@@ -71,43 +72,49 @@ class Gated:
     mixed: bool = False
 
 
-def spread(values: Tensor, inner: int, size: int) -> Tensor:
-    """Return [size], the values [u] of the units at the entries of a producer or consumer."""
-    if inner > 1:
-        values = values.repeat_interleave(inner)
+def spread(values: Tensor, repeats: int, size: int) -> Tensor:
+    """Return the values [u] of units for all outputs of a producer or inputs of a consumer, [size].
+
+    Args:
+        values: one value per unit.
+        repeats: number of adjacent outputs or inputs that belong to the same unit, see `Gated`.
+        size: number of outputs or inputs.
+    """
+    if repeats > 1:
+        values = values.repeat_interleave(repeats)
     return values if len(values) == size else values.repeat(size // len(values))
 
 
 class UnitGates(Carrier):
-    """The gated units of a backbone, and how much earlier tasks use each of them: U floats.
+    """The gated units of a backbone, and how much earlier tasks use each of them (U numbers of 4 bytes).
 
     Args:
-        backbone: a timm `VisionTransformer`, whose hidden units of the MLPs and attention heads have gates; or a
-            network that torch.fx can follow, whose layers between plain chains have.
+        backbone: a timm `VisionTransformer`, whose attention heads and hidden units of MLPs have gates; or any other
+            network that torch.fx can trace, where the units between a producer and its only consumer have gates.
 
     Raises:
-        ConfigError: no gate can be put anywhere.
+        ConfigError: no unit can have a gate.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.layers = gated_layers(backbone)
-        self.used = torch.zeros(sum(layer.units for layer in self.layers))  # [U], from 0 to 1
+        self.used = torch.zeros(sum(layer.units for layer in self.layers))  # [U], from 0 (unused) to 1 (fully used)
 
     def use(self, gates: Tensor) -> None:
-        """Count what a task uses: used <- max(used, gates), [U]."""
+        """Record the gates [U] of a finished task: used <- max(used, gates)."""
         self.used = torch.maximum(self.used, gates.detach())
 
     def spent(self, gates: Tensor) -> Tensor:
-        """Return the share [] of what earlier tasks left that `gates` [U] open: sum a (1 - used) / sum (1 - used)."""
-        room = 1 - self.used
-        return (gates * room).sum() / room.sum().clamp(min=torch.finfo(room.dtype).tiny)
+        """Return the fraction [] of the unused capacity that `gates` [U] use: sum gates (1 - used) / sum (1 - used)."""
+        unused = 1 - self.used
+        return (gates * unused).sum() / unused.sum().clamp(min=torch.finfo(unused.dtype).tiny)
 
     def features(self, backbone: nn.Module, x: Tensor, gates: Tensor) -> Tensor:
-        """Return the features [B, D] of x with the units multiplied by `gates` [U].
+        """Return the features [B, D] of prepared rows x with the units multiplied by `gates` [U].
 
         Raises:
-            ConfigError: the backbone is compiled or recomputes activations, and would not see the gates.
+            ConfigError: the backbone is compiled or recomputes activations, and would ignore the gates.
         """
         if getattr(backbone, "_compiled_call_impl", None) is not None:
             raise ConfigError(COMPILED)
@@ -121,10 +128,11 @@ class UnitGates(Carrier):
         return features * spread(self._parts(gates)[last], self.layers[last].columns, features.shape[-1])
 
     def plasticity(self, backbone: nn.Module) -> Params:
-        """Return by name how much of its gradient each entry of the trainable parameters takes: 1 - what is used.
+        """Return by parameter name the factor of the gradient of each entry: 1 - the use of the entry.
 
-        A weight from unit j to unit i is used as much as the less used of the two, a bias and the entry of a
-        normalisation as much as its unit. What has no gates (input, residual stream) counts as fully used.
+        The use of a weight from unit j to unit i is the smaller use of the two units; the use of a bias and of an entry
+        of a normalisation is that of its unit. Inputs and outputs without gates (image, residual stream) count as fully
+        used.
         """
         parts = self._parts(self.used)
         rows: dict[str, Callable[[int], Tensor]] = {}
@@ -147,21 +155,21 @@ class UnitGates(Carrier):
         return masks
 
     def _parts(self, values: Tensor) -> list[Tensor]:
-        """Return the values [u] of each layer."""
+        """Return the values [u] of each layer, from the values [U] of all layers."""
         return list(torch.split(values, [layer.units for layer in self.layers]))
 
     @contextmanager
     def _hooked(self, backbone: nn.Module, gates: Tensor) -> Iterator[None]:
-        """Multiply the units of the passes within the block by `gates`."""
+        """Multiply the units by `gates` [U] in all forward passes within the `with` block."""
         handles = []
         try:
             for layer, own in zip(self.layers, self._parts(gates), strict=True):
                 if layer.consumer is not None:
-                    reader = backbone.get_submodule(layer.consumer)
-                    handles.append(reader.register_forward_pre_hook(_Gate(own, layer.columns, reader).before))
+                    consumer = backbone.get_submodule(layer.consumer)
+                    handles.append(consumer.register_forward_pre_hook(_Gate(own, layer.columns, consumer).before))
                 if layer.mixed:
-                    maker = backbone.get_submodule(layer.producer)
-                    handles.append(maker.register_forward_hook(_Gate(own, layer.rows, maker).after))
+                    producer = backbone.get_submodule(layer.producer)
+                    handles.append(producer.register_forward_hook(_Gate(own, layer.rows, producer).after))
             yield
         finally:
             for handle in handles:
@@ -170,21 +178,21 @@ class UnitGates(Carrier):
 
 @dataclass(frozen=True)
 class _Spread:
-    """`spread` of some values, for a size known later."""
+    """The function `spread` with all arguments but the size."""
 
     values: Tensor
-    inner: int
+    repeats: int
 
     def __call__(self, size: int) -> Tensor:
-        return spread(self.values, self.inner, size)
+        return spread(self.values, self.repeats, size)
 
 
 @dataclass(frozen=True)
 class _Gate:
-    """The hooks of one layer in one pass."""
+    """The hooks that multiply the inputs or outputs of one layer by gates in one pass."""
 
     gates: Tensor
-    inner: int
+    repeats: int
     module: nn.Module
 
     def before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -194,29 +202,33 @@ class _Gate:
         return self._gated(output)
 
     def _gated(self, x: Tensor) -> Tensor:
-        """Multiply the units of x, which lie in dimension 1 around a convolution and in the last one elsewhere."""
+        """Return x multiplied by the gates; the units are dimension 1 for a convolution, and the last one otherwise."""
         if isinstance(self.module, nn.Conv2d):
-            return x * spread(self.gates, self.inner, x.shape[1])[:, None, None].to(x.dtype)
-        return x * spread(self.gates, self.inner, x.shape[-1]).to(x.dtype)
+            return x * spread(self.gates, self.repeats, x.shape[1])[:, None, None].to(x.dtype)
+        return x * spread(self.gates, self.repeats, x.shape[-1]).to(x.dtype)
 
 
-# --- where the units are
+# --- finding the units
 
 
 def gated_layers(backbone: nn.Module) -> list[Gated]:
-    """Return the units of `backbone` that can have gates; see `UnitGates`."""
+    """Return the units of `backbone` that can have gates, by layer; see `UnitGates`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     timm: Any = sys.modules.get("timm.models.vision_transformer")
     if timm is not None and isinstance(backbone, timm.VisionTransformer):
         layers = [layer for i, block in enumerate(backbone.blocks) for layer in _of_block(f"blocks.{i}", block)]
     else:
         layers = _of_graph(backbone)
     if not layers:
-        raise ConfigError(f"backbone: there is no place for gates in {type(backbone).__name__}; use cnn, mlp or a ViT")
+        raise ConfigError(f"backbone: no unit of {type(backbone).__name__} can have a gate; use cnn, mlp or a ViT")
     return layers
 
 
 def _of_block(path: str, block: Any) -> Iterator[Gated]:
-    """Yield the heads and the hidden units of a transformer block, where nothing else reads or mixes them."""
+    """Yield the attention heads and the hidden units of a transformer block, unless other modules read or mix them."""
     attn, mlp = block.attn, block.mlp
     plain = isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) and getattr(attn, "gate", None) is None
     if plain and all(hasattr(attn, name) for name in ("qkv", "proj", "num_heads")):
@@ -228,23 +240,23 @@ def _of_block(path: str, block: Any) -> Iterator[Gated]:
 
 
 class _Tracer(fx.Tracer):
-    """Follows a network down to modules without children."""
+    """Traces a network down to the modules without children."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return super().is_leaf_module(m, module_qualified_name) or not list(m.children())
 
 
 def _of_graph(backbone: nn.Module) -> list[Gated]:
-    """Return the units between layers that read nothing but each other.
+    """Return the units whose consumer is the only reader of their producer.
 
     Raises:
-        ConfigError: torch.fx cannot follow the network.
+        ConfigError: torch.fx cannot trace the network.
     """
     try:
         graph = _Tracer().trace(backbone)
     except Exception as error:
         raise ConfigError(
-            f"backbone: the layers of {type(backbone).__name__} cannot be followed ({one_line(error)}); "
+            f"backbone: torch.fx cannot trace the layers of {type(backbone).__name__} ({one_line(error)}); "
             "use cnn, mlp or a ViT"
         ) from None
     calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
@@ -254,12 +266,12 @@ def _of_graph(backbone: nn.Module) -> list[Gated]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether a module makes and reads units: linear, or a convolution without groups."""
+    """Return whether a module can be a producer or consumer: a linear layer, or a convolution with one group."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def _from(backbone: nn.Module, start: fx.Node, calls: set[str]) -> Gated | None:
-    """Return the units that the layer at `start` makes, or None when they cannot have gates."""
+    """Return the units whose producer is the layer at `start`, or None if they cannot have gates."""
     producer: Any = backbone.get_submodule(str(start.target))
     units = producer.out_channels if isinstance(producer, nn.Conv2d) else producer.out_features
     norms: list[str] = []
@@ -284,21 +296,21 @@ def _from(backbone: nn.Module, start: fx.Node, calls: set[str]) -> Gated | None:
 
 
 def _width(backbone: nn.Module, consumer: Any) -> int:
-    """Return the inputs of a consumer; of the head for None."""
+    """Return the number of inputs of a consumer; None stands for the head."""
     if consumer is None:
         return int(backbone.num_features)  # type: ignore[arg-type]
     return int(consumer.in_channels if isinstance(consumer, nn.Conv2d) else consumer.in_features)
 
 
 def _entries(norm: Any) -> int:
-    """Return the entries of a normalisation's parameters."""
+    """Return the number of entries of a normalisation's parameters; -1 if they have several dimensions."""
     if isinstance(norm, nn.LayerNorm):
         return norm.normalized_shape[0] if len(norm.normalized_shape) == 1 else -1
     return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)
 
 
 def _is_unitwise(node: fx.Node) -> bool:
-    """Whether a function or a method of a tensor treats units apart."""
+    """Return whether a node calls a function or tensor method that treats each unit separately."""
     return (node.op == "call_function" and node.target in FUNCTIONS) or (
         node.op == "call_method" and node.target in METHODS
     )

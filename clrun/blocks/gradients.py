@@ -1,4 +1,4 @@
-"""Changes of a gradient between backward and the optimizer step, on named tensors."""
+"""Projections of a gradient between the backward pass and the optimizer step, on named tensors."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,15 +9,17 @@ from clrun.blocks.params import Params, dot
 
 
 def project_halfspace(gradient: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Params:
-    """Return the vector closest to g = `gradient` that has no negative inner product with r = `reference`.
+    """Return the vector closest to a gradient g that has a non-negative inner product with a reference r.
 
-    g - min(<g, r>, 0) / |r|^2 r (A-GEM, Chaudhry et al., ICLR 2019, equation 11). When <g, r> >= 0 the result is g,
-    bit for bit. The published code adds 1e-12 to |r|^2, which leaves the constraint violated when |r| is about 1e-6;
-    here nothing is added, and r = 0 constrains nothing. There is no look at the numbers, hence no wait for the device.
+    This is g - min(<g, r>, 0) / |r|^2 r (A-GEM, Chaudhry et al., ICLR 2019, equation 11). If <g, r> >= 0 the result is
+    bitwise g. The values are never read on the CPU, so that a GPU is not waited for.
+
+    Deviation: the published code adds 1e-12 to |r|^2, which leaves the constraint violated when |r| is about 1e-6. Here
+    nothing is added, and r = 0 is no constraint.
 
     Args:
-        gradient: g.
-        reference: r, of the same names and shapes.
+        gradient: g by parameter name.
+        reference: r, with the same names and shapes.
     """
     excess = dot(gradient, reference).clamp(max=0)
     square = dot(reference, reference)
@@ -28,17 +30,20 @@ def project_halfspace(gradient: Mapping[str, Tensor], reference: Mapping[str, Te
 def project_cone(
     gradient: Mapping[str, Tensor], references: Sequence[Mapping[str, Tensor]], *, margin: float = 0.0
 ) -> Params:
-    """Return the vector closest to g = `gradient` that has no negative inner product with any of the `references`.
+    """Return the vector closest to a gradient g that has non-negative inner products with all references.
 
-    g + G' v with v = argmin_(v >= 0) 1/2 |g + G' v|^2, rows of G [k, P] the references (GEM, Lopez-Paz and Ranzato,
-    NeurIPS 2017, equations 8 to 11), solved in float64 in the k dimensions of v. When nothing is violated the result
-    is g, bit for bit. The published code adds 1e-3 to G G', which makes references of about that length void; what is
-    added here is relative, 1e-12 of the mean of the diagonal.
+    This is g + G' v with v = argmin_(v >= 0) 1/2 |g + G' v|^2, where the rows of G [k, P] are the references (GEM,
+    Lopez-Paz and Ranzato, NeurIPS 2017, equations 8 to 11). The k numbers of v are found in float64. If no inner
+    product is negative the result is bitwise g.
+
+    Deviation: the published code adds 1e-3 to the diagonal of G G', so that references of about that length lose their
+    effect. Here 1e-12 of the mean of the diagonal is added.
 
     Args:
-        gradient: g.
-        references: k mappings of the same names and shapes.
-        margin: gamma; every v is at least gamma (published code), which projects g + gamma G' 1 instead of g.
+        gradient: g by parameter name.
+        references: k mappings with the same names and shapes.
+        margin: gamma; every entry of v is at least gamma, as in the published code. This projects g + gamma G' 1
+            instead of g.
     """
     names = list(gradient)
     rows = [torch.stack([reference[name].flatten() for reference in references]) for name in names]
@@ -56,36 +61,22 @@ def project_cone(
 
 
 def nonnegative_minimum(gram: Tensor, inner: Tensor) -> Tensor:
-    """Return argmin_(v >= 0) 1/2 v' K v + c' v, [k], by the active-set method of Lawson and Hanson (1974, chapter 23).
+    """Return the vector v [k] that minimises 1/2 v' K v + c' v over v >= 0.
+
+    With the Cholesky factor L of K this is the least-squares problem |L' v + L^-1 c|^2 over v >= 0, which
+    `scipy.optimize.nnls` solves.
 
     Args:
-        gram: K [k, k], symmetric positive semi-definite, float64; 1e-12 of its mean diagonal is added to the diagonal.
-        inner: c [k], float64.
+        gram: K [k, k], symmetric positive semi-definite, float64 on the CPU; 1e-12 of its mean diagonal is added to its
+            diagonal.
+        inner: c [k], float64 on the CPU.
     """
-    size = len(inner)
-    matrix = gram + 1e-12 * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype)
-    tolerance = 1e-12 * float(inner.abs().max())
-    v, active = torch.zeros_like(inner), torch.zeros(size, dtype=torch.bool)
-    for _ in range(10 * size):  # each round lowers the objective; the bound stops what rounding would let circle
-        slope = -(matrix @ v + inner)
-        open_ = ~active & (gram.diagonal() > 0)
-        if not bool((slope[open_] > tolerance).any()):
-            break
-        active[slope.masked_fill(~open_, float("-inf")).argmax()] = True
-        v = _feasible(matrix, inner, v, active)
-    return v
+    from scipy.optimize import nnls
+
+    added = (1e-12 * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)  # also if all references are 0
+    factor = torch.linalg.cholesky(gram + added * torch.eye(len(gram), dtype=gram.dtype))
+    target = torch.linalg.solve_triangular(factor, -inner[:, None], upper=False)[:, 0]
+    return torch.from_numpy(nnls(factor.T.numpy(), target.numpy())[0])
 
 
-def _feasible(matrix: Tensor, inner: Tensor, v: Tensor, active: Tensor) -> Tensor:
-    """Return the minimum over the `active` entries ([k] bool, changed in place) that is non-negative, from v."""
-    while bool(active.any()):
-        target = torch.zeros_like(v)
-        target[active] = torch.linalg.solve(matrix[active][:, active], -inner[active])
-        blocking = active & (target <= 0)
-        if not bool(blocking.any()):
-            return target
-        step = (v[blocking] / (v[blocking] - target[blocking])).min()
-        v = v + step * (target - v)
-        active &= v > 1e-15 * v.max()
-        v = v * active
-    return v
+__all__ = ["nonnegative_minimum", "project_cone", "project_halfspace"]

@@ -1,7 +1,8 @@
-"""Lateral connections: blocks of one network that read the same blocks of another, through hooks.
+"""Lateral connections: blocks of one network that read the outputs of the same blocks of another network.
 
-A pass of the other network with a `Note` at each block keeps what the blocks put out; in a pass of the first one
-`Reads` adds to each block what its adaptor makes of that (progress & compress, Schwarz et al., ICML 2018).
+A forward pass of the other network with a `StoreOutput` at each block stores the outputs of the blocks. In a forward
+pass of the first network `LateralInput` adds to each block what an adaptor computes from the stored output (Progress &
+Compress, Schwarz et al., ICML 2018).
 """
 
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ from clrun.blocks.params import eval_mode
 
 
 class Lateral(nn.Module):
-    """alpha * U relu(V h + c), for h with its channels in dimension 1 of four, or else in the last.
+    """The adaptor alpha * U relu(V h + c) of a block output h.
+
+    The channels of h are dimension 1 if h has four dimensions, and the last dimension otherwise.
 
     Args:
-        width: channels.
-        bottleneck: r.
-        largest: alpha begins uniform in [0, largest].
+        width: number D of channels; alpha is [D].
+        bottleneck: number r of hidden units; V is [r, D] and U is [D, r].
+        largest: the initial values of alpha are uniform in [0, largest].
     """
 
     def __init__(self, width: int, bottleneck: int, largest: float) -> None:
@@ -31,14 +34,14 @@ class Lateral(nn.Module):
         self.alpha = nn.Parameter(torch.rand(width) * largest)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the same shape as h."""
+        """Return the output of the adaptor in the shape of h."""
         last = h.movedim(1, -1) if h.dim() == 4 else h
         out: Tensor = self.alpha * F.linear(F.linear(last, self.down, self.shift).relu(), self.up)
         return out.movedim(-1, 1) if h.dim() == 4 else out
 
 
-class Note(nn.Module):
-    """Hands on what it is given, and keeps it."""
+class StoreOutput(nn.Module):
+    """The identity, which stores its argument as `seen`."""
 
     def forward(self, h: Tensor) -> Tensor:
         """Return h."""
@@ -46,12 +49,12 @@ class Note(nn.Module):
         return h
 
 
-class Reads(nn.Module):
-    """What an adaptor makes of another network's block, whatever passes here.
+class LateralInput(nn.Module):
+    """A module for `Plan.sequential` that ignores its argument and returns what an adaptor computes.
 
     Args:
-        adaptor: of the block.
-        other: output of the other network's block.
+        adaptor: the adaptor of the block.
+        other: output of the same block of the other network.
     """
 
     def __init__(self, adaptor: nn.Module, other: Tensor) -> None:
@@ -59,36 +62,37 @@ class Reads(nn.Module):
         self.adaptor, self.other = adaptor, other
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return what is added to h."""
+        """Return the tensor to be added to the block output h, in the shape of h."""
         added: Tensor = self.adaptor(self.other)
         return added
 
 
 def block_widths(backbone: nn.Module, x: Tensor) -> dict[str, int]:
-    """Return the number of channels that each block of a backbone puts out, by path.
-
-    Blocks are those of a transformer, or the layers with weight matrices in the order of a convolutional network (its
-    `layers`, or itself).
+    """Return the number of output channels of each block of a backbone, by path.
 
     Args:
-        backbone: not changed.
-        x: [1, ...] prepared row to look with.
+        backbone: the backbone, which is not changed.
+        x: a prepared row [1, ...] for a forward pass.
     """
-    notes: dict[str, Any] = {path: Note() for path in block_paths(backbone)}
-    with torch.no_grad(), eval_mode(backbone), Injector().use(backbone, Plan(scaled=notes)):
+    stores: dict[str, Any] = {path: StoreOutput() for path in block_paths(backbone)}
+    with torch.no_grad(), eval_mode(backbone), Injector().use(backbone, Plan(scaled=stores)):
         backbone(x)
-    return {path: note.seen.shape[1 if note.seen.dim() == 4 else -1] for path, note in notes.items()}
+    return {path: store.seen.shape[1 if store.seen.dim() == 4 else -1] for path, store in stores.items()}
 
 
 def block_paths(backbone: nn.Module) -> Iterator[str]:
-    """Yield the path of each block."""
-    for home in ("blocks", "layers", ""):
-        module = getattr(backbone, home, None) if home else backbone
-        if isinstance(module, nn.Module) and (not home or isinstance(module, nn.Sequential | nn.ModuleList)):
+    """Yield the path of each block in order.
+
+    Blocks are the children of `blocks` (a transformer), of `layers` or of the backbone itself (a chain of layers),
+    whichever exists first, if they have a parameter with more than one dimension.
+    """
+    for parent in ("blocks", "layers", ""):
+        module = getattr(backbone, parent, None) if parent else backbone
+        if isinstance(module, nn.Module) and (not parent or isinstance(module, nn.Sequential | nn.ModuleList)):
             for name, child in module.named_children():
                 if any(p.dim() > 1 for p in child.parameters()):
-                    yield f"{home}.{name}" if home else name
+                    yield f"{parent}.{name}" if parent else name
             return
 
 
-__all__ = ["Lateral", "Note", "Reads", "block_paths", "block_widths"]
+__all__ = ["Lateral", "LateralInput", "StoreOutput", "block_paths", "block_widths"]

@@ -1,8 +1,10 @@
-"""LogME: how well frozen features suit labels, before any learner is tried (You et al., ICML 2021, arXiv 2102.11005).
+"""LogME: a score of how well frozen features fit labels, without training (You et al., ICML 2021, arXiv 2102.11005).
 
-The score is the log evidence per row of a Bayesian linear model on the features, one target column a class, at the
-best precisions of prior and noise. Eigenvalues that are 0 take part in the determinant; the published fixed-point code
-leaves them out, and its score is too high by (D - rank) / (2 n) ln(alpha) wherever D exceeds the rank.
+The score is the log evidence per row of a Bayesian linear model from features [n, D] to one-hot labels, with one target
+column per class, at the precisions alpha of the prior and beta of the noise that maximise the evidence.
+
+Deviation: eigenvalues of F'F that are 0 are part of the determinant here. The published fixed-point code leaves them
+out, so that its score is too high by (D - rank) / (2 n) ln(alpha) if D exceeds the rank of F.
 """
 
 import math
@@ -13,13 +15,13 @@ from torch import Tensor
 from clrun.blocks.ridge import Spectrum
 from clrun.blocks.statistics import ClassStats
 
-STEPS = 100  # of the fixed point; it settles in about ten
-SETTLED = 1e-8  # relative change of alpha / beta
-SMALLEST = 1e-12  # of residuals and of squared weights
+STEPS = 100  # most steps of the fixed-point iteration, which converges in about ten
+SETTLED = 1e-8  # relative change of alpha / beta at which the iteration stops
+SMALLEST = 1e-12  # lower bound of residuals and of squared weights
 
 
 def logme(stats: ClassStats) -> float:
-    """Return the score of pooled statistics: the mean over the classes present of the log evidence per row."""
+    """Return the score of statistics with pooled moments: the mean log evidence per row over classes with rows."""
     spectrum, present = Spectrum.of(stats), stats.counts() > 0
     squared, energy = spectrum.projected[:, present].square(), stats.counts()[present].double()
     evidence = log_evidence(spectrum.values, squared, energy, stats.num_features, spectrum.rows)
@@ -27,13 +29,13 @@ def logme(stats: ClassStats) -> float:
 
 
 def log_evidence(values: Tensor, squared: Tensor, energy: Tensor, width: int, rows: int) -> Tensor:
-    """Return [C], the log evidence of each target column at its own best alpha (prior) and beta (noise precision).
+    """Return the log evidence [C] of each target column y, at the best alpha and beta of that column.
 
     Args:
-        values: [R] eigenvalues of F'F that need not be 0.
-        squared: [R, C], squares of V'F'y.
-        energy: [C], y'y.
-        width: D, of all eigenvalues.
+        values: the R eigenvalues [R] of F'F that may differ from 0; V has their eigenvectors as columns.
+        squared: squares of V'F'y [R, C].
+        energy: y'y [C].
+        width: D, the number of all eigenvalues.
         rows: n.
     """
     alpha, beta, weight, residual = _precisions(values, squared, energy, rows)
@@ -43,7 +45,10 @@ def log_evidence(values: Tensor, squared: Tensor, energy: Tensor, width: int, ro
 
 
 def _precisions(values: Tensor, squared: Tensor, energy: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return alpha, beta, |m|^2 and the residual sum of squares of each column, all [C], by MacKay's fixed point."""
+    """Return alpha, beta, the squared norm of the mean weights and the residual sum of squares of each column, all [C].
+
+    alpha and beta are found by MacKay's fixed-point iteration; the other arguments are those of `log_evidence`.
+    """
     ratio = torch.ones_like(energy)
     for _ in range(STEPS):
         shifted = values[:, None] + ratio  # [R, C]

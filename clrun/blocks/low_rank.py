@@ -1,9 +1,10 @@
-"""A frozen base, rescaled, plus a low-rank matrix: layers, closed forms, the choice of all ranks at once, pruning.
+"""Weights of a task as a rescaled frozen base plus a low-rank matrix: layers, closed forms, choice of ranks, pruning.
 
-Source: HALRP (Li et al., TKDE 2024, arXiv 2311.15161). Symbols: W0 [m, n, ...] is the weight of a linear or convolution
-layer of the base (n inputs of a group), the dots are its window of `cells` places, none for a linear layer. A task has
-R [m], S [n], U [m, r] and V [r, n]; its weight is W[o, i] = R_o W0[o, i] S_i + (U V)[o, i], the last term the same in
-the whole window, or, unfolded, with V [r, n * cells] and its own value at each place.
+Source: HALRP (Li et al., TKDE 2024, arXiv 2311.15161). Symbols: W0 [m, n, ...] is the weight of a linear layer or
+convolution of the frozen base network, with m outputs and n inputs per group; the dots stand for the window of a
+convolution, which has `cells` places (1 for a linear layer). A task has factors R [m] and S [n] and a low-rank matrix
+U V with U [m, r] and V [r, n]. Its weight is W[o, i] = R_o W0[o, i] S_i + (U V)[o, i], where the last term has the same
+value at all places of the window. Unfolded, V is [r, n * cells] and U V has a value for each place.
 """
 
 import copy
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,28 +24,28 @@ from clrun.data.split import Batch, Split
 from clrun.learning.context import Context
 
 Layer = nn.Linear | nn.Conv2d
-TINY = 1e-20  # of a squared norm that is divided by
+TINY = 1e-20  # lower bound of squared norms that are divided by
 
 
-# --- which tensors of a network are whose
+# --- which tensors a task has for itself and which it shares with the base
 
 
 def layers_of(network: nn.Module) -> dict[str, Layer]:
-    """Return the linear and convolution layers of `network` by name: those whose weights a task perturbs."""
+    """Return the linear layers and convolutions of `network` by name: the layers whose weights are decomposed."""
     return {
         name: module
         for name, module in network.named_modules()
-        # The output layer of torch's own attention is read by its weight, never called.
+        # torch's own attention reads the weight of its output layer, but never calls the layer.
         if isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
 
 
 def copy_for_task(base: nn.Module) -> nn.Module:
-    """Return a copy of `base` whose weights, biases, norms and running statistics are its own and can be trained.
+    """Return a copy of `base` for a task, in which some tensors are trainable copies and all others are shared.
 
-    Its own are the weights of `layers_of`, every parameter with at most one dimension (biases, scales and shifts of
-    norms, layer scales) and the running statistics. All the rest (tokens, positions, index tables) is shared with the
-    base, and frozen: the same objects.
+    Copied are the weights of `layers_of`, all parameters with at most one dimension (biases, scales and shifts of
+    norms, layer scales) and the running statistics of norms. All other tensors (tokens, position embeddings, index
+    tables) are the same objects as in the base, and frozen.
     """
     weights = {id(layer.weight) for layer in layers_of(base).values()}
     own = {id(p) for p in base.parameters() if p.dim() <= 1} | weights
@@ -56,20 +58,20 @@ def copy_for_task(base: nn.Module) -> nn.Module:
 
 
 def stored_bytes(modules: Iterable[nn.Module], *, without: nn.Module | None = None) -> int:
-    """Return the bytes of all parameters and buffers of `modules`, shared ones once, those of `without` not at all."""
-    known = set() if without is None else {id(t) for t in (*without.parameters(), *without.buffers())}
+    """Return the bytes of all different parameters and buffers of `modules`, except those that `without` has too."""
+    excluded = set() if without is None else {id(t) for t in (*without.parameters(), *without.buffers())}
     tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    return sum(t.nbytes for key, t in tensors.items() if key not in known)
+    return sum(t.nbytes for key, t in tensors.items() if key not in excluded)
 
 
 # --- layers
 
 
 class Factor(nn.Module):
-    """A matrix that can be stored without its zeros: its other entries, and one bit an entry that says where they are.
+    """A matrix [a, b] that can be compressed to its non-zero entries and one bit per entry that marks them.
 
     Args:
-        value: [a, b], the matrix; trainable until `compress` is called.
+        value: the matrix [a, b]; it is trainable until `compress` is called.
     """
 
     bits: Tensor | None
@@ -85,36 +87,34 @@ class Factor(nn.Module):
         if self.bits is None:
             return self.value
         places = torch.arange(8, device=self.bits.device)
-        kept = (self.bits[:, None] >> places & 1).bool().flatten()[: math.prod(self.shape)]
-        dense = torch.zeros(kept.shape, dtype=self.value.dtype, device=self.value.device)
-        dense[kept] = self.value
+        nonzero = (self.bits[:, None] >> places & 1).bool().flatten()[: math.prod(self.shape)]
+        dense = torch.zeros(nonzero.shape, dtype=self.value.dtype, device=self.value.device)
+        dense[nonzero] = self.value
         return dense.view(self.shape)
 
     def compress(self) -> None:
-        """Drop the zeros where that saves memory; the matrix stays the same and is not trained any more."""
+        """Store the matrix without its zeros if that takes fewer bytes; it is no longer trainable afterwards."""
         dense = self.value.detach()
-        kept = dense.flatten() != 0
-        if 4 * int(kept.sum()) + bits_bytes(dense.numel()) >= dense.nbytes:
+        nonzero = dense.flatten() != 0
+        if 4 * int(nonzero.sum()) + bits_bytes(dense.numel()) >= dense.nbytes:
             self.value.requires_grad_(False)
             return
-        places = 2 ** torch.arange(8, device=dense.device)
-        padded = F.pad(kept, (0, -len(kept) % 8)).view(-1, 8)
-        self.bits = (padded * places).sum(dim=1).to(torch.uint8)
-        self.value = nn.Parameter(dense.flatten()[kept], requires_grad=False)
+        self.bits = torch.from_numpy(np.packbits(nonzero.cpu().numpy(), bitorder="little")).to(dense.device)
+        self.value = nn.Parameter(dense.flatten()[nonzero], requires_grad=False)
 
 
 def bits_bytes(entries: int) -> int:
-    """Return the bytes that say which of `entries` entries of a matrix are stored."""
+    """Return the number of bytes that hold one bit for each of `entries` entries."""
     return -(-entries // 8)
 
 
 class LowRank(nn.Module):
-    """A layer of a task: the base's weight, rescaled, plus a low-rank matrix; the bias is the task's own.
+    """A layer of a task whose weight is the rescaled weight of the base plus a low-rank matrix.
 
-    Code that reads `weight` and `bias` instead of calling the layer finds those of the task.
+    The attributes `weight` and `bias` are those of the task, for code that reads them instead of calling the layer.
 
     Args:
-        layer: the task's own layer, whose weight is the frozen parameter of the base, shared with it.
+        layer: the task's layer with its own bias; its weight is W0, the same tensor as in the base.
         rows: R [m].
         columns: S [n].
         left: U [m, r].
@@ -129,12 +129,12 @@ class LowRank(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The number r of columns of U."""
+        """The rank r of U V."""
         return int(self.left.shape[1])
 
     @property
     def weight(self) -> Tensor:
-        """W [m, n, ...]."""
+        """The weight W [m, n, ...] of the task."""
         base = self.layer.weight
         around = (1,) * (base.dim() - 2)
         product = self.left() @ self.right()
@@ -145,12 +145,12 @@ class LowRank(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """[m], the task's own."""
+        """The bias [m] of the task, or None."""
         bias: Tensor | None = self.layer.bias
         return bias
 
     def stretches(self) -> tuple[Tensor, Tensor]:
-        """Return [m] and [n], at least 1: squared norms of what R and S multiply in the weight."""
+        """Return the squared norms [m] of the rows of W0 D(S) and [n] of the columns of D(R) W0, each at least 1."""
         base = self.layer.weight.detach()
         around = (1,) * (base.dim() - 2)
         by_rows = (base * self.columns.detach().view(1, -1, *around)).flatten(1).square().sum(dim=1)
@@ -158,9 +158,9 @@ class LowRank(nn.Module):
         return by_rows.clamp_min(1), by_columns.clamp_min(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer with weight W returns.
+        """Return the output of the layer for its input x, with W as weight.
 
-        A linear layer in training never forms W: R (W0 (S x)) + U (V x) needs neither W nor its gradient.
+        In training a linear layer computes R (W0 (S x)) + U (V x), which needs neither W nor the gradient of W.
         """
         if isinstance(self.layer, nn.Conv2d):
             convolved: Tensor = self.layer._conv_forward(x, self.weight, self.bias)
@@ -173,12 +173,12 @@ class LowRank(nn.Module):
 
 
 def install(network: nn.Module, base: nn.Module, parts: Mapping[str, dict[str, Tensor]]) -> None:
-    """Replace the layers of a task's `network` by `LowRank` layers on the weights of `base`.
+    """Replace the layers of a task's network by `LowRank` layers on the weights of the base.
 
     Args:
-        network: from `copy_for_task`; its biases, norms and statistics stay.
-        base: frozen.
-        parts: rows, columns, left and right of each layer of `layers_of`, by its name.
+        network: from `copy_for_task`; its biases, norms and running statistics are not changed.
+        base: the frozen base network.
+        parts: by name of each layer of `layers_of`, its tensors "rows", "columns", "left" and "right".
     """
     layers, frozen = layers_of(network), layers_of(base)
     for name, values in parts.items():
@@ -188,7 +188,7 @@ def install(network: nn.Module, base: nn.Module, parts: Mapping[str, dict[str, T
 
 
 def low_rank_layers(network: nn.Module) -> dict[str, LowRank]:
-    """Return the `LowRank` layers of `network` by name."""
+    """Return all `LowRank` layers of `network` by name."""
     return {name: module for name, module in network.named_modules() if isinstance(module, LowRank)}
 
 
@@ -196,12 +196,15 @@ def low_rank_layers(network: nn.Module) -> dict[str, LowRank]:
 
 
 def rescaling(base: Tensor, target: Tensor, *, sweeps: int) -> tuple[Tensor, Tensor]:
-    """Return R [m] and S [n], float64, of alternating least squares on |target - D(R) base D(S)|^2, from S = 1.
+    """Return R [m] and S [n], float64, by alternating least squares on |target - D(R) W0 D(S)|^2 from S = 1.
+
+    D(v) is the diagonal matrix of a vector v.
 
     Args:
         base: W0 [m, n, ...].
-        target: the weight to explain, of the same shape.
-        sweeps: how often R and then S are solved for; more never fit worse. The paper's is 1.
+        target: the weight to approximate, in the shape of W0.
+        sweeps: number of times that R and then S are solved for; a further sweep never increases the error. The paper
+            uses 1.
     """
     base, target = _window(base), _window(target)
     columns = base.new_ones(base.shape[1])
@@ -215,18 +218,19 @@ def rescaling(base: Tensor, target: Tensor, *, sweeps: int) -> tuple[Tensor, Ten
 
 @dataclass(frozen=True)
 class Residual:
-    """What rescaling leaves of a weight, and its singular values.
+    """The residual E of a weight after rescaling, target - D(R) W0 D(S), with its singular values and vectors.
 
-    The vectors come from the eigenvectors of E E^T or E^T E, whichever is smaller, in float64: several times faster
-    than a singular value decomposition, and exact to single precision for values down to 1e-8 of the largest.
+    Singular vectors are the eigenvectors of E E^T or E^T E, whichever is smaller, in float64. This is several times
+    faster than a singular value decomposition, and exact to single precision for singular values down to 1e-8 of the
+    largest.
 
     Attributes:
         rows: R [m].
         columns: S [n].
         matrix: E [m, n], the mean over the window; unfolded [m, n * cells].
-        energy: [q] squared singular values of E, descending.
-        vectors: [q, q], their left (m <= columns of E) or right singular vectors as columns.
-        cells: how often the window repeats each entry of E.
+        energy: squared singular values of E [q], descending, where q is the smaller side of E.
+        vectors: [q, q], with the left (if E has no more rows than columns) or right singular vectors as columns.
+        cells: number of places of the window at which each entry of E is used.
     """
 
     rows: Tensor
@@ -237,7 +241,10 @@ class Residual:
     cells: int
 
     def parts(self, rank: int) -> dict[str, Tensor]:
-        """Return rows, columns, left = P s^1/2 and right = s^1/2 Q^T of the `rank` largest singular values s."""
+        """Return "rows", "columns", "left" P s^1/2 and "right" s^1/2 Q^T for the `rank` largest singular values s.
+
+        P and Q have the left and right singular vectors of E as columns.
+        """
         roots = self.energy[:rank].clamp_min(TINY).sqrt().sqrt()
         vectors = self.vectors[:, :rank]
         if len(self.matrix) <= self.matrix.shape[1]:
@@ -248,8 +255,15 @@ class Residual:
 
 
 def decompose(base: Tensor, target: Tensor, *, sweeps: int, unfold: bool) -> Residual:
-    """Return what rescaling `base` leaves of `target` (both [m, n, ...]); `unfold` keeps each place of the window."""
-    base, target = _window(base), _window(target)  # converted once: a large layer is mostly memory traffic
+    """Return the residual of `target` after rescaling `base`.
+
+    Args:
+        base: W0 [m, n, ...].
+        target: the weight to approximate, in the shape of W0.
+        sweeps: see `rescaling`.
+        unfold: whether the residual has a value per place of the window, or the mean over the window.
+    """
+    base, target = _window(base), _window(target)  # converted once, because memory traffic dominates for large layers
     rows, columns = rescaling(base, target, sweeps=sweeps)
     error = target - rows[:, None, None] * base * columns[:, None]  # [m, n, cells]
     matrix = error.flatten(1) if unfold else error.mean(dim=2)
@@ -276,28 +290,28 @@ def layer_curvature(
     weights: Mapping[str, Tensor],
     batch_size: int,
 ) -> dict[str, float]:
-    """Return h of each weight: the mean over its entries of a diagonal of the Fisher from gradients of batches.
+    """Return h by weight name: the mean over a weight's entries of its diagonal Fisher, from gradients of batches.
 
-    h = 1 / N_b sum_b B_b mean((d L_b / d W)^2), with L_b the mean loss of batch b of B_b rows, N_b batches, in eval
-    mode. B_b (mean gradient)^2 is close to the mean of squared per-sample gradients if these are independent with
-    mean 0.
+    h = 1 / N_b sum_b B_b mean((d L_b / d W)^2), where L_b is the mean loss of batch b, B_b is its number of rows and
+    N_b is the number of batches; the network is in eval mode. B_b (mean gradient)^2 approximates the mean of squared
+    per-row gradients if these are independent with mean 0.
 
     Args:
-        network: what is put in eval mode: the network of the task.
+        network: the network of the task, which is in eval mode meanwhile.
         split: rows.
-        ctx: of the task.
-        loss: mean over the rows of a batch, [].
-        weights: {name: weight}, of `network`.
-        batch_size: rows of a batch.
+        ctx: context of the task.
+        loss: function of a batch and a context that returns the mean loss [] over the rows.
+        weights: weights of `network` by name.
+        batch_size: rows per batch.
     """
     sums = dict.fromkeys(weights, 0.0)
     batches = 0
     with eval_mode(network):
         for batch in split.batches(batch_size):
             batches += 1
-            seen = Batch(ctx.hardware.layout(batch.x), batch.y, batch.t, batch.i)
+            laid_out = Batch(ctx.hardware.layout(batch.x), batch.y, batch.t, batch.i)
             with ctx.hardware.autocast():
-                value = loss(seen, ctx)
+                value = loss(laid_out, ctx)
             for name, grad in zip(weights, torch.autograd.grad(value, list(weights.values())), strict=True):
                 sums[name] += len(batch) * float(grad.float().square().mean())
     return {name: total / batches for name, total in sums.items()}
@@ -306,24 +320,26 @@ def layer_curvature(
 def select_ranks(
     scores: Mapping[str, Tensor],
     *,
-    share: float,
+    alpha: float,
     lowest: int,
     highest: int,
     costs: Mapping[str, float] | None = None,
-    room: float = math.inf,
+    budget: float = math.inf,
 ) -> dict[str, int]:
-    """Return the rank of each layer: the best-scored singular values of all layers that make up `share` of all scores.
+    """Return the rank of each layer by choosing the singular values with the highest scores of all layers together.
 
-    Before the ranks are clipped, the scores left out sum to at most (1 - share) of all.
+    Singular values are added in descending order of their scores, until those added make up the fraction alpha of the
+    sum of all scores. Then the ranks are clipped.
 
     Args:
-        scores: [q] of each layer, descending: what leaving a singular value out is estimated to cost.
-        share: alpha, 0 to 1; at 1 everything is kept.
-        lowest: each rank is raised to this, where the layer has as many.
-        highest: each rank is cut to this.
-        costs: price of one rank of each layer; None for free ranks.
-        room: the prices of all ranks together, ranks above `highest` free; the first value that does not fit ends
-            the selection.
+        scores: by layer, the scores of its singular values [q], descending: the estimated increase of the loss if the
+            singular value is left out.
+        alpha: from 0 to 1; at 1 all singular values are chosen.
+        lowest: lower bound of each rank, as far as the layer has so many singular values.
+        highest: upper bound of each rank.
+        costs: by layer, the cost of increasing its rank by 1; None if ranks cost nothing.
+        budget: largest sum of the costs of all ranks, where ranks above `highest` cost nothing; the choice ends at the
+            first singular value that would exceed it.
     """
     pooled = torch.cat([s.double() for s in scores.values()])
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores.values())])
@@ -331,11 +347,11 @@ def select_ranks(
     order = torch.sort(pooled.cpu(), descending=True, stable=True).indices
     best, owner, number = pooled.cpu()[order], owner[order], number[order]
     before = best.cumsum(0) - best
-    keep = before < share * best.sum() if share < 1 else torch.ones_like(before, dtype=torch.bool)
+    chosen = before < alpha * best.sum() if alpha < 1 else torch.ones_like(before, dtype=torch.bool)
     if costs is not None:
         price = torch.tensor(list(costs.values()), dtype=torch.float64)[owner] * (number < highest)
-        keep &= price.cumsum(0) <= room
-    found = torch.bincount(owner[keep], minlength=len(scores)).tolist()
+        chosen &= price.cumsum(0) <= budget
+    found = torch.bincount(owner[chosen], minlength=len(scores)).tolist()
     ranks = zip(scores.items(), found, strict=True)
     return {name: min(max(min(rank, highest), lowest), len(values)) for (name, values), rank in ranks}
 
@@ -343,13 +359,16 @@ def select_ranks(
 # --- pruning
 
 
-def prune(factors: Iterable[Factor], *, keep: int) -> None:
-    """Set all entries of dense `factors` to 0 but the `keep` of largest absolute value, all factors pooled."""
+def prune(factors: Iterable[Factor], *, entries: int) -> None:
+    """Keep the `entries` entries of largest absolute value of all factors together, and set all others to 0.
+
+    The factors must not be compressed.
+    """
     values = [factor.value.detach() for factor in factors]
     pooled = torch.cat([value.abs().flatten() for value in values])
-    if keep >= len(pooled):
+    if entries >= len(pooled):
         return
-    kept = torch.zeros_like(pooled, dtype=torch.bool)
-    kept[pooled.topk(keep, sorted=False).indices] = True
-    for value, part in zip(values, torch.split(kept, [v.numel() for v in values]), strict=True):
+    largest = torch.zeros_like(pooled, dtype=torch.bool)
+    largest[pooled.topk(entries, sorted=False).indices] = True
+    for value, part in zip(values, torch.split(largest, [v.numel() for v in values]), strict=True):
         value *= part.view(value.shape)

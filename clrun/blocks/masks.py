@@ -1,6 +1,6 @@
-"""Masks on weights that keep what belongs to earlier tasks bitwise as it was: owners, guards, sparse differences.
+"""Masks on weights: guards that keep weights of earlier tasks bitwise unchanged, owners of weights, sparse differences.
 
-Symbols: `P` numbers in the masked parameters, `T` tasks, `k` entries of a mask.
+Symbols: the masked parameters have `P` entries together, a sparse difference has `k` entries.
 """
 
 from collections.abc import Mapping
@@ -11,52 +11,53 @@ from torch import Tensor, nn
 
 from clrun.blocks.params import Params, clone, flatten, shapes_of, unflatten
 
-MOST_TASKS = 254  # owners are one byte, and 0 is nobody
+MOST_TASKS = 254  # an owner is stored in one byte, and 0 stands for no owner
 
 
 class Guard:
-    """Lets an optimizer move some entries of some parameters and no others, whatever the optimizer does.
+    """Restricts the steps of any optimizer to some entries of the parameters.
 
-    A gradient of 0 does not hold a weight: momentum, Adam's averages and weight decay move it all the same. So the
-    gradient is masked for the sake of its norm and of the averages, and after the step every other entry is put back.
+    A gradient of 0 is not enough to keep a weight: momentum, Adam's averages and weight decay change it nevertheless.
+    The gradient is therefore masked, so that its norm and the averages are right, and after the step all other entries
+    are restored.
 
-    Made at the beginning of a fit and dropped at its end; it is no part of the learner's state.
+    A guard is made at the beginning of a fit and dropped at its end; it is not part of the state of the method.
 
     Args:
         params: parameters by name.
-        masks: by the same names, how much of the gradient each entry takes, [shape of the parameter], from 0 to 1;
-            entries with 0 are put back. Bool or float.
+        masks: by name, the factor from 0 to 1 for the gradient of each entry, bool or float, in the shape of the
+            parameter. Entries with factor 0 are restored after each step. Parameters without a mask are not guarded.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self.params = {name: params[name] for name in masks}
         self.masks = {name: mask.to(params[name].dtype) for name, mask in masks.items()}
-        held = {name: mask == 0 for name, mask in self.masks.items()}
-        self.held = {name: entries for name, entries in held.items() if entries.any()}
-        self.kept = clone({name: self.params[name] for name in self.held})
+        fixed = {name: mask == 0 for name, mask in self.masks.items()}
+        self.fixed = {name: entries for name, entries in fixed.items() if entries.any()}
+        self.original = clone({name: self.params[name] for name in self.fixed})
 
     def mask_gradients(self) -> None:
-        """Multiply `.grad` by the masks; a missing one stays missing."""
+        """Multiply `.grad` by the masks; a missing gradient stays missing."""
         for name, parameter in self.params.items():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad * self.masks[name]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the entries with mask 0 back to what they were when the guard was made."""
-        for name, entries in self.held.items():
+        """Set the entries with mask 0 to the values they had when the guard was made."""
+        for name, entries in self.fixed.items():
             parameter = self.params[name]
-            torch.where(entries, self.kept[name], parameter, out=parameter)
+            torch.where(entries, self.original[name], parameter, out=parameter)
 
 
 class OwnershipMask(nn.Module):
-    """Which task each weight belongs to (PackNet, Mallya and Lazebnik, CVPR 2018): P bytes for up to 254 tasks.
+    """The task that owns each weight (PackNet, Mallya and Lazebnik, CVPR 2018): one byte per weight, up to 254 tasks.
 
     Args:
-        params: the weights that can be owned.
+        params: the weights that tasks can own, by name.
     """
 
-    owner: Tensor  # [P] uint8, position of the task + 1; 0: free
+    owner: Tensor  # [P] uint8: the position of the owning task + 1, or 0 for a free weight
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -65,26 +66,26 @@ class OwnershipMask(nn.Module):
         self.register_buffer("owner", torch.zeros(size, dtype=torch.uint8))
 
     def claim(self, task: int) -> None:
-        """Give every free weight to the task at position `task`."""
+        """Make the task at position `task` the owner of all free weights."""
         self.owner[self.owner == 0] = task + 1
 
     def owned(self, task: int) -> dict[str, Tensor]:
-        """Return which weights belong to the task at position `task`, bool by name."""
+        """Return bool masks by name, True for the weights that the task at position `task` owns."""
         return unflatten(self.owner == task + 1, self.shapes)
 
     def free(self) -> float:
-        """Return the share of the weights that belong to nobody."""
+        """Return the fraction of all weights that are free."""
         return float((self.owner == 0).double().mean())
 
     @torch.no_grad()
     def prune(self, params: Mapping[str, Tensor], task: int, fraction: float) -> None:
-        """Release the smallest weights of a task in each parameter, and set them to 0.
+        """Make the weights of a task with the smallest magnitudes in each parameter free, and set them to 0.
 
-        Exactly floor(fraction * n) of the n weights that the task owns go, by a stable sort of their magnitudes: a
-        threshold would take every weight of equal size.
+        Of the n weights of a parameter that the task owns, exactly floor(fraction * n) are freed, by a stable sort of
+        the magnitudes. A threshold would free all weights of equal magnitude.
 
         Args:
-            params: the weights themselves, changed in place.
+            params: the weights by name, changed in place.
             task: position of the task.
             fraction: from 0 to 1.
         """
@@ -99,19 +100,19 @@ class OwnershipMask(nn.Module):
             weight.masked_fill_(mask.view_as(weight), 0.0)
 
     def view(self, params: Mapping[str, Tensor], task: int) -> Params:
-        """Return the weights that the task at position `task` sees: those of owners up to it, 0 elsewhere.
+        """Return the weights that the task at position `task` uses: those that it or earlier tasks own, 0 elsewhere.
 
-        The weights themselves are not touched: for `torch.func.functional_call`.
+        The result is for `torch.func.functional_call`; the weights themselves are not changed.
         """
-        seen = unflatten((self.owner > 0) & (self.owner <= task + 1), self.shapes)
-        return {name: params[name].detach() * mask for name, mask in seen.items()}
+        used = unflatten((self.owner > 0) & (self.owner <= task + 1), self.shapes)
+        return {name: params[name].detach() * mask for name, mask in used.items()}
 
 
 class Snapshot(nn.Module):
-    """Copies of tensors at one moment, which count as weights and train no more.
+    """Frozen copies of tensors, which are part of the weights of a method.
 
     Args:
-        tensors: by name; floating-point.
+        tensors: floating-point tensors by name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -125,10 +126,12 @@ class Snapshot(nn.Module):
 
 
 class SparseDelta(nn.Module):
-    """The values that a task gave to a few entries of the weights, k (4 + 4) bytes; they count as weights.
+    """The values of a task for k entries of the weights: 4 bytes for each value and 4 for its index.
+
+    Both are part of the weights of a method.
 
     Args:
-        entries: [k] long, places in the flat vector of all weights.
+        entries: indices [k] long in the vector [P] of all weights.
     """
 
     entries: Tensor  # [k] int32
@@ -137,21 +140,21 @@ class SparseDelta(nn.Module):
         super().__init__()
         assert not len(entries) or int(entries.max()) < 2**31
         self.register_buffer("entries", entries.int())
-        self.values = nn.Parameter(torch.zeros(0), requires_grad=False)  # [k] once the task is learned
+        self.values = nn.Parameter(torch.zeros(0), requires_grad=False)  # [k] after `take`
 
     def take(self, weights: Tensor) -> None:
-        """Keep the values of the entries in `weights` [P]."""
+        """Store the values of the entries, from all weights [P]."""
         self.values = nn.Parameter(weights[self.entries.long()].detach().clone(), requires_grad=False)
 
     def put(self, weights: Tensor) -> None:
-        """Write the values into `weights` [P]."""
+        """Write the stored values into the weights [P]."""
         weights[self.entries.long()] = self.values.detach()
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Return [count] long, the places of the largest scores [P] in ascending order; of equal ones the first.
+    """Return the indices [count] long of the largest scores [P], in ascending order; of equal scores the first.
 
-    The places for a smaller count are among those for a larger one.
+    The indices for a smaller count are a subset of those for a larger one.
     """
     return scores.argsort(descending=True, stable=True)[:count].sort().values
 

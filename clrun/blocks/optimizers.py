@@ -1,7 +1,8 @@
 """Second-order optimizers for `budget.optimizer`: K-FAC, FOOF and M-FAC.
 
-An optimizer that wants to see more than gradients has a method `watch(method, ctx)`, a context manager that `fit`
-holds open while it runs. Statistics are averaged over the processes, so that all take the same step.
+An optimizer that needs more than gradients has a method `watch(method, ctx)`: a context manager that `fit` enters
+before its first step and leaves after its last. Statistics are averaged over the processes, so that all processes take
+the same step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,16 +36,16 @@ Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 def needs_sgd(
     optimizer: Callable[..., Optimizer], who: str, *, instead: str = "use budget=sgd", **options: float
 ) -> None:
-    """Refuse an optimizer that is not plain `torch.optim.SGD` with these options.
+    """Refuse an optimizer that is not plain `torch.optim.SGD` with the given options.
 
     Args:
-        optimizer: a budget's; a partial, whose keywords are its options.
-        who: what needs it, for the message.
-        instead: what to do about it, for the message.
-        options: values that options of SGD must have; one that is not given is 0.
+        optimizer: the optimizer of a budget, a partial whose keywords are its options.
+        who: the method or option that needs SGD, for the message.
+        instead: the advice of the message.
+        options: required values of options of SGD; an option that the partial does not set has the value 0.
 
     Raises:
-        ConfigError: it is another one.
+        ConfigError: the optimizer or one of the options differs.
     """
     function, given = getattr(optimizer, "func", optimizer), getattr(optimizer, "keywords", {})
     if function is not torch.optim.SGD:
@@ -56,37 +57,39 @@ def needs_sgd(
 
 
 class _Preconditioned(Optimizer):
-    """Gradients multiplied by an operator that is estimated on the way, layer by layer.
+    """Base of optimizers that multiply gradients by a matrix per layer, estimated from statistics during training.
 
     Args:
-        params: parameters or groups of them.
+        params: parameters, or parameter groups of torch.
         lr: learning rate.
-        weight_decay: times the weights, added to the gradient.
+        weight_decay: coefficient of the weights that are added to the gradient.
     """
 
     def __init__(self, params: Groups, *, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.names: dict[str, nn.Parameter] = {}
         self.steps = 0
-        self.sums: Params = {}  # statistics of this step
-        self.rows = 0.0  # that they are sums over
+        self.sums: Params = {}  # statistics of this step, summed over rows
+        self.rows = 0.0  # number of these rows
         self.context: Context | None = None
 
     def _begin(self, method: Method, ctx: Context, largest: int) -> dict[str, Layer]:
-        """Learn the names of the parameters; return the layers whose weights are among them."""
+        """Store the names of the optimised parameters, and return the layers whose weights are among them, by name."""
         own = {id(p) for group in self.param_groups for p in group["params"]}
         self.names = {name: p for name, p in method.named_parameters() if id(p) in own}
         self.context = ctx
-        name = f"budget.optimizer={type(self).__name__} reads layers"
+        name = f"budget.optimizer={type(self).__name__}"
         if len(self.names) < len(own):
-            raise ConfigError(f"{name}: this method also trains parameters outside of them; use another budget")
+            raise ConfigError(
+                f"{name}: this method trains parameters outside its named_parameters(); use another budget"
+            )
         if ctx.hardware.compile:
-            raise ConfigError(f"{name}: needs hardware.compile=false")
+            raise ConfigError(f"{name}: compiled code hides the inputs of layers; set hardware.compile=false")
         layers = layers_of(method, largest=largest)
         return {name: layer for name, layer in layers.items() if f"{name}.weight" in self.names}
 
     def _means(self) -> Params:
-        """Return the statistics of this step, divided by the rows of all processes; forget them."""
+        """Return the means of this step's statistics over the rows of all processes, and set the sums to 0."""
         assert self.context is not None
         hardware = self.context.hardware
         sums, rows = self.sums, self.rows
@@ -97,7 +100,7 @@ class _Preconditioned(Optimizer):
         return {name: total / max(1.0, rows) for name, total in sums.items()}
 
     def _decayed(self) -> Params:
-        """Return the gradients with weight decay; a missing one is 0."""
+        """Return the gradients plus weight decay by name; a missing gradient counts as 0."""
         decay = {id(p): group["weight_decay"] for group in self.param_groups for p in group["params"]}
         return {
             name: (torch.zeros_like(p) if p.grad is None else p.grad).add(p, alpha=decay[id(p)])
@@ -105,7 +108,7 @@ class _Preconditioned(Optimizer):
         }
 
     def _move(self, directions: Params, scale: float = 1.0) -> None:
-        """Step against `directions`; a parameter without gradient stays."""
+        """Subtract scale * lr * direction from each parameter; parameters without a gradient do not change."""
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         for name, direction in directions.items():
             parameter = self.names[name]
@@ -115,27 +118,30 @@ class _Preconditioned(Optimizer):
 
 
 class Kfac(_Preconditioned):
-    """Natural gradient with Kronecker factors: W <- W - lr (G + c/pi I)^-1 grad (A + pi c I)^-1, c^2 = damping.
+    """Natural gradient with Kronecker factors (K-FAC, Martens and Grosse, ICML 2015, arXiv 1503.05671).
 
-    Martens and Grosse, ICML 2015, arXiv 1503.05671. Labels are drawn from the model's own prediction, in one more
-    backward pass whenever the statistics are renewed: the Fisher information, not its empirical stand-in. Parameters
-    other than those of linear and convolutional layers have the diagonal Fisher, estimated by the same pass (B times
-    the square of the mean gradient). Rows are judged among the classes that compete in the current task.
+    A layer with the Kronecker factors G and A (see `clrun.blocks.curvature.kronecker`) has the step
+    W <- W - lr (G + c/pi I)^-1 grad (A + pi c I)^-1, where c^2 = damping and pi balances the two factors. The factors
+    are those of the Fisher information and not of the empirical Fisher: labels are drawn from the predictions of the
+    method, which takes one more backward pass whenever the statistics are updated. Predictions are probabilities over
+    the classes that compete in the current task. All parameters that are not in a layer with Kronecker factors have a
+    diagonal Fisher, estimated in the same pass as B times the square of the mean gradient over the B rows of a batch.
 
-    Deviations from the paper: momentum is heavy-ball, its coefficients and the damping are fixed.
+    Deviations from the paper: momentum is heavy-ball, and its coefficient and the damping are constant.
 
     Args:
-        params: parameters or groups of them.
+        params: parameters, or parameter groups of torch.
         lr: learning rate.
-        momentum: of the preconditioned gradient.
-        weight_decay: times the weights, added to the gradient before it is preconditioned.
-        damping: added to the curvature, spread over its factors.
+        momentum: heavy-ball momentum of the preconditioned gradient.
+        weight_decay: coefficient of the weights that are added to the gradient before it is preconditioned.
+        damping: multiple of the identity that is added to the curvature, distributed over the factors.
         average: decay of the running averages of the factors.
-        sharing: "expand" or "reduce": how positions share a weight; see `clrun.blocks.curvature.layers`.
-        largest: most inputs or outputs of a layer with Kronecker factors; the others are diagonal.
-        statistics_every: steps between two looks at the factors.
-        invert_every: steps between two inversions.
-        kl_clip: largest lr^2 d'Fd of a step with direction d, a bound on the change of the predictions.
+        sharing: "expand" or "reduce"; how positions share a weight, see `clrun.blocks.curvature.layers`.
+        largest: largest number of inputs or outputs of a layer with Kronecker factors.
+        statistics_every: number of steps between two updates of the factors.
+        invert_every: number of steps between two inversions.
+        kl_clip: upper bound of lr^2 d'Fd for a step in direction d with the Fisher F, which bounds the change of the
+            predictions; longer steps are scaled down. None for no bound.
     """
 
     def __init__(
@@ -160,12 +166,12 @@ class Kfac(_Preconditioned):
         self.layers: Mapping[str, Layer] = {}
         self.factors: Params = {}
         self.curvature: Curvature | None = None
-        self.operator: Curvature | None = None
+        self.preconditioner: Curvature | None = None
         self.velocity: Tensor | None = None
 
     @contextmanager
     def watch(self, method: Method, ctx: Context) -> Iterator[None]:
-        """Estimate the curvature of `method` from its forward passes in training mode."""
+        """Collect statistics in the forward passes of `method` in training mode, within the `with` block."""
         tape = Tape(self._begin(method, ctx, self.largest), training=True)
         self.layers = tape.layers
         self._clear()
@@ -177,7 +183,7 @@ class Kfac(_Preconditioned):
         def after(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> None:
             if tape.on:
                 tape.on = False
-                self._look(tape, logits.float())
+                self._collect(tape, logits.float())
                 tape.calls.clear()
 
         handles = [method.register_forward_pre_hook(before), method.register_forward_hook(after)]
@@ -190,7 +196,7 @@ class Kfac(_Preconditioned):
                 handle.remove()
 
     def _clear(self) -> None:
-        """Set the sums of all statistics to 0: A_n and G_n of each layer, and the diagonal of everything else."""
+        """Set all statistics to 0: the sums of A_n and G_n of each layer, and the diagonal of all other parameters."""
         self.sums = {}
         for name, layer in self.layers.items():
             for key, side in zip(("outer", "inner"), sides(layer), strict=True):
@@ -198,8 +204,8 @@ class Kfac(_Preconditioned):
         covered = {f"{name}.{kind}" for name in self.layers for kind in ("weight", "bias")}
         self.sums |= {name: torch.zeros_like(p) for name, p in self.names.items() if name not in covered}
 
-    def _look(self, tape: Tape, logits: Tensor) -> None:
-        """Set the statistics of this step to those of a batch with these logits [B, C]."""
+    def _collect(self, tape: Tape, logits: Tensor) -> None:
+        """Set the statistics of this step to those of a recorded forward pass with these logits [B, C]."""
         ctx = self.context
         assert ctx is not None
         mask = ctx.mask(torch.full((len(logits),), ctx.task.index, device=logits.device))
@@ -220,7 +226,7 @@ class Kfac(_Preconditioned):
         self.rows = float(len(logits))
 
     def _build(self) -> Composite:
-        """Return the curvature of the running averages; a layer that is bypassed has factors I."""
+        """Return the curvature of the running averages; a layer that was never called has the factors I."""
         parts: list[Curvature] = []
         for name, layer in self.layers.items():
             own = [f"{name}.weight", *([f"{name}.bias"] if has_bias(layer) else [])]
@@ -233,23 +239,23 @@ class Kfac(_Preconditioned):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step; `closure` is not used.
+        """Take one step; `closure` is ignored.
 
         Raises:
-            ConfigError: no training batch was predicted by calling the method.
+            ConfigError: no logits of a training batch were computed by calling the method.
         """
         if self.steps % self.statistics_every == 0:
             self.factors = _average(self.factors, self._means(), self.average)
         if self.curvature is None or self.steps % self.invert_every == 0:
             if not any(factor.any() for factor in self.factors.values()):
                 raise ConfigError(
-                    "budget.optimizer: Kfac reads the predictions of training batches, which this method does not form "
-                    "by calling itself; use budget=foof or budget=m_fac"
+                    "budget.optimizer: Kfac needs the logits of training batches from a call of the method, and this "
+                    "method computes them in another way; use budget=foof or budget=m_fac"
                 )
             self.curvature = self._build()
-            self.operator = self.curvature.inverse(self.damping, "factored")
-        assert self.operator is not None
-        direction = self.operator.mv(self.operator.vector(self._decayed()))
+            self.preconditioner = self.curvature.inverse(self.damping, "factored")
+        assert self.preconditioner is not None
+        direction = self.preconditioner.mv(self.preconditioner.vector(self._decayed()))
         if self.momentum:
             self.velocity = direction if self.velocity is None else self.momentum * self.velocity + direction
             direction = self.velocity
@@ -257,25 +263,26 @@ class Kfac(_Preconditioned):
         if self.kl_clip is not None:
             change = float(self.param_groups[0]["lr"]) ** 2 * self.curvature.quad(direction)
             scale = float((self.kl_clip / change).sqrt().clamp(max=1)) if change > 0 else 1.0
-        self._move(self.operator.params(direction), scale)
+        self._move(self.preconditioner.params(direction), scale)
 
 
 class Foof(_Preconditioned):
-    """Gradient descent on neurons: W <- W - lr grad (A + damping I)^-1, A the second moment of a layer's inputs.
+    """Gradient descent on neurons (FOOF, Benzing, ICML 2022, arXiv 2201.12250).
 
-    FOOF, Benzing, ICML 2022, arXiv 2201.12250. lr / damping is about the rate of SGD. Parameters other than those of
-    linear and convolutional layers step as if A were I: lr / (1 + damping).
+    A linear or convolutional layer has the step W <- W - lr grad (A + damping I)^-1, where A is the second moment of
+    its inputs. All other parameters have the step for A = I, with learning rate lr / (1 + damping). lr / damping
+    corresponds roughly to the learning rate of SGD.
 
     Args:
-        params: parameters or groups of them.
+        params: parameters, or parameter groups of torch.
         lr: learning rate.
-        momentum: heavy-ball on the gradient, before it is preconditioned.
-        weight_decay: times the weights, added to the gradient.
-        damping: added to A.
+        momentum: heavy-ball momentum of the gradient, before it is preconditioned.
+        weight_decay: coefficient of the weights that are added to the gradient.
+        damping: multiple of the identity that is added to A.
         average: decay of the running average of A.
-        largest: most inputs or outputs of a layer that is preconditioned.
-        statistics_every: steps between two looks at the inputs.
-        invert_every: steps between two inversions.
+        largest: largest number of inputs or outputs of a layer that is preconditioned.
+        statistics_every: number of steps between two updates of A.
+        invert_every: number of steps between two inversions.
     """
 
     def __init__(
@@ -300,13 +307,13 @@ class Foof(_Preconditioned):
 
     @contextmanager
     def watch(self, method: Method, ctx: Context) -> Iterator[None]:
-        """Read the inputs of the layers of `method` in training mode."""
+        """Record the inputs of the layers of `method` in training mode, within the `with` block."""
         self.tape = Tape(self._begin(method, ctx, self.largest), training=True)
         with self.tape.recording():
             yield
 
-    def _look(self) -> None:
-        """Set the statistics of this step to those of its batches: A of each layer, and whether it was called."""
+    def _collect(self) -> None:
+        """Set the statistics of this step to those of its recorded batches: A and the number of rows of each layer."""
         for name, layer in self.tape.layers.items():
             side = sides(layer)[1]
             self.sums[name], self.sums[f"{name}:rows"] = layer.weight.new_zeros(side, side), layer.weight.new_zeros(1)
@@ -316,7 +323,7 @@ class Foof(_Preconditioned):
 
     def _renew(self) -> None:
         """Move the running averages towards the statistics of this step."""
-        self._look()
+        self._collect()
         means = self._means()
         called = {name: means[f"{name}:rows"] for name in self.tape.layers if means[f"{name}:rows"] > 0}
         new = {name: means[name] / rows for name, rows in called.items()}
@@ -324,7 +331,7 @@ class Foof(_Preconditioned):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step; `closure` is not used."""
+        """Take one step; `closure` is ignored."""
         if self.tape.on:
             self._renew()
         if not self.steps % self.invert_every or self.moments.keys() - self.inverses.keys():
@@ -349,16 +356,17 @@ class Foof(_Preconditioned):
 
 
 class MFac(Optimizer):
-    """theta <- theta - lr F^-1 g with F = damping I + 1/m sum g_i g_i' over the last m gradients, g among them.
+    """Natural gradient with the empirical Fisher of the last gradients (M-FAC, Frantar et al., NeurIPS 2021).
 
-    M-FAC, Frantar et al., NeurIPS 2021, arXiv 2107.03356. The gradients are those of mini-batches, as published, so
-    that F depends on the batch size. Takes m P numbers (4 bytes each), P the parameters that move.
+    The step is theta <- theta - lr F^-1 g with F = damping I + 1/m sum_i g_i g_i', where g_i are the last m gradients
+    including the present gradient g. As in the paper these are gradients of mini-batches, so that F depends on the
+    batch size. The memory holds m gradients, each with one number of 4 bytes per trained parameter.
 
     Args:
-        params: parameters or groups of them.
+        params: parameters, or parameter groups of torch.
         lr: learning rate.
-        weight_decay: times the weights, added to g.
-        damping: lambda.
+        weight_decay: coefficient of the weights that are added to g.
+        damping: lambda of the paper.
         gradients: m.
     """
 
@@ -371,7 +379,7 @@ class MFac(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step; `closure` is not used."""
+        """Take one step; `closure` is ignored."""
         moved = [(p, group) for group in self.param_groups for p in group["params"]]
         g = torch.cat(
             [
@@ -389,5 +397,5 @@ class MFac(Optimizer):
 
 
 def _average(past: Params, new: Params, decay: float) -> Params:
-    """Return decay * past + (1 - decay) * new; what has no past begins with the first value."""
+    """Return the running averages decay * past + (1 - decay) * new by name; a name without a past has its new value."""
     return {name: torch.lerp(value, past[name], decay) if name in past else value for name, value in new.items()}

@@ -1,7 +1,8 @@
-"""Ridge regression to one-hot labels from sums alone, for every strength from one decomposition; random projections.
+"""Ridge regression to one-hot labels from sums over rows, for all strengths from one decomposition; random projections.
 
-Shapes: `n` rows, `M` width of the (lifted) features, `C` classes, `R` eigenvalues kept. With H [n, M] the features and
-Y [n, C] the one-hot labels, G = H'H, Q = H'Y, and W(strength) = (G + strength I)^-1 Q.
+Shapes: `n` rows, `D` width of the backbone's features, `M` width of the features after a projection, `C` classes, `R`
+eigenvalues. H [n, M] are the features and Y [n, C] the one-hot labels of the rows. With G = H'H and Q = H'Y the
+solution is W(strength) = (G + strength I)^-1 Q.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from clrun.system.seeding import generator
 
 
 class RandomProjection(nn.Module):
-    """h = ReLU(f W) with a fixed Gaussian W [D, M], unscaled (RanPAC, McDonnell et al., NeurIPS 2023, section 4.1).
+    """The projection h = ReLU(f W) with a fixed Gaussian matrix W [D, M], which is not scaled.
+
+    Source: RanPAC (McDonnell et al., NeurIPS 2023, section 4.1).
 
     Args:
         num_features: D.
         width: M; 0 leaves the features as they are.
-        seed: of W, drawn from a generator of its own.
+        seed: seed of W, which is drawn from a separate generator.
     """
 
     weight: Tensor
@@ -33,18 +36,18 @@ class RandomProjection(nn.Module):
         self.register_buffer("weight", draw)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return lifted features [B, M] of features [B, D]."""
+        """Return the projected features [B, M] of features [B, D]."""
         return (features @ self.weight).relu_() if self.weight.numel() else features
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """G = V diag(s) V' and z = V'Q: what ridge solutions of every strength share.
+    """The decomposition G = V diag(s) V' and z = V'Q, from which the solution for any strength follows.
 
     Attributes:
-        values: [R] float64, the eigenvalues s; all others are 0, and so is their part of z.
-        vectors: [M, R], V.
-        projected: [R, C], z.
+        values: the eigenvalues s [R] float64; all other eigenvalues are 0, and their part of z is 0.
+        vectors: V [M, R].
+        projected: z [R, C].
         rows: n.
     """
 
@@ -55,7 +58,10 @@ class Spectrum:
 
     @classmethod
     def of(cls, stats: ClassStats) -> Self:
-        """Decompose pooled statistics of n rows; the cost is that of M x M or, for n well below M, n x n."""
+        """Decompose statistics with pooled moments, at the cost of an eigendecomposition of size min(M, n) or M.
+
+        The smaller size n is used if 2 n < M.
+        """
         gram, rows = stats.lower_gram(), stats.total()
         basis = None
         if 2 * rows < len(gram):
@@ -65,29 +71,29 @@ class Spectrum:
         return cls(values.clamp_(min=0), vectors, vectors.t() @ stats.sums.value().t(), rows)
 
     @classmethod
-    def dual(cls, lifted: Tensor, targets: Tensor) -> Self:
-        """Decompose the n x n matrix HH' instead of H'H: the same eigenvalues, cheaper for n < M.
+    def dual(cls, features: Tensor, targets: Tensor) -> Self:
+        """Decompose HH' [n, n] instead of H'H, which has the same non-zero eigenvalues and is cheaper for n < M.
 
         Args:
-            lifted: H [n, M] float64.
+            features: H [n, M] float64.
             targets: Y [n, C] float64.
         """
-        values, vectors = torch.linalg.eigh(lifted @ lifted.t())
+        values, vectors = torch.linalg.eigh(features @ features.t())
         roots = values.clamp_(min=0).sqrt()
         scale = torch.where(values > values.max() * 1e-15, 1 / roots, torch.zeros_like(roots))
-        return cls(values, lifted.t() @ vectors * scale, roots[:, None] * (vectors.t() @ targets), len(lifted))
+        return cls(values, features.t() @ vectors * scale, roots[:, None] * (vectors.t() @ targets), len(features))
 
     def weights(self, strength: float) -> Tensor:
-        """Return W [M, C]."""
+        """Return the solution W [M, C] for this strength."""
         return self.vectors @ (self.projected / (self.values + strength)[:, None])
 
     def residual(self, strength: float) -> float:
-        """Return the squared error summed over the n rows and the C columns of one-hot targets."""
+        """Return the squared error of the solution, summed over the n rows and the C columns."""
         s, z = self.values, self.projected.square().sum(dim=1)
         return self.rows - float((z * (s + 2 * strength) / (s + strength).square()).sum())
 
     def freedom(self, strength: float) -> float:
-        """Return the effective degrees of freedom, tr G (G + strength I)^-1."""
+        """Return the effective degrees of freedom, the trace of G (G + strength I)^-1."""
         return float((self.values / (self.values + strength)).sum())
 
     def gcv(self, strength: float) -> float:
@@ -97,10 +103,11 @@ class Spectrum:
 
 
 def _within_range(gram: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Return G = H'H within its range [n, n], and an orthonormal basis of the range [M, n].
+    """Return B'GB [n, n] for an orthonormal basis B [M, n] of the range of G, and B itself.
 
-    What the dual form gains by n x n matrices is gained so without the rows, which nobody kept: G has rank n, and n
-    random combinations of its columns span its range (Halko, Martinsson and Tropp, SIAM Review 2011).
+    The dual form HH' needs the rows, which are not stored. Since G has rank n, n random combinations of its columns
+    span its range, and the smaller matrix has the same non-zero eigenvalues (Halko, Martinsson and Tropp, SIAM Review
+    2011).
     """
     draw = torch.randn(len(gram), rows, generator=generator(0, "range"), dtype=gram.dtype)
     basis: Tensor = torch.linalg.qr(gram @ draw.to(gram.device)).Q
@@ -108,7 +115,7 @@ def _within_range(gram: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def ridge(strength: float, *parts: ClassStats) -> Tensor:
-    """Return W [M, C] float64 from the pooled statistics of all rows in `parts`, by Cholesky."""
+    """Return W [M, C] float64 for all rows of several statistics with pooled moments, by a Cholesky factor."""
     rows, sums = sum(part.total() for part in parts), parts[0].sums.value().t()
     for part in parts[1:]:
         sums = sums + part.sums.value().t()
@@ -124,26 +131,26 @@ def ridge(strength: float, *parts: ClassStats) -> Tensor:
 
 
 def held_out_error(weights: Tensor, gram: Tensor, sums: Tensor, rows: int) -> float:
-    """Return the mean squared error of one-hot targets on held-out rows, from their sums alone.
+    """Return the mean squared error on held-out rows, from sums over these rows.
 
     Args:
-        weights: [M, C] float64.
-        gram: [M, M], H'H of the held-out rows.
-        sums: [C, M], Y'H.
-        rows: how many; tr YY' for one-hot targets.
+        weights: W [M, C] float64.
+        gram: H'H [M, M] of the held-out rows.
+        sums: Y'H [C, M] of the held-out rows.
+        rows: number of held-out rows, which is the trace of YY' for one-hot labels.
     """
     error = (weights * (gram @ weights - 2 * sums.t())).sum()
     return (float(error) + rows) / (rows * weights.shape[1])
 
 
 def best_by_gcv(stats: ClassStats, strengths: Sequence[float]) -> tuple[float, Tensor]:
-    """Return the strength with the smallest generalised cross-validation score, and W [M, C]."""
+    """Return the strength with the smallest generalised cross-validation score, and its solution W [M, C]."""
     spectrum = Spectrum.of(stats)
     best = min(strengths, key=spectrum.gcv)
     return best, spectrum.weights(best)
 
 
 def best_held_out(fitted: ClassStats, held_out: ClassStats, strengths: Sequence[float]) -> float:
-    """Return the strength whose W, fitted on some rows, has the smallest squared error on others."""
+    """Return the strength whose solution for the rows of `fitted` has the smallest error on those of `held_out`."""
     spectrum, sums = Spectrum.of(fitted), (held_out.gram(), held_out.sums.value(), held_out.total())
     return min(strengths, key=lambda strength: held_out_error(spectrum.weights(strength), *sums))

@@ -1,4 +1,4 @@
-"""Which prompts an image gets: cosines between its query and learned keys, and the best of them.
+"""Choice of the prompts of an image by the cosines between its query and learned keys.
 
 Shapes: `B` images, `M` keys, `D` width.
 """
@@ -13,20 +13,20 @@ Selection = Literal["instance", "batch"]
 
 
 def cosines(query: Tensor, keys: Tensor) -> Tensor:
-    """Return [B, M], the cosines of queries [B, D] with keys [M, D], in fp32 whatever the precision of the run."""
+    """Return the cosines [B, M] between queries [B, D] and keys [M, D], in float32 even under autocast."""
     with torch.autocast(query.device.type, enabled=False):
         return F.linear(F.normalize(query.float(), dim=1), F.normalize(keys.float(), dim=1))
 
 
 def choose(scores: Tensor, count: int, selection: Selection) -> Tensor:
-    """Return [B, count] long, the columns with the highest scores [B, M].
+    """Return the indices [B, count] long of the chosen prompts.
 
     Args:
-        scores: higher is better.
-        count: columns to choose.
-        selection: "instance" chooses for each image. "batch" gives all images the columns that most of them would
-            choose (the smallest index among equals), as published code of L2P, DualPrompt and DAP does: what an image
-            gets then depends on the others.
+        scores: scores of all prompts [B, M]; higher is better.
+        count: number of prompts per image.
+        selection: "instance": the prompts with the highest scores of each image. "batch": all images have the prompts
+            that are chosen by most images (the smallest index among equals), as in the published code of L2P,
+            DualPrompt and DAP. The choice for an image then depends on the other images of the batch.
     """
     best = scores.topk(count, dim=1).indices
     if selection == "batch":

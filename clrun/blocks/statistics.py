@@ -1,7 +1,7 @@
-"""Sums over features that all closed-form learners share, and the pass that extracts features.
+"""Sums over features, from which all closed-form methods compute their classifiers, and the extraction of features.
 
-Shapes: `N` rows, `D` feature width, `C` classes. Everything is a sum in float64, normalised when it is read: adding is
-the only way to learn, so that tasks can come in any order, be spread over processes, and be taken back.
+Shapes: `N` rows, `D` feature width, `C` classes. All statistics are sums in float64, which are normalised when they are
+read. Tasks can therefore be added in any order, computed on several processes, and subtracted again.
 """
 
 import math
@@ -16,18 +16,18 @@ from clrun.data.split import Split
 from clrun.learning.method import Method
 
 Moments = Literal["none", "pooled", "class", "diagonal"]
-BLOCK = 2**20  # numbers that an exact addition works on at once
+BLOCK = 2**20  # entries that an exact addition processes at once
 
 
 def extract(method: Method, split: Split, *, size: int = 256) -> tuple[Tensor, Tensor]:
-    """Return the backbone's features [N, D] of the eval view of every row, and the labels [N].
+    """Return the backbone's features [N, D] float32 of all rows without augmentation, and their labels [N].
 
-    Backbone in eval mode, fp32, no gradients. Every process reads the whole split.
+    The backbone is in eval mode and computes no gradients. Every process reads the whole split.
 
     Args:
-        method: whose backbone; not changed.
+        method: the method with the backbone, which is not changed.
         split: rows.
-        size: rows of a forward pass; the last bits of a feature may depend on it.
+        size: rows per forward pass; the last bits of a feature may depend on it.
     """
     features, labels = [], []
     with torch.no_grad(), eval_mode(method.backbone):
@@ -38,27 +38,33 @@ def extract(method: Method, split: Split, *, size: int = 256) -> tuple[Tensor, T
 
 
 class ExactSum(Carrier):
-    """A sum of float64 tensors of one shape that shows no trace of the order in which they were added.
+    """A sum of float64 tensors of the same shape that does not depend on the order of the terms.
 
-    Beside the rounded sum the rounding error is kept (Knuth's TwoSum, in the double-double arithmetic of Dekker, 1971):
-    about 106 bits. The first 53 of them, which are read, are then the same for every order of addition, and what was
-    added can be subtracted without a trace.
+    The rounding error is stored in addition to the rounded sum, so that the sum has about 106 bits (Knuth's TwoSum in
+    the double-double arithmetic of Dekker, 1971). The first 53 bits, which are read, are then the same for every order
+    of addition, and subtracting a term restores the sum without it.
 
     Args:
-        shape: of the terms.
+        shape: shape of the terms.
     """
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.high = torch.zeros(shape, dtype=torch.float64)
-        self.low = torch.zeros(0, dtype=torch.float64)  # stays empty while all sums so far are exact
+        self.low = torch.zeros(0, dtype=torch.float64)  # the rounding error; empty if it is 0
 
     def value(self) -> Tensor:
-        """Return the sum, float64. It is the state itself: not to be changed."""
+        """Return the sum, float64. This is the stored tensor, which must not be changed."""
         return self.high
 
     def add(self, other: "ExactSum", *, sign: int = 1, places: list[int] | None = None) -> None:
-        """Add (or, for sign -1, subtract) another sum; to these `places` of the first dimension only."""
+        """Add another sum, or subtract it.
+
+        Args:
+            other: the other sum.
+            sign: 1 to add, -1 to subtract.
+            places: indices of the first dimension to which the entries of `other` are added; None if the shapes agree.
+        """
         for term in (other.high, other.low):
             if not term.numel():
                 continue
@@ -75,7 +81,7 @@ class ExactSum(Carrier):
                     self.low[places] = part.low if part.low.numel() else 0.0
 
     def _add(self, term: Tensor) -> None:
-        """Add a tensor that nobody else keeps."""
+        """Add a tensor, which may become part of the state."""
         if not self.low.numel() and not self.high.any():
             self.high = term
             return
@@ -91,7 +97,9 @@ class ExactSum(Carrier):
 
 
 class SymmetricSum(Carrier):
-    """An exact sum of symmetric matrices in the room of one: sums up to the diagonal, their rounding errors above it.
+    """An exact sum of symmetric matrices [D, D] in the memory of one matrix.
+
+    The lower triangle and the diagonal hold the sum, the upper triangle the rounding errors of the lower one.
 
     Args:
         width: D.
@@ -100,28 +108,28 @@ class SymmetricSum(Carrier):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.matrix = torch.zeros(width, width, dtype=torch.float64)
-        self.error = torch.zeros(0, dtype=torch.float64)  # of the diagonal; empty while there are no errors
+        self.error = torch.zeros(0, dtype=torch.float64)  # rounding errors of the diagonal; empty if all are 0
 
     def update(self, rows: Tensor) -> None:
-        """Add H'H of rows H [N, D] float64, rounded: for a sum that nothing was added to."""
-        assert not self.error.numel(), "the upper triangle holds errors"
+        """Add H'H of rows H [N, D] float64 with rounding; only before the first call of `add`."""
+        assert not self.error.numel(), "the upper triangle holds rounding errors"
         self.matrix.addmm_(rows.t(), rows)
 
     def value(self) -> Tensor:
-        """Return a copy of the sum [D, D], float64."""
+        """Return the sum [D, D] float64 as a new tensor."""
         return self.matrix.tril() + self.matrix.tril(-1).t()
 
     def add(self, other: "SymmetricSum", *, sign: int = 1) -> None:
-        """Add (or, for sign -1, subtract) another sum."""
+        """Add another sum, or subtract it for sign=-1."""
         high, low = self.matrix, self._errors()
-        _add_exactly(high, low, sign * other.matrix.to(high.device))  # what lies above the diagonal does not matter
+        _add_exactly(high, low, sign * other.matrix.to(high.device))  # the upper triangle is overwritten below
         if other.error.numel():
             _add_exactly(high, low, sign * other._errors().to(high.device))
         self.error = low.diagonal().clone()
         high.tril_().add_(low.tril_(-1).t())
 
     def _errors(self) -> Tensor:
-        """Return a copy of the rounding errors, [D, D] on and below the diagonal."""
+        """Return a copy of the rounding errors [D, D], which are valid on and below the diagonal."""
         if not self.error.numel():
             return torch.zeros_like(self.matrix)
         errors = self.matrix.t().contiguous()
@@ -130,7 +138,7 @@ class SymmetricSum(Carrier):
 
 
 def _add_exactly(high: Tensor, low: Tensor, term: Tensor) -> None:
-    """Add `term` to `high` + `low` in place, in blocks: the arithmetic needs several temporary copies."""
+    """Add `term` to `high` + `low` in place, block by block, because the arithmetic makes several temporary copies."""
     for a, b, c in zip(*(torch.split(t.view(-1), BLOCK) for t in (high, low, term)), strict=True):
         total, lost = _two_sum(a, c)
         rounded, rest = _two_sum(total, lost + b)
@@ -139,20 +147,20 @@ def _add_exactly(high: Tensor, low: Tensor, term: Tensor) -> None:
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the float64 sum and its exact rounding error."""
+    """Return the float64 sum of two tensors and its exact rounding error."""
     total = a + b
     virtual = total - a
     return total, (a - (total - virtual)) + (b - virtual)
 
 
 class ClassStats(Carrier):
-    """Counts and sums of features by class, and sums of their products where a learner needs them.
+    """Counts and sums of features per class, and sums of products of features if the method needs them.
 
     Args:
         num_features: D.
         num_classes: C.
-        moments: "none"; "pooled" keeps the Gram matrix of all rows [D, D]; "class" keeps one for each class that was
-            seen (8 D^2 bytes each); "diagonal" keeps their diagonals only.
+        moments: which products are summed. "none": no products. "pooled": one Gram matrix [D, D] over all rows.
+            "class": one Gram matrix per class with rows (8 D^2 bytes each). "diagonal": the diagonals of these.
     """
 
     def __init__(self, num_features: int, num_classes: int, *, moments: Moments = "none") -> None:
@@ -162,16 +170,16 @@ class ClassStats(Carrier):
         self.sums = ExactSum(num_classes, num_features)
         self.pooled = SymmetricSum(num_features if moments == "pooled" else 0)
         self.products = ExactSum(0, *[num_features] * {"class": 2, "diagonal": 1}.get(moments, 0))
-        self.slots: dict[int, int] = {}  # class id -> its place in `products`
+        self.slots: dict[int, int] = {}  # index in `products` by class id
 
     def empty(self) -> Self:
-        """Return statistics of the same kind without rows, on the same device."""
+        """Return new statistics of the same kind without rows, on the same device."""
         return type(self)(self.num_features, self.num_classes, moments=self.moments).to(self.rows.device)
 
     def update(self, features: Tensor, y: Tensor) -> None:
-        """Add rows of features [N, D] with labels [N] long, one after the other: their order shows in the last bits.
+        """Add rows with features [N, D] and labels y [N] long; the last bits depend on their order.
 
-        Statistics of each task are made by this; `merge` puts them together.
+        This is for the rows of one task. `merge` then combines the statistics of tasks independently of their order.
         """
         features = features.double()
         if self.rows.device != features.device:
@@ -187,7 +195,7 @@ class ClassStats(Carrier):
                 self.products.high[place] += own.t() @ own if self.moments == "class" else own.square().sum(dim=0)
 
     def _places(self, labels: Sequence[int]) -> list[int]:
-        """Return the places of classes in `products`, new ones for those that have none."""
+        """Return the indices of classes in `products`; classes without an index get a new one."""
         new = [label for label in labels if label not in self.slots]
         if new:
             self.slots |= {label: len(self.slots) + k for k, label in enumerate(new)}
@@ -195,7 +203,7 @@ class ClassStats(Carrier):
         return [self.slots[label] for label in labels]
 
     def merge(self, other: "ClassStats", *, sign: int = 1) -> None:
-        """Add the rows of other statistics of the same kind or, for sign -1, take them back; no order shows."""
+        """Add other statistics of the same kind, or subtract them for sign=-1; no result depends on the order."""
         self.rows += sign * other.rows.to(self.rows.device)
         self.sums.add(other.sums, sign=sign)
         if self.moments in ("class", "diagonal"):
@@ -206,33 +214,33 @@ class ClassStats(Carrier):
     # --- reading
 
     def counts(self) -> Tensor:
-        """Return [C] long, the rows of each class."""
+        """Return the number of rows of each class [C], long."""
         return self.rows
 
     def total(self) -> int:
-        """Return the rows of all classes together."""
+        """Return the number of rows of all classes together."""
         return int(self.rows.sum())
 
     def means(self) -> Tensor:
-        """Return [C, D] float64, the mean feature of each class; 0 for a class without rows."""
+        """Return the mean feature of each class [C, D] float64; 0 for a class without rows."""
         means = self.sums.value() / self.rows.clamp(min=1)[:, None]
         return means.masked_fill(self.rows[:, None] == 0, 0.0)
 
     def gram(self) -> Tensor:
-        """Return [D, D] float64, the sum of f f' over all rows, as a copy."""
+        """Return the sum of f f' over the features f of all rows [D, D] float64, as a new tensor."""
         return self.pooled.value()
 
     def lower_gram(self) -> Tensor:
-        """Return the state itself, [D, D], which up to the diagonal is the Gram matrix: not to be changed."""
+        """Return the stored tensor [D, D] whose lower triangle is that of `gram`; it must not be changed."""
         return self.pooled.matrix
 
     def scatter(self) -> Tensor:
-        """Return [D, D] float64, the scatter of all rows about the means of their classes."""
+        """Return the scatter matrix [D, D] float64 of all rows around the means of their classes."""
         means = self.means()
         return self.gram() - (means * self.rows[:, None]).t() @ means
 
     def class_covariance(self, label: int) -> Tensor:
-        """Return the covariance [D, D] of a class, or its diagonal [D], with n - 1 below; 0 for a single row."""
+        """Return the covariance [D, D] of a class of n rows, divided by n - 1, or its diagonal [D]; 0 for n = 1."""
         count, mean = int(self.rows[label]), self.means()[label]
         product = self.products.value()[self.slots[label]]
         spread = product - count * (torch.outer(mean, mean) if self.moments == "class" else mean.square())
@@ -240,67 +248,71 @@ class ClassStats(Carrier):
 
 
 def together(*parts: ClassStats) -> ClassStats:
-    """Return the statistics of the rows of all `parts`."""
-    whole = parts[0].empty()
+    """Return the statistics of the rows of several statistics."""
+    total = parts[0].empty()
     for part in parts:
-        whole.merge(part)
-    return whole
+        total.merge(part)
+    return total
 
 
 def lda(
     stats: ClassStats, *, shrinkage: float | Literal["oas"], ridge: float, priors: Literal["equal", "empirical"]
 ) -> tuple[Tensor, Tensor]:
-    """Return weights [C, D] and biases [C], float64, of linear discriminant analysis with one covariance.
+    """Return weights [C, D] and biases [C], float64, of linear discriminant analysis with a common covariance.
 
-    With S = scatter / n, the covariance is (1 - shrinkage) S + shrinkage tr(S)/D I + ridge I. Classes without rows get
-    0.
+    With S = scatter / n, the covariance is (1 - shrinkage) S + shrinkage tr(S) / D I + ridge I. Weights and bias of a
+    class without rows are 0.
 
     Args:
         stats: statistics with pooled moments.
-        shrinkage: towards the identity of the same trace, 0 to 1; "oas" takes the value of `oas`.
-        ridge: added to the diagonal, in the units of the features squared.
-        priors: of the classes.
+        shrinkage: weight of the multiple of the identity with the same trace, from 0 to 1; "oas" computes it by `oas`.
+        ridge: added to the diagonal, in units of squared features.
+        priors: class probabilities: the same for all classes with rows, or proportional to their rows.
     """
     count = max(1, stats.total())
     covariance = stats.scatter() / count
-    share = oas(covariance, count - int((stats.counts() > 0).sum())) if shrinkage == "oas" else shrinkage
+    weight = oas(covariance, count - int((stats.counts() > 0).sum())) if shrinkage == "oas" else shrinkage
     mean_variance = float(covariance.diagonal().mean())
-    covariance = (1 - share) * covariance
-    covariance.diagonal().add_(share * mean_variance + ridge)
+    covariance = (1 - weight) * covariance
+    covariance.diagonal().add_(weight * mean_variance + ridge)
     present = stats.counts() > 0
     means = stats.means()
     weights = torch.zeros_like(means)
     weights[present] = solve_positive(covariance, means[present].t()).t()
     biases = -0.5 * (weights * means).sum(dim=1)
-    shares = stats.counts() / count if priors == "empirical" else present / present.sum()
-    biases += shares.double().clamp(min=1e-300).log()
+    probabilities = stats.counts() / count if priors == "empirical" else present / present.sum()
+    biases += probabilities.double().clamp(min=1e-300).log()
     return weights, biases.masked_fill(~present, 0.0)
 
 
 def oas(covariance: Tensor, rows: int) -> float:
     """Return the oracle-approximating shrinkage towards the identity (Chen et al., IEEE TSP 2010, equation 23).
 
+    `sklearn.covariance.oas` needs the rows, takes their number as degrees of freedom and leaves out the terms 2 / D.
+
     Args:
-        covariance: [D, D], estimated from `rows` degrees of freedom.
-        rows: at least 1; fewer shrink fully.
+        covariance: [D, D].
+        rows: degrees of freedom of the covariance; 1 is returned for less than 1.
     """
     width = len(covariance)
     square, trace = float(covariance.square().sum()), float(covariance.trace()) ** 2
-    below = (rows + 1 - 2 / width) * (square - trace / width)
-    return 1.0 if rows < 1 or below <= 0 else min(1.0, ((1 - 2 / width) * square + trace) / below)
+    denominator = (rows + 1 - 2 / width) * (square - trace / width)
+    if rows < 1 or denominator <= 0:
+        return 1.0
+    return min(1.0, ((1 - 2 / width) * square + trace) / denominator)
 
 
 def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
-    """Return matrix^-1 right [D, k] for a symmetric positive definite matrix, by its Cholesky factor.
+    """Return matrix^-1 right [D, k] for a symmetric positive definite matrix [D, D], by its Cholesky factor.
 
-    Where rounding has made it indefinite, 1e-12 of its trace is added to the diagonal, then ten times as much, and so
-    on.
+    If rounding has made the matrix indefinite, 1e-12 of its trace is added to the diagonal, then 1e-11, and so on until
+    it has a Cholesky factor.
     """
     return torch.cholesky_solve(right, cholesky(matrix))
 
 
 def cholesky(matrix: Tensor) -> Tensor:
-    """Return the lower Cholesky factor of a symmetric matrix, made positive definite as `solve_positive` says.
+    """Return the lower Cholesky factor of a symmetric matrix [D, D], made positive definite as in `solve_positive`.
 
     Raises:
         ArithmeticError: the matrix is not finite.

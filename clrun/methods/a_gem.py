@@ -9,7 +9,7 @@ leaves statistics and random numbers alone (test_methods_replay).
 
 from torch import nn
 
-from clrun.blocks.buffers import share
+from clrun.blocks.buffers import per_process
 from clrun.blocks.gradients import project_halfspace
 from clrun.blocks.params import eval_mode, gradients, select
 from clrun.learning.context import Context
@@ -53,7 +53,9 @@ class AGem(Episodic):
     def _reference(self, params: dict[str, nn.Parameter], ctx: Context) -> None:
         """Put r into `.grad`, averaged over the processes."""
         rank, world = ctx.hardware.rank, ctx.hardware.world
-        old = self.memory.sample(share(self.memory_batch_size, rank=rank, world=world), ctx.generator("replay", rank))
+        old = self.memory.sample(
+            per_process(self.memory_batch_size, rank=rank, world=world), ctx.generator("replay", rank)
+        )
         for parameter in params.values():
             parameter.grad = None
         if len(old):

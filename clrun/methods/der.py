@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.buffers import ReservoirBuffer, share
+from clrun.blocks.buffers import ReservoirBuffer, per_process
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
@@ -69,7 +69,7 @@ class Der(Method):
         super().begin_task(task, ctx)
         # Row t: the classes seen once task t has begun.
         self.seen = torch.stack([ctx.stream.candidates(t + 1, "cil")[t] for t in range(task.index + 1)])
-        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
+        self.memory.capacity = per_process(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         logits = self(batch.x)
@@ -96,7 +96,7 @@ class Der(Method):
         """Return slots of the memory."""
         rank, world = ctx.hardware.rank, ctx.hardware.world
         size = ctx.budget.batch_size if self.replay_size is None else self.replay_size
-        return self.memory.draw(share(size, rank=rank, world=world), ctx.generator("replay", rank))
+        return self.memory.draw(per_process(size, rank=rank, world=world), ctx.generator("replay", rank))
 
     def _logit_term(self, slots: Tensor, ctx: Context) -> Tensor:
         """Return the mean squared difference between the logits of now and those stored in `slots`."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from clrun.blocks.buffers import Buffer, share
+from clrun.blocks.buffers import Buffer, per_process
 from clrun.blocks.params import Carrier, Params, eval_mode, flatten, gradients, select, shapes_of, unflatten
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
@@ -150,7 +150,7 @@ class Dgc(Method):
             slots = slots[memory.t[: len(memory)] < ctx.task.index]
         if self.memory_batch_size is not None:
             drawn = torch.randperm(len(slots), generator=ctx.generator("calibration", rank))
-            slots = slots[drawn[: share(self.memory_batch_size, rank=rank, world=world)].to(slots.device)]
+            slots = slots[drawn[: per_process(self.memory_batch_size, rank=rank, world=world)].to(slots.device)]
         difference = torch.zeros_like(now)
         if len(slots):
             old = memory.read(slots)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, share
+from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, per_process
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
@@ -38,7 +38,7 @@ class Episodic(Method):
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
-        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
+        self.memory.capacity = per_process(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
         self.memory.tasks = len(ctx.stream.tasks)
         self._check_ring(self.memory.capacity, self.memory.tasks, ctx.hardware.world)
 

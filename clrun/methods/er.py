@@ -8,7 +8,7 @@ square (test_methods_replay, test_blocks_buffers).
 
 from torch import nn
 
-from clrun.blocks.buffers import ReservoirBuffer, share
+from clrun.blocks.buffers import ReservoirBuffer, per_process
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
@@ -36,12 +36,12 @@ class Er(Method):
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
-        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
+        self.memory.capacity = per_process(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
 
     def mix(self, batch: Batch, ctx: Context) -> Batch:
         rank, world = ctx.hardware.rank, ctx.hardware.world
         size = ctx.budget.batch_size if self.replay_size is None else self.replay_size
-        old = self.memory.sample(share(size, rank=rank, world=world), ctx.generator("replay", rank))
+        old = self.memory.sample(per_process(size, rank=rank, world=world), ctx.generator("replay", rank))
         # The memory is read first, hence no row meets itself in the step that brings it.
         if ctx.progress.epoch == 0:
             self.memory.add(batch, generator=ctx.generator("reservoir", rank))

@@ -10,7 +10,7 @@ Verified: a projected step hurts no earlier task and is the nearest such, one co
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.buffers import share
+from clrun.blocks.buffers import per_process
 from clrun.blocks.gradients import project_cone
 from clrun.blocks.params import Params, eval_mode, gradients, select
 from clrun.data.split import Batch
@@ -83,7 +83,7 @@ class Gem(Episodic):
             return slots
         rank, world = ctx.hardware.rank, ctx.hardware.world
         drawn = torch.randperm(len(slots), generator=ctx.generator("replay", rank))
-        return slots[drawn[: share(self.memory_batch_size, rank=rank, world=world)].to(slots.device)]
+        return slots[drawn[: per_process(self.memory_batch_size, rank=rank, world=world)].to(slots.device)]
 
     def _mean_loss(self, old: Batch, ctx: Context) -> Tensor:
         """Return the mean loss [] on rows of the memory."""

@@ -239,7 +239,7 @@ class Halrp(TaskNetworks):
             costs = {name: each * number for name, number in numbers.items()}
             room = self._room() - BYTES * self.lowest_rank * sum(numbers.values())
         limits = {"lowest": self.lowest_rank, "highest": self.highest_rank}
-        return select_ranks(scores, share=share, costs=costs, room=room, **limits)
+        return select_ranks(scores, alpha=share, costs=costs, budget=room, **limits)
 
     # --- growth
 
@@ -290,7 +290,7 @@ class Halrp(TaskNetworks):
         stored = stored_bytes([self.networks[-1], self.heads[-1]], without=self.backbone)
         if self.allowance is not None and stored > self.allowance:
             places = sum(bits_bytes(factor.value.numel()) for factor in factors)
-            prune(factors, keep=int(self.allowance - (stored - taken) - places) // BYTES)
+            prune(factors, entries=int(self.allowance - (stored - taken) - places) // BYTES)
         for factor in factors:
             factor.compress()
 

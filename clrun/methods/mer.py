@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.buffers import ReservoirBuffer, share
+from clrun.blocks.buffers import ReservoirBuffer, per_process
 from clrun.blocks.params import Params, clone, select
 from clrun.data.split import Batch, Split, Transform
 from clrun.data.stream import Task
@@ -76,7 +76,7 @@ class Mer(Method):
             raise ConfigError(
                 f"method.chunk={self.chunk}: {ctx.hardware.world} processes cannot share it; use hardware.processes=1"
             )
-        self.memory.capacity = share(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
+        self.memory.capacity = per_process(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
 
     def learn(self, task: Task, ctx: Context) -> None:
         self.within = self.across = clone(select(self))
@@ -113,7 +113,7 @@ class Mer(Method):
     def steps_of(self, incoming: Batch, ctx: Context) -> list[Batch]:
         """Return the batches of `chunk` rows that an incoming one brings about; empty where the memory has no row."""
         rank, world = ctx.hardware.rank, ctx.hardware.world
-        size = share(self.chunk, rank=rank, world=world)
+        size = per_process(self.chunk, rank=rank, world=world)
         steps: list[Batch] = []
         for _ in range(self.rounds):
             slots = self.memory.draw(self.draws * size, ctx.generator("replay", rank))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clrun.blocks.curvature import Labels, QuadraticPenalty, diagonal_fisher, normalised
 from clrun.blocks.distillation import Teacher, distillation_loss
 from clrun.blocks.inject import Injector, Plan
-from clrun.blocks.lateral import Lateral, Note, Reads, block_widths
+from clrun.blocks.lateral import Lateral, LateralInput, StoreOutput, block_widths
 from clrun.blocks.optimizers import needs_sgd
 from clrun.blocks.params import frozen
 from clrun.data.split import Batch
@@ -155,10 +155,10 @@ class ProgressCompress(Method):
         paths = dict(zip(self.active.paths, self.active.adaptors, strict=True))
         if not paths:
             return self.active(x)  # type: ignore[no-any-return]
-        notes = {path: Note() for path in paths}
-        with torch.no_grad(), self.injectors[0].use(base, Plan(scaled=notes)):
+        stores = {path: StoreOutput() for path in paths}
+        with torch.no_grad(), self.injectors[0].use(base, Plan(scaled=stores)):
             base(x)
-        lateral = {path: Reads(adaptor, notes[path].seen) for path, adaptor in paths.items()}
+        lateral = {path: LateralInput(adaptor, stores[path].seen) for path, adaptor in paths.items()}
         with self.injectors[1].use(self.active.column, Plan(sequential=lateral)):
             return self.active(x)  # type: ignore[no-any-return]
 

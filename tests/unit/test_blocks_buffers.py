@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, share
+from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, per_process
 from clrun.data.split import Batch
 
 LIMIT = 43.8  # 0.999 quantile of chi-square with 19 degrees of freedom
@@ -155,5 +155,5 @@ def test_copies_go_on_alike() -> None:
 
 
 def test_shares_add_up() -> None:
-    assert [share(10, rank=r, world=4) for r in range(4)] == [3, 3, 2, 2]
-    assert share(10, rank=0, world=1) == 10
+    assert [per_process(10, rank=r, world=4) for r in range(4)] == [3, 3, 2, 2]
+    assert per_process(10, rank=0, world=1) == 10

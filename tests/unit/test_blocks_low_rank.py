@@ -215,13 +215,13 @@ FREE = {"lowest": 0, "highest": 100}
     ("share", "ranks"), [(0.0, (0, 0)), (0.79, (1, 1)), (0.8, (2, 1)), (0.9, (2, 1)), (0.95, (2, 2)), (1.0, (2, 3))]
 )
 def test_worked_example_of_ranks(share: float, ranks: tuple[int, int]):
-    assert tuple(select_ranks(SCORES, share=share, **FREE).values()) == ranks
+    assert tuple(select_ranks(SCORES, alpha=share, **FREE).values()) == ranks
 
 
 def test_ranks_are_clipped_last():
-    assert select_ranks(SCORES, share=1.0, lowest=0, highest=2) == {"a": 2, "b": 2}
-    assert select_ranks(SCORES, share=0.0, lowest=1, highest=2) == {"a": 1, "b": 1}
-    assert select_ranks(SCORES, share=0.0, lowest=7, highest=9) == {"a": 2, "b": 3}
+    assert select_ranks(SCORES, alpha=1.0, lowest=0, highest=2) == {"a": 2, "b": 2}
+    assert select_ranks(SCORES, alpha=0.0, lowest=1, highest=2) == {"a": 1, "b": 1}
+    assert select_ranks(SCORES, alpha=0.0, lowest=7, highest=9) == {"a": 2, "b": 3}
 
 
 def test_ranks_keep_what_they_promise():
@@ -230,23 +230,23 @@ def test_ranks_keep_what_they_promise():
     total = sum(s.sum().item() for s in scores.values())
     before = dict.fromkeys(scores, 0)
     for share in torch.linspace(0, 1, 21).tolist():
-        ranks = select_ranks(scores, share=share, **FREE)
+        ranks = select_ranks(scores, alpha=share, **FREE)
         assert sum(s[ranks[name] :].sum().item() for name, s in scores.items()) <= (1 - share) * total + 1e-5
         assert all(before[name] <= ranks[name] for name in ranks), "monotone in the share"
-        assert select_ranks({n: 1e6 * s for n, s in scores.items()}, share=share, **FREE) == ranks
+        assert select_ranks({n: 1e6 * s for n, s in scores.items()}, alpha=share, **FREE) == ranks
         before = ranks
     assert before == {name: len(s) for name, s in scores.items()}
-    alone = select_ranks({"b": scores["b"]}, share=0.6, **FREE)["b"]
+    alone = select_ranks({"b": scores["b"]}, alpha=0.6, **FREE)["b"]
     heavy = scores | {"b": 1e12 * scores["b"]}
-    assert select_ranks(heavy, share=0.6, lowest=1, highest=100) == {"a": 1, "b": alone, "c": 1}
+    assert select_ranks(heavy, alpha=0.6, lowest=1, highest=100) == {"a": 1, "b": alone, "c": 1}
 
 
 def test_ranks_end_where_the_room_does():
     costs = {"a": 10.0, "b": 3.0}
-    assert select_ranks(SCORES, share=1.0, costs=costs, room=13.0, **FREE) == {"a": 1, "b": 1}
-    assert select_ranks(SCORES, share=1.0, costs=costs, room=26.0, **FREE) == {"a": 2, "b": 2}
-    assert select_ranks(SCORES, share=1.0, costs=costs, room=9.0, **FREE) == {"a": 0, "b": 0}
-    assert select_ranks(SCORES, share=1.0, costs=costs, room=16.0, lowest=0, highest=1) == {"a": 1, "b": 1}
+    assert select_ranks(SCORES, alpha=1.0, costs=costs, budget=13.0, **FREE) == {"a": 1, "b": 1}
+    assert select_ranks(SCORES, alpha=1.0, costs=costs, budget=26.0, **FREE) == {"a": 2, "b": 2}
+    assert select_ranks(SCORES, alpha=1.0, costs=costs, budget=9.0, **FREE) == {"a": 0, "b": 0}
+    assert select_ranks(SCORES, alpha=1.0, costs=costs, budget=16.0, lowest=0, highest=1) == {"a": 1, "b": 1}
 
 
 # --- pruning
@@ -254,16 +254,16 @@ def test_ranks_end_where_the_room_does():
 
 def test_pruning_keeps_the_largest_of_all_factors():
     factors = [Factor(torch.tensor([[3.0, -1], [0.5, -9]])), Factor(torch.tensor([[2.0, 0.1]]))]
-    prune(factors, keep=3)
+    prune(factors, entries=3)
     assert factors[0]().tolist() == [[3, 0], [0, -9]] and factors[1]().tolist() == [[2, 0]]
-    prune(factors, keep=3)
+    prune(factors, entries=3)
     assert factors[0]().tolist() == [[3, 0], [0, -9]] and factors[1]().tolist() == [[2, 0]]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_compressed_factors_are_the_same_matrix_in_fewer_bytes(share: float):
     factor = Factor(randn(13, 9))
-    prune([factor], keep=int(share * 117))
+    prune([factor], entries=int(share * 117))
     before, dense = factor().detach().clone(), stored_bytes([factor])
     factor.compress()
     assert torch.equal(factor(), before)

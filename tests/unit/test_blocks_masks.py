@@ -237,7 +237,7 @@ class Bare(nn.Module):
 
 
 def test_networks_without_a_place_for_gates_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"backbone: the layers of Loop cannot be followed"):
+    with pytest.raises(ConfigError, match=r"backbone: torch.fx cannot trace the layers of Loop"):
         UnitGates(Loop())
-    with pytest.raises(ConfigError, match=r"backbone: there is no place for gates in Bare"):
+    with pytest.raises(ConfigError, match=r"backbone: no unit of Bare can have a gate"):
         UnitGates(Bare())
