@@ -1,6 +1,6 @@
 """Time and memory of each of 100 tasks of one run: what grows, and what must not.
 
-    python scripts/long_streams.py [--tasks 100] [--only finetune er ...] [--keep FOLDER] [--readme]
+    python scripts/long_streams.py [--tasks 100] [--only finetune er ...] [--keep FOLDER] [--write]
 
 Tasks of two classes of generated images (dataset=synthetic), learned by clrun's own command, each method in a process
 of its own on one thread. Processor time of learning a task, of evaluating all tasks seen (which grows with them by
@@ -219,7 +219,7 @@ def main(words: list[str] | None = None) -> list[Figure]:
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/long_streams.png")
     parser.add_argument("--keep", type=Path, help="folder for the runs; those that are there are used again")
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--write", action="store_true", help="write the table into docs/performance.md")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.child:
@@ -237,7 +237,7 @@ def main(words: list[str] | None = None) -> list[Figure]:
     draw(comparisons, args.picture)
     print(f"\nmedians of the first and the last third of {args.tasks} tasks; growth beside what is allowed\n")
     print(table(comparisons))
-    if args.readme:
+    if args.write:
         import readme_results  # not in the measured processes
 
         readme_results.place("long streams", table(comparisons))

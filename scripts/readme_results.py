@@ -1,6 +1,6 @@
-"""The tables of results in the README: runs what is missing, draws the tables, says whether they are still true.
+"""The measured tables of docs/results.md and the README: run what is missing, draw them, say whether they still hold.
 
-    python scripts/readme_results.py [TABLE ...] [--jobs 2] [--quick]     run and write the tables into the README
+    python scripts/readme_results.py [TABLE ...] [--jobs 2] [--quick]     run and write the tables into the pages
     python scripts/readme_results.py --draw                               write the tables from the newest finished runs
     python scripts/readme_results.py --check                              exit 1 when what a table rests on has changed
     python scripts/readme_results.py --confirm                            run one order of each stale sweep again
@@ -20,8 +20,6 @@ import argparse
 import ast
 import datetime
 import hashlib
-import importlib
-import inspect
 import json
 import os
 import platform
@@ -44,6 +42,7 @@ from clrun.results import robustness
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "outputs" / "readme"
 LEDGER = ROOT / "docs" / "results.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
 NEWEST = []  # not empty: take the last finished runs of a sweep, whatever has changed since
 # Modules that show numbers and make none.
 SHOWING = (
@@ -84,7 +83,6 @@ ORDER_KEY = {"random": "task_order.seed", "williams": "task_order.row"}
 CLOSED = ("simplecil", "ncm", "lda", "ranpac", "fecam")
 PROMPTS = ("vpt", "l2p", "dualprompt", "coda_prompt", "dap", "lae", "aper", "ease")
 FROZEN = (*CLOSED, "linear_probe")
-WANTS = {"the task id": "needs_task_id", "a ViT": "needs_vit", "frozen features": "uses_frozen_features"}
 VARIANTS = {"joint": ("method.mode=once",)}
 
 
@@ -200,7 +198,7 @@ def numbers(group, setting):
 
 
 def result(sweep):
-    """Return what the list of methods shows of a sweep."""
+    """Return what the headline table and docs/methods.md show of a sweep."""
     values = numbers(sweep.group(), sweep.setting)
     named = {name: getattr(sweep, name) for name in ("data", "backbone", "setting", "method", "orders")}
     return named | {name: round(values[name], 1) for name in ("accuracy", "aopd") if values[name] is not None}
@@ -329,7 +327,7 @@ class Orders:
 class Families:
     """Curvature, regularisation, replay, gradients and masks (three orders)."""
 
-    # Strengths chosen on validation rows of glyphs, in an order that the table does not use (see the README).
+    # Strengths chosen on validation rows of glyphs, in an order that the table does not use (see docs/results.md).
     tuned = {
         ("cnn", "ewc"): ("method.solver=proximal", "method.strength=1000"),
         ("cnn", "si"): ("method.solver=proximal", "method.strength=10"),
@@ -497,11 +495,11 @@ def rests_on(parts):
     return {key: value for each in parts for key, value in each.items() if key != "command"}
 
 
-# --- README
+# --- pages
 
 
 def write(name, text, sweeps):
-    """Put a table into the README and what it rests on into the ledger."""
+    """Put a table into docs/results.md and what it rests on into the ledger."""
     made = [json.loads((sweep.folder / "made.json").read_text()) for sweep in sweeps]
     commits, dates, machines = (sorted({m[key] for m in made}) for key in ("commit", "date", "machine"))
     entry = {"commits": commits, "dates": dates, "machines": machines, "parts": rests_on([m["parts"] for m in made])}
@@ -533,56 +531,44 @@ def stamp(entry):
 
 
 def amend(name, line):
-    """Replace the line below a table of the README."""
-    readme = (ROOT / "README.md").read_text()
-    _, _, rest = readme.partition(f"<!-- table: {name} -->\n")
-    table, _, _ = rest.partition("\n<!-- end -->")
-    place(f"table: {name}", f"{table.rpartition(chr(10))[0]}\n{line}")
+    """Replace the line below a table."""
+    table, _, _ = between(f"table: {name}").rpartition("\n")
+    place(f"table: {name}", f"{table}\n{line}")
+
+
+def page(mark):
+    """Return the page that holds <!-- mark -->."""
+    for path in PAGES:
+        if f"<!-- {mark} -->\n" in path.read_text():
+            return path
+    names = ", ".join(path.relative_to(ROOT).as_posix() for path in PAGES)
+    raise SystemExit(f"{names}: no place for {mark!r} (<!-- {mark} --> and <!-- end -->)")
+
+
+def between(mark):
+    """Return what stands between <!-- mark --> and the next <!-- end -->."""
+    _, _, rest = page(mark).read_text().partition(f"<!-- {mark} -->\n")
+    return rest.partition("\n<!-- end -->")[0]
 
 
 def place(mark, text):
-    """Put `text` between <!-- mark --> and the next <!-- end --> of the README."""
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(f"<!-- {mark} -->")
-    _, end, after = rest.partition("<!-- end -->")
-    if not end:
-        raise SystemExit(f"README.md: no place for {mark!r} (<!-- {mark} --> and <!-- end -->)")
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+    """Put `text` between <!-- mark --> and the next <!-- end --> of the page that has them."""
+    path = page(mark)
+    before, begin, rest = path.read_text().partition(f"<!-- {mark} -->")
+    path.write_text(f"{before}{begin}\n{text}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
 
 
-def methods():
-    """Return the list of methods: what the configuration's first line says, what the class declares, tests and results.
-
-    The column "verified by" is the paragraph "Verified: ..." of the module's docstring.
-    """
-    found = {}
-    for entry in ledger().values():
-        for part in entry["sweeps"].values():
-            found.setdefault(part["result"]["method"], []).append(part["result"])
-    rows = []
-    for path in sorted((ROOT / "conf/method").glob("*.yaml")):
-        title = path.read_text().partition("\n")[0].removeprefix("# ")
-        method = factory(path)
-        needs = [word for word, true in WANTS.items() if getattr(method, true)]
-        settings = " ".join(s for s in ("til", "cil", "dil") if s in method.settings)
-        verified = " ".join(inspect.getdoc(inspect.getmodule(method)).partition("Verified: ")[2].split())
-        rows.append([f"`{path.stem}`", title, settings, ", ".join(needs), verified, obtained(found.get(path.stem, []))])
-    return lines(["method", "what it is", "settings", "needs", "verified by", "obtained on digits"], rows)
-
-
-def obtained(results):
-    """Return the accuracies of a method on digits, with glyph_vit where there are any."""
-    shown = {}
-    for r in sorted(results, key=lambda r: (r["backbone"] == "glyph_vit", r["orders"])):
-        if r["data"] == "digits" and r["backbone"] in ("cnn", "glyph_vit"):
-            shown[r["setting"]] = f"{r['setting']} {r['accuracy']:.1f}" + " (cnn)" * (r["backbone"] == "cnn")
-    return ", ".join(shown[setting] for setting in ("til", "cil") if setting in shown)
-
-
-def factory(path):
-    """Return the class that a method's configuration names."""
-    module, _, name = yaml.safe_load(path.read_text())["_target_"].rpartition(".")
-    return getattr(importlib.import_module(module), name)
+def headline():
+    """Return the short table of the README: glyphs in 12 tasks on glyph_vit, from the ledger."""
+    rows, settings = [], Orders.settings
+    results = {slug: part["result"] for slug, part in ledger()["orders"]["sweeps"].items()}
+    for m in settings["til"]:
+        row = [m]
+        for s in ("til", "cil"):
+            found = results[TABLES["orders"].sweep("glyphs", s, m, None).slug] if m in settings[s] else {}
+            row += [f"{found[name]:.1f}" if name in found else "" for name in ("accuracy", "aopd")]
+        rows.append(row)
+    return lines(["method", "til: accuracy", "til: AOPD", "cil: accuracy", "cil: AOPD"], rows)
 
 
 def changes(name, entry):
@@ -657,7 +643,8 @@ def main():
         if not args.quick:
             write(name, text, TABLES[name].sweeps(data, orders))
     if not args.quick:
-        place("methods", methods())
+        place("headline", headline())
+        print("now run python scripts/method_page.py, which shows some of these results")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The script of the README's tables: what it calls stale, and that the list of methods is generated."""
+"""The scripts of generated pages: which tables are stale, and that page and headline are what code and ledger say."""
 
 import copy
 import sys
@@ -55,14 +55,52 @@ def test_sweeps_of_other_words_have_other_names(script: ModuleType) -> None:
     assert len({s.slug for s in sweeps}) == len(sweeps)
 
 
-def test_the_list_of_methods_is_that_of_the_configurations(script: ModuleType) -> None:
-    section = (ROOT / "README.md").read_text().partition("<!-- methods -->\n")[2].partition("\n<!-- end -->")[0]
-    assert section == script.methods()
+def test_the_page_of_methods_says_what_the_code_says(script: ModuleType) -> None:
+    import method_page
+
+    stale = method_page.PAGE.read_text() != method_page.page()
+    assert not stale, "docs/methods.md is stale: run python scripts/method_page.py"
 
 
-def test_every_table_of_the_readme_says_where_it_comes_from(script: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_a_method_has_its_equation_card_and_options(script: ModuleType) -> None:
+    from method_page import Entry
+
+    section = Entry(ROOT / "conf/method/ewc.yaml").section()
+    assert section.startswith("## ewc\n")
+    assert "```text\nloss = CE + strength * 1/2 sum_i F_i (theta_i - theta*_i)^2" in section
+    assert "| settings | til cil dil |" in section and "| memory between tasks | 2 P floats" in section
+    assert "| `strength` | `100.0` | weight of the penalty" in section
+    nested = Entry(ROOT / "conf/method/halrp.yaml").section()
+    assert "| `warmup.optimizer.lr` | `0.05` |" in nested and "_target_" not in nested
+
+
+def test_a_word_of_the_text_changes_nothing_in_markdown(script: ModuleType) -> None:
+    from method_page import escaped
+
+    assert escaped("theta*_i <b> a_b `c*d`") == "theta\\*\\_i \\<b> a_b `c*d`"
+
+
+def test_every_table_says_where_it_comes_from(script: ModuleType) -> None:
     for name, entry in script.ledger().items():
-        table = readme.partition(f"<!-- table: {name} -->\n")[2].partition("\n<!-- end -->")[0]
-        assert table.endswith(script.stamp(entry))
+        assert script.between(f"table: {name}").endswith(script.stamp(entry))
     assert set(script.ledger()) == set(script.TABLES)
+
+
+def test_the_headline_of_the_readme_is_that_of_the_ledger(script: ModuleType) -> None:
+    assert script.page("headline").name == "README.md"
+    assert script.between("headline") == script.headline()
+
+
+def test_a_table_is_put_into_the_page_that_has_its_place(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "a.md", tmp_path / "b.md"
+    first.write_text("text\n")
+    second.write_text("before\n<!-- table: x -->\nold\n\n*old.*\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "PAGES", (first, second))
+    script.amend("x", "*new.*")
+    assert script.between("table: x") == "old\n\n*new.*"
+    assert second.read_text() == "before\n<!-- table: x -->\nold\n\n*new.*\n<!-- end -->\nafter\n"
+    with pytest.raises(SystemExit, match="no place for 'table: y'"):
+        script.place("table: y", "text")
