@@ -168,7 +168,7 @@ def clrun_training(case, images, labels, device):
     budget = Budget(partial(torch.optim.SGD, lr=0.01, momentum=0.9), epochs=case.epochs, batch_size=case.batch)
     evaluation = Evaluation(device, "test", 256, 8)
     engine = Engine(tasks, budget, device, 0, evaluation, Journal())
-    method = Finetune(network, CLASSES, heads="all")
+    method = Finetune(network, CLASSES, compete="seen")
     engine.run(method)
     return method, tasks, engine.life.costs[0]["train_seconds"]
 
@@ -218,7 +218,7 @@ def fisher(pairs, device):
     images, labels = data(case)
     torch.manual_seed(0)
     network = case.build()
-    method = Finetune(network, CLASSES, heads="all")
+    method = Finetune(network, CLASSES, compete="seen")
     tasks = stream(case, images, labels, network)
     budget = Budget(partial(torch.optim.SGD, lr=0.01), epochs=1, batch_size=case.batch)
     method.head.grow(torch.arange(CLASSES))

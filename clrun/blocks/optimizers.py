@@ -71,13 +71,14 @@ class _Preconditioned(Optimizer):
         self.steps = 0
         self.sums: Params = {}  # statistics of this step, summed over rows
         self.rows = 0.0  # number of these rows
+        self.method: Method | None = None
         self.context: Context | None = None
 
     def _begin(self, method: Method, ctx: Context, largest: int) -> dict[str, Layer]:
         """Store the names of the optimised parameters, and return the layers whose weights are among them, by name."""
         own = {id(p) for group in self.param_groups for p in group["params"]}
         self.names = {name: p for name, p in method.named_parameters() if id(p) in own}
-        self.context = ctx
+        self.method, self.context = method, ctx
         name = f"budget.optimizer={type(self).__name__}"
         if len(self.names) < len(own):
             raise ConfigError(
@@ -206,9 +207,9 @@ class Kfac(_Preconditioned):
 
     def _collect(self, tape: Tape, logits: Tensor) -> None:
         """Set the statistics of this step to those of a recorded forward pass with these logits [B, C]."""
-        ctx = self.context
-        assert ctx is not None
-        mask = ctx.mask(torch.full((len(logits),), ctx.task.index, device=logits.device))
+        ctx, method = self.context, self.method
+        assert ctx is not None and method is not None
+        mask = method.competing(torch.full((len(logits),), ctx.task.index, device=logits.device), ctx)
         noise = torch.empty(mask.shape).exponential_(generator=ctx.generator("kfac", ctx.hardware.rank))
         p = logits.detach().masked_fill(~mask, float("-inf")).softmax(dim=1)
         draw = (p / noise.to(p.device)).argmax(dim=1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from clrun.data.stream import Setting, Stream, Task
 from clrun.learning.budget import Budget
+from clrun.learning.losses import Compete
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import generator
 
@@ -61,15 +62,20 @@ class Context:
     _generators: dict[tuple[str | int, ...], torch.Generator] = field(default_factory=dict, repr=False)
     _masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def mask(self, t: Tensor, setting: Setting | None = None) -> Tensor:
-        """Return [B, C] bool, the classes competing for samples of the tasks at positions `t` ([B] long).
+    def mask(self, t: Tensor, compete: Compete = "seen") -> Tensor:
+        """Return [B, C] bool: the classes that compete in the training loss of rows of some tasks.
 
-        The current task counts as learned. `setting` defaults to the stream's.
+        The current task counts as learned. With "seen", these are the candidates of an evaluation after this task.
+
+        Args:
+            t: [B] long, position of each row's task.
+            compete: "current", "seen" or "all", as defined in `clrun.learning.losses`.
         """
-        key = setting or self.stream.setting
-        if key not in self._masks:
-            self._masks[key] = self.stream.candidates(self.task.index + 1, setting).to(self.hardware.device)
-        return self._masks[key][t]
+        if compete not in self._masks:
+            setting: Setting | None = "til" if compete == "current" else None
+            classes = self.stream.candidates(self.task.index + 1, setting)
+            self._masks[compete] = (torch.ones_like(classes) if compete == "all" else classes).to(self.hardware.device)
+        return self._masks[compete][t]
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """Return this task's generator for `purpose`: the same object, hence a continuing stream, at every call."""

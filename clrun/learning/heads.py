@@ -1,4 +1,4 @@
-"""Classifier heads. Logits are [B, C] over all classes of the data set; columns of unseen classes are 0."""
+"""Classifier heads. Logits are [B, C] over all classes of the data set; the column of a class without a row is 0."""
 
 import math
 from typing import Literal
@@ -9,44 +9,48 @@ from torch import Tensor, nn
 
 
 class GrowingHead(nn.Module):
-    """A linear classifier whose rows come to life with their classes.
+    """A linear classifier whose rows are initialised when their classes come.
 
-    The rows of all C classes are allocated at once and start at 0, so that growing changes no shape and a checkpoint
-    needs no load code: an unseen class has the constant logit 0, gets no gradient through a masked loss and is
-    untouched by weight decay and momentum.
+    The rows of all C classes are allocated at once and are 0 until `grow` initialises them, so that growing changes no
+    shape and a checkpoint needs no special code. A class without an initialised row has the constant logit 0, receives
+    no gradient through a masked loss, and is not changed by weight decay or momentum. With `compete=all` (see
+    `clrun.learning.losses`) a method grows the rows of all classes in its first task.
 
     Args:
         num_features: D, width of the features.
         num_classes: C.
         bias: whether each class has a bias.
+
+    Attributes:
+        initialised: [C] bool, the classes with an initialised row.
     """
 
-    seen: Tensor
+    initialised: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, num_features: int, num_classes: int, *, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_classes, num_features))
         self.register_parameter("bias", nn.Parameter(torch.zeros(num_classes)) if bias else None)
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        self.register_buffer("initialised", torch.zeros(num_classes, dtype=torch.bool))
 
     def grow(self, classes: Tensor, generator: torch.Generator | None = None) -> None:
-        """Initialise the rows of those `classes` ([k] long) that are new, as `nn.Linear` does (uniform, 1/sqrt(D)).
+        """Initialise the rows of those `classes` that have none yet, as `nn.Linear` does (uniform, 1/sqrt(D)).
 
         Args:
-            classes: class ids.
-            generator: source of the numbers (on the CPU); None takes the global one, which the engine re-seeds with
-                the task's identity.
+            classes: [k] long, class ids.
+            generator: source of the random numbers, on the CPU; None takes the global one, which the engine seeds with
+                the identity of the task.
         """
-        classes = classes.to(self.seen.device)
-        new = classes[~self.seen[classes]]
+        classes = classes.to(self.initialised.device)
+        new = classes[~self.initialised[classes]]
         bound = 1 / math.sqrt(self.weight.shape[1])
         draw = torch.rand(len(new), self.weight.shape[1] + 1, generator=generator) * 2 * bound - bound
         with torch.no_grad():
             self.weight[new] = draw[:, :-1].to(self.weight)
             if self.bias is not None:
                 self.bias[new] = draw[:, -1].to(self.bias)
-            self.seen[new] = True
+            self.initialised[new] = True
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, C] of features [B, D]."""
@@ -74,12 +78,13 @@ class CosineHead(GrowingHead):
 
 
 class PrototypeHead(nn.Module):
-    """Scores of features against one prototype a class; nothing is trained. A class without prototype scores 0.
+    """Scores of features against one prototype per class, which is not trained. A class without prototype scores 0.
 
     Args:
         num_features: D.
         num_classes: C.
-        metric: "cosine"; or "euclidean": minus the squared distance, plus the |f|^2 that all classes share.
+        metric: "cosine", the cosine; "euclidean", minus the squared distance, without the term |f|^2, which is the
+            same for all classes.
     """
 
     prototypes: Tensor
@@ -118,7 +123,7 @@ class SolvedHead(nn.Module):
 
 
 class TaskHead(nn.Module):
-    """A linear classifier of one task's classes, initialised as `nn.Linear` is. Columns of all other classes are 0.
+    """A linear classifier of one task's classes, initialised as `nn.Linear` is. The columns of other classes are 0.
 
     Args:
         num_features: D.

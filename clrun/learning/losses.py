@@ -1,10 +1,37 @@
-"""Losses on logits over all C classes, restricted to the classes that compete."""
+"""Losses on logits over all C classes, restricted to the classes that compete.
+
+The option `compete` of every method that trains a classifier by cross-entropy says which classes compete in the
+training loss. Published tables follow different conventions, and class-incremental accuracy depends on the choice.
+
+- "current": for a row of the current task the classes of this task, for a replayed row the classes of the row's own
+  task. The head's rows of all other classes receive no gradient from the cross-entropy.
+- "seen": the classes that also compete when the row is evaluated after this task. In class- and domain-incremental
+  streams these are all classes seen so far, those of the current task included; in task-incremental streams they are
+  the classes of the row's own task, so that "seen" and "current" agree there.
+- "all": every class of the data set in every setting. The head has initialised rows for all of them from the first
+  task on, and each loss pushes down the classes that have not come yet. This is a plain softmax cross-entropy, the
+  convention of mammoth, of the authors of DER and of many published tables.
+
+Under "current" and "seen" a class that has not come yet has the logit 0, its row in the head is 0 and receives no
+gradient, weight decay or momentum.
+
+The option applies to current and replayed rows alike, to the logits that an importance or a Fisher information is
+estimated from, and to the sigmoids of a binary cross-entropy. It does not apply to terms that compare logits with
+stored or a teacher's ones: those name their columns themselves. It does not change predictions either: at evaluation
+the candidates are those of the setting (`clrun.data.stream.Stream.candidates`), whatever competed in training.
+
+Three kinds of methods do not have the option, because there is no choice to make: methods for task-incremental streams
+only, whose every task has a head of its own; methods whose classifier has a closed form; and methods that train a
+temporary head on the classes of one task and discard it (aper, ease, phase 1 of ranpac).
+"""
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Compete = Literal["current", "seen", "all"]
 
 
 def masked_cross_entropy(logits: Tensor, y: Tensor, mask: Tensor) -> Tensor:

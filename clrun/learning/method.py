@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from clrun.data.split import Batch
@@ -11,7 +12,7 @@ from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.training import fit
 
 ALL_SETTINGS: frozenset[Setting] = frozenset({"til", "cil", "dil"})
@@ -26,6 +27,8 @@ class Method(nn.Module):
     Args:
         backbone: maps prepared images to features [B, D]; has `num_features` = D.
         num_classes: C, the classes of the whole data set.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`; "seen" unless a method says
+            otherwise.
     """
 
     uses_frozen_features: bool = False  # the engine feeds features of the frozen backbone as batch.x
@@ -37,16 +40,25 @@ class Method(nn.Module):
     knobs: tuple[Knob, ...] = ()  # options that trade plasticity for stability, in the order of their decay
     order_invariant: bool = False  # claim of this instance: final predictions do not depend on the task order
 
-    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, *, compete: Compete = "seen") -> None:
         super().__init__()
         self.backbone = backbone
         self.num_classes = num_classes
+        self.compete: Compete = compete
         self.head: nn.Module = GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
 
     @classmethod
     def reads_features(cls, options: Mapping[str, Any]) -> bool:
         """Return `uses_frozen_features` of an instance with these options."""
         return cls.uses_frozen_features
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Look at the options before anything is built, and warn (`clrun.system.errors.warn`) of what is not advisable.
+
+        Raises:
+            ConfigError: options do not suit each other.
+        """
 
     def check(self, stream: Stream) -> None:
         """Look at the tasks to come, before anything is written.
@@ -67,8 +79,19 @@ class Method(nn.Module):
     def begin_task(self, task: Task, ctx: Context) -> None:
         """Prepare for `task`: grow, allocate. The engine moves the method to the device afterwards."""
         self.check_budget(ctx.budget)
-        if isinstance(self.head, GrowingHead):
-            self.head.grow(task.classes)
+        self.grow(self.head, task.classes)
+
+    def grow(self, head: nn.Module, classes: Tensor, generator: torch.Generator | None = None) -> None:
+        """Initialise the rows of `classes` ([k] long) in `head`, with `compete=all` those of every class.
+
+        A head that does not grow stays as it is.
+        """
+        if isinstance(head, GrowingHead):
+            head.grow(torch.arange(self.num_classes) if self.compete == "all" else classes, generator)
+
+    def competing(self, t: Tensor, ctx: Context) -> Tensor:
+        """Return [B, C] bool: the classes that compete in the training loss of rows of the tasks at positions `t`."""
+        return ctx.mask(t, self.compete)
 
     def learn(self, task: Task, ctx: Context) -> None:
         """Learn `task`: one fit, several fits, or a closed form."""
@@ -85,7 +108,7 @@ class Method(nn.Module):
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         """Return the training loss [] of a prepared batch."""
-        return masked_cross_entropy(self(batch.x), batch.y, ctx.mask(batch.t))
+        return masked_cross_entropy(self(batch.x), batch.y, self.competing(batch.t, ctx))
 
     def adjust_gradients(self, ctx: Context) -> None:
         """Change `.grad` between backward (averaged over processes) and the optimizer step."""

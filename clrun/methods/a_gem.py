@@ -13,7 +13,7 @@ from clrun.blocks.buffers import per_process
 from clrun.blocks.gradients import project_halfspace
 from clrun.blocks.params import eval_mode, gradients, select
 from clrun.learning.context import Context
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.methods.episodic import Episodic, Rule
 from clrun.system.errors import Count, PositiveInt
 
@@ -33,12 +33,20 @@ class AGem(Episodic):
         memory: "ring": the last M / T rows of each of T tasks. "reservoir": a uniform sample of all rows.
             "class_balanced": as many rows of each class as of any other.
         memory_batch_size: rows that r is taken on, over all processes.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, *, capacity: Count, memory: Rule, memory_batch_size: PositiveInt
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        capacity: Count,
+        memory: Rule,
+        memory_batch_size: PositiveInt,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, capacity=capacity, memory=memory)
+        super().__init__(backbone, num_classes, capacity=capacity, memory=memory, compete=compete)
         self.memory_batch_size = memory_batch_size
 
     def adjust_gradients(self, ctx: Context) -> None:
@@ -60,6 +68,6 @@ class AGem(Episodic):
             parameter.grad = None
         if len(old):
             with eval_mode(self), ctx.hardware.autocast():
-                loss = masked_cross_entropy(self(ctx.augment(old.x)), old.y, ctx.mask(old.t))
+                loss = masked_cross_entropy(self(ctx.augment(old.x)), old.y, self.competing(old.t, ctx))
             loss.backward()  # type: ignore[no-untyped-call]
         ctx.hardware.average_gradients(list(params.values()))

@@ -13,6 +13,7 @@ from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 
 Solver = Literal["grad", "proximal"]
@@ -32,6 +33,7 @@ class Anchored(Method):
         norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
             "freeze_after_first" stops after the first one.
         penalty: K and a.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     knobs = (Knob("strength"),)
@@ -45,8 +47,9 @@ class Anchored(Method):
         solver: Solver,
         norm: Norm,
         penalty: QuadraticPenalty,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.strength, self.solver, self.norm, self.penalty = strength, solver, norm, penalty
 
     @abstractmethod

@@ -59,7 +59,7 @@ class Aper(Prompted):
         cosine_scale: Positive,
         lr_scale: Positive,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss="current", tokens=False)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete="current", tokens=False)
         recipe = Recipe(adaptation, length, bottleneck, adapter_scale, dropout, ssf_std, cosine_scale)
         self.adaptation = Adaptation(backbone, num_classes, recipe, method=type(self).__name__)
         self.head: PrototypeHead = PrototypeHead(2 * self.width, num_classes, metric="cosine")
@@ -81,7 +81,7 @@ class Aper(Prompted):
         self.head.prototypes.copy_(self.stats.means())
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "til"))
+        return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "current"))
 
     def after_step(self, ctx: Context) -> None:
         self.adaptation.release()

@@ -16,6 +16,7 @@ from clrun.blocks.curvature import Labels, diagonal_fisher
 from clrun.blocks.params import Carrier, Params, hold_statistics, select
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.system.errors import ConfigError, PositiveInt, Range
 
@@ -43,6 +44,7 @@ class Blip(Method):
         initial: "keep": the backbone as it comes; "normal": N(0, 1 / fan-in), as published. Both clipped to [-u, u].
         rest: parameters of other kinds (norms, tokens, positions) and running statistics: "freeze_after_first" trains
             them in the first task alone, "train" in every task, unprotected.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Blip(Method):
         samples: PositiveInt | None,
         initial: Literal["keep", "normal"],
         rest: Literal["train", "freeze_after_first"],
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.labels = labels
         self.prior, self.samples, self.initial, self.rest = prior, samples, initial, rest
         self.grid = BitGrid(backbone, prior, bits)

@@ -13,7 +13,8 @@ from clrun.blocks.inject import Plan, Prefix, require_depth
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
-from clrun.methods.prompted import Compete, Prompted
+from clrun.learning.losses import Compete
+from clrun.methods.prompted import Prompted
 from clrun.system.errors import ConfigError, Count, NonNegative, Positive, PositiveInt
 
 
@@ -35,7 +36,7 @@ class CodaPrompt(Prompted):
         blocks: blocks with prefixes.
         orthogonality: weight of the penalty, mu.
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -48,9 +49,9 @@ class CodaPrompt(Prompted):
         blocks: list[Count],
         orthogonality: NonNegative,
         lr_scale: Positive,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete=compete)
         require_depth(backbone, blocks, "method.blocks")
         if length % 2:
             raise ConfigError(f"method.length: must be even (half of it are keys, half values), got {length}")

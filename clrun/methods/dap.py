@@ -17,8 +17,9 @@ from clrun.blocks.selection import Selection, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import freeze
-from clrun.methods.prompted import Compete, Keyed, vpt_prompt
+from clrun.methods.prompted import Keyed, vpt_prompt
 from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 FAR_BELOW = 1e4  # how far `task_logit_mask` puts the classes of other tasks below
@@ -47,7 +48,7 @@ class Dap(Keyed):
         selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
         task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class Dap(Keyed):
         selection: Selection,
         task_id: Literal["inferred", "given"],
         lr_scale: Positive,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
         super().__init__(
-            backbone, num_classes, selection=selection, task_id=task_id, lr_scale=lr_scale, mask_loss=mask_loss
+            backbone, num_classes, selection=selection, task_id=task_id, lr_scale=lr_scale, compete=compete
         )
         tokens = int(backbone.num_prefix_tokens) + int(backbone.patch_embed.num_patches)  # type: ignore[arg-type, union-attr]
         blocks = len(backbone.blocks) - int(skip_last_block)  # type: ignore[arg-type]

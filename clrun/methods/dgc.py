@@ -7,8 +7,8 @@ Verified: weight 0 is its host bit for bit, with everything in memory it knows t
 (test_methods_gradients).
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from clrun.blocks.buffers import Buffer, per_process
 from clrun.blocks.params import Carrier, Params, eval_mode, flatten, gradients, select, shapes_of, unflatten
+from clrun.config.signature import locate
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
@@ -39,8 +40,9 @@ class Dgc(Method):
     alone in every step, d on any rows of the memory summed up in r, and every `period` steps h <- h + r / (period t),
     snapshot <- theta, r <- 0. The paper's exact form could not be compared.
 
-    A row is judged among the classes that had been seen when its task was learned: h was taken with them. Nothing
-    happens in the first task. The sum is written into every gradient, also where the host left none.
+    A row is judged among the classes that competed when its task was learned, because h was computed with them; the
+    option `compete` of the host says which. Nothing happens in the first task. The sum is written into every gradient,
+    also where the host left none.
 
     Args:
         backbone: maps prepared images to features [B, D].
@@ -74,7 +76,7 @@ class Dgc(Method):
             object.__setattr__(self.host, name, module)
         self.zeta, self.mode, self.period, self.memory_batch_size = zeta, mode, period, memory_batch_size
         self.past = Past()
-        self.competing: Tensor | None = None  # [tasks so far, C] bool, while a task is learned
+        self.competed: Tensor | None = None  # [tasks so far, C] bool, while a task is learned
 
     def check(self, stream: Stream) -> None:
         self.host.check(stream)
@@ -82,19 +84,26 @@ class Dgc(Method):
     def check_budget(self, budget: Budget) -> None:
         self.host.check_budget(budget)
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        host = locate(options["host"]["_target_"])
+        if isinstance(host, type) and issubclass(host, Method):
+            host.check_options(options["host"])
+
     # --- the host does what it does
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         self.host.begin_task(task, ctx)
-        own = ctx.stream.members[: task.index + 1]
-        own = own if ctx.stream.setting == "til" else own.cumsum(dim=0) > 0
-        self.competing = own.to(ctx.hardware.device)
+        self.competed = self._competed(ctx).to(ctx.hardware.device)
 
     def mix(self, batch: Batch, ctx: Context) -> Batch:
         return self.host.mix(batch, ctx)
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         return self.host.loss(batch, ctx)
+
+    def competing(self, t: Tensor, ctx: Context) -> Tensor:
+        return self.host.competing(t, ctx)
 
     def after_step(self, ctx: Context) -> None:
         self.host.after_step(ctx)
@@ -123,7 +132,14 @@ class Dgc(Method):
             for batch in task.train.batches(256):  # every process reads all rows
                 new += len(batch) / len(task.train) * self._gradient(self.past.snapshot, batch, ctx, masked_mean)
             self.past.gradient = (task.index * self.past.gradient + new) / (task.index + 1)
-        self.competing = None
+        self.competed = None
+
+    def _competed(self, ctx: Context) -> Tensor:
+        """Return [tasks so far, C] bool: the classes that competed with the rows of each task when it was learned."""
+        own = ctx.stream.members[: ctx.task.index + 1]
+        if self.host.compete == "all":
+            return torch.ones_like(own)
+        return own if self.host.compete == "current" or ctx.stream.setting == "til" else own.cumsum(dim=0) > 0
 
     def _estimate(self, ctx: Context) -> Tensor:
         """Return the estimate [P] of the gradient on earlier data, and keep the books."""
@@ -161,13 +177,13 @@ class Dgc(Method):
 
     def _gradient(self, weights: Tensor, rows: Batch, ctx: Context, mean: Mean) -> Tensor:
         """Return the gradient [P] of the mean loss of prepared rows at `weights` [P], in eval mode."""
-        assert self.competing is not None
+        assert self.competed is not None
         params = select(self)
         at = {n: w.detach().clone().requires_grad_(True) for n, w in unflatten(weights, shapes_of(params)).items()}
         with eval_mode(self), torch.enable_grad(), ctx.hardware.autocast():
             features = functional_call(self.backbone, inside(at, "backbone."), (ctx.hardware.layout(rows.x),))
             logits = functional_call(self.head, inside(at, "head."), (features,))
-            loss = mean(logits, rows.y, rows.t, self.competing[rows.t])
+            loss = mean(logits, rows.y, rows.t, self.competed[rows.t])
         return flatten(dict(zip(at, torch.autograd.grad(loss, list(at.values()), materialize_grads=True), strict=True)))
 
 

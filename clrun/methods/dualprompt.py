@@ -16,7 +16,8 @@ from clrun.blocks.selection import Selection, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
-from clrun.methods.prompted import Compete, Init, Keyed, drawn
+from clrun.learning.losses import Compete
+from clrun.methods.prompted import Init, Keyed, drawn
 from clrun.system.errors import Count, NonNegative, Positive
 
 
@@ -43,7 +44,7 @@ class Dualprompt(Keyed):
         selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
         task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -62,10 +63,10 @@ class Dualprompt(Keyed):
         selection: Selection,
         task_id: Literal["inferred", "given"],
         lr_scale: Positive,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
         super().__init__(
-            backbone, num_classes, selection=selection, task_id=task_id, lr_scale=lr_scale, mask_loss=mask_loss
+            backbone, num_classes, selection=selection, task_id=task_id, lr_scale=lr_scale, compete=compete
         )
         require_depth(backbone, g_blocks, "method.g_blocks")
         require_depth(backbone, e_blocks, "method.e_blocks")

@@ -67,7 +67,7 @@ class Ease(Prompted):
         task_id: Literal["inferred", "given"],
         lr_scale: Positive,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss="current", tokens=False)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete="current", tokens=False)
         self.bottleneck, self.adapter_scale, self.dropout = bottleneck, adapter_scale, dropout
         self.alpha, self.recompute = alpha, recompute
         self.plain_weight, self.cosine_scale = plain_weight, float(cosine_scale)
@@ -87,7 +87,7 @@ class Ease(Prompted):
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         logits = self.head(self.inside(len(self.subspaces) - 1, batch.x))
-        return masked_cross_entropy(logits, batch.y, ctx.mask(batch.t, "til"))
+        return masked_cross_entropy(logits, batch.y, ctx.mask(batch.t, "current"))
 
     def end_task(self, task: Task, ctx: Context) -> None:
         newest = len(self.subspaces) - 1

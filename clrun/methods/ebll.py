@@ -7,8 +7,6 @@ Verified: without codes it is lwf bit for bit, codes stand still with the networ
 (test_methods_distillation).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +18,7 @@ from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.method import freeze
 from clrun.learning.training import fit
 from clrun.methods.lwf import Lwf
@@ -43,7 +41,7 @@ class Ebll(Lwf):
         strength: see `Lwf`.
         tau: see `Lwf`.
         per_head: see `Lwf`.
-        heads: see `Lwf`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
         warmup: see `Lwf`.
         code_strength: a; 0 is LwF.
         code_size: h.
@@ -61,7 +59,7 @@ class Ebll(Lwf):
         strength: NonNegative,
         tau: Positive,
         per_head: bool,
-        heads: Literal["all", "current"],
+        compete: Compete,
         warmup: Budget,
         code_strength: NonNegative,
         code_size: PositiveInt,
@@ -69,7 +67,7 @@ class Ebll(Lwf):
         encoding: Budget,
     ) -> None:
         super().__init__(
-            backbone, num_classes, strength=strength, tau=tau, per_head=per_head, heads=heads, warmup=warmup
+            backbone, num_classes, strength=strength, tau=tau, per_head=per_head, compete=compete, warmup=warmup
         )
         if code_strength and not (encoding.epochs or encoding.steps):
             raise ConfigError("method.encoding: codes are learned; give it at least one epoch or step")

@@ -7,6 +7,7 @@ from torch import nn
 from clrun.blocks.buffers import Buffer, ClassBalancedBuffer, ReservoirBuffer, RingBuffer, per_process
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.system.errors import ConfigError
 
@@ -26,10 +27,11 @@ class Episodic(Method):
         capacity: M, rows in memory over all processes.
         memory: "ring": the last M / T rows of each of T tasks. "reservoir": a uniform sample of all rows.
             "class_balanced": as many rows of each class as of any other.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, capacity: int, memory: Rule) -> None:
-        super().__init__(backbone, num_classes)
+    def __init__(self, backbone: nn.Module, num_classes: int, *, capacity: int, memory: Rule, compete: Compete) -> None:
+        super().__init__(backbone, num_classes, compete=compete)
         self.capacity = capacity
         self.memory: Buffer = RULES[memory](capacity)
 

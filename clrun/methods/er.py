@@ -12,6 +12,7 @@ from clrun.blocks.buffers import ReservoirBuffer, per_process
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.system.errors import Count
 
@@ -27,10 +28,13 @@ class Er(Method):
         num_classes: C.
         capacity: M, rows in memory over all processes; 0 is finetuning.
         replay_size: rows replayed a step, over all processes; null for as many as the batch size.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, capacity: Count, replay_size: Count | None) -> None:
-        super().__init__(backbone, num_classes)
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, *, capacity: Count, replay_size: Count | None, compete: Compete
+    ) -> None:
+        super().__init__(backbone, num_classes, compete=compete)
         self.capacity, self.replay_size = capacity, replay_size
         self.memory = ReservoirBuffer(capacity)
 

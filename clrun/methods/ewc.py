@@ -13,6 +13,7 @@ from torch import nn
 from clrun.blocks.curvature import Curvature, Labels, QuadraticPenalty, diagonal_fisher, normalised, require_exact
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.system.errors import Fraction, NonNegative, PositiveInt
 
@@ -38,6 +39,7 @@ class Ewc(Anchored):
             c = learning rate * strength * F: stable for any strength; needs torch.optim.SGD.
         norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
             "freeze_after_first" stops after the first one.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -54,10 +56,13 @@ class Ewc(Anchored):
         normalise: Literal["none", "mean", "max"],
         solver: Solver,
         norm: Norm,
+        compete: Compete,
     ) -> None:
         require_exact(labels, top_k)
         penalty = QuadraticPenalty(decay, mode)
-        super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
+        super().__init__(
+            backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
+        )
         self.labels = labels
         self.samples, self.top_k, self.normalise = samples, top_k, normalise
 

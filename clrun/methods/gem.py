@@ -16,7 +16,7 @@ from clrun.blocks.params import Params, eval_mode, gradients, select
 from clrun.data.split import Batch
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.methods.episodic import Episodic, Rule
 from clrun.system.errors import Count, NonNegative, PositiveInt
 
@@ -38,6 +38,7 @@ class Gem(Episodic):
         memory_batch_size: rows of a task that its gradient is taken on, over all processes; null for all it has.
         margin: gamma, a lower bound of the weight of every g_k in a step that violates any constraint; favours backward
             transfer.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     knobs = (Knob("margin"),)
@@ -51,8 +52,9 @@ class Gem(Episodic):
         memory: Rule,
         memory_batch_size: PositiveInt | None,
         margin: NonNegative,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, capacity=capacity, memory=memory)
+        super().__init__(backbone, num_classes, capacity=capacity, memory=memory, compete=compete)
         self.memory_batch_size, self.margin = memory_batch_size, margin
 
     def adjust_gradients(self, ctx: Context) -> None:
@@ -89,4 +91,4 @@ class Gem(Episodic):
         """Return the mean loss [] on rows of the memory."""
         with eval_mode(self), ctx.hardware.autocast():
             x = ctx.hardware.layout(ctx.stream.transform.eval(old.x))
-            return masked_cross_entropy(self(x), old.y, ctx.mask(old.t))
+            return masked_cross_entropy(self(x), old.y, self.competing(old.t, ctx))

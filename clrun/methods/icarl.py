@@ -21,7 +21,7 @@ from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.heads import PrototypeHead
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_binary_cross_entropy, masked_cross_entropy
+from clrun.learning.losses import Compete, masked_binary_cross_entropy, masked_cross_entropy
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.system.errors import ConfigError, Count, NonNegative, Positive
@@ -49,6 +49,7 @@ class Icarl(Method):
             published rate of 2 is meant for it).
         strength: "ce" only: weight of the distillation.
         tau: "ce" only: temperature.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     settings = frozenset({"til", "cil"})
@@ -66,8 +67,9 @@ class Icarl(Method):
         reduction: Literal["sum", "mean"],
         strength: NonNegative,
         tau: Positive,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.capacity, self.per_class, self.selection, self.classifier = capacity, per_class, selection, classifier
         self.kind, self.reduction, self.strength, self.tau = loss, reduction, strength, tau
         self.knobs = (Knob("strength"),) if loss == "ce" else ()
@@ -141,7 +143,7 @@ class Icarl(Method):
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         logits: Tensor = self.head(self.backbone(batch.x))
-        mask = ctx.mask(batch.t)
+        mask = self.competing(batch.t, ctx)
         target = None if self.teacher is None else self.teacher(batch.x)[1]
         if self.kind == "ce":
             loss = masked_cross_entropy(logits, batch.y, mask)

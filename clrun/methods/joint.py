@@ -16,6 +16,7 @@ from clrun.data.split import concatenate
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 
@@ -35,26 +36,33 @@ class Joint(Method):
         num_classes: C.
         mode: "incremental" or "once".
         restart: "incremental" only: begin each task from the initial weights and a new head, else from those at hand.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, *, mode: Literal["incremental", "once"], restart: bool
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        mode: Literal["incremental", "once"],
+        restart: bool,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.mode, self.restart = mode, restart and mode == "incremental"
         self.order_invariant = mode == "once"
         self.initial = clone(backbone.state_dict()) if self.restart else {}
 
     def begin_task(self, task: Task, ctx: Context) -> None:
-        assert isinstance(self.head, GrowingHead)
         if self.mode == "once":
             whole = _whole(ctx)
-            self.head.grow(whole.task.classes, whole.generator("head"))
+            self.grow(self.head, whole.task.classes, whole.generator("head"))
             return
         if self.restart and task.index:
             self.backbone.load_state_dict(self.initial)
+            assert isinstance(self.head, GrowingHead)
             self.head = GrowingHead(self.head.weight.shape[1], self.num_classes)
-        self.head.grow(_classes(ctx.stream, task.index + 1))
+        self.grow(self.head, _classes(ctx.stream, task.index + 1))
 
     def learn(self, task: Task, ctx: Context) -> None:
         if self.mode == "incremental":

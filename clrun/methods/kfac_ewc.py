@@ -15,6 +15,7 @@ from torch import nn
 from clrun.blocks.curvature import Curvature, KroneckerFisher, QuadraticPenalty, isotropic
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.system.errors import ConfigError, Fraction, NonNegative, PositiveInt
 
@@ -46,6 +47,7 @@ class KfacEwc(Anchored):
             factors: stable for any strength; needs torch.optim.SGD and add other than list.
         norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
             "freeze_after_first" stops after the first one.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -66,11 +68,14 @@ class KfacEwc(Anchored):
         prior: NonNegative,
         solver: Solver,
         norm: Norm,
+        compete: Compete,
     ) -> None:
         if solver == "proximal" and add == "list":
             raise ConfigError("method.add=list: method.solver=proximal needs one product; use add=kl or solver=grad")
         penalty = QuadraticPenalty(decay, how=add)
-        super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
+        super().__init__(
+            backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
+        )
         self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
         self.fisher.check(backbone)
         self.prior = prior

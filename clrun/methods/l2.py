@@ -12,6 +12,7 @@ from clrun.blocks.curvature import Curvature, Identity, QuadraticPenalty
 from clrun.blocks.params import select, shapes_of
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.system.errors import NonNegative
 
@@ -30,13 +31,23 @@ class L2(Anchored):
             for any strength; needs torch.optim.SGD.
         norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
             "freeze_after_first" stops after the first one.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, *, strength: NonNegative, solver: Solver, norm: Norm
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        strength: NonNegative,
+        solver: Solver,
+        norm: Norm,
+        compete: Compete,
     ) -> None:
         penalty = QuadraticPenalty(decay=0.0)
-        super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
+        super().__init__(
+            backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
+        )
 
     def curvature(self, task: Task, ctx: Context) -> Curvature:
         return Identity(shapes_of(select(self.backbone)))

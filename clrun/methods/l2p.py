@@ -19,7 +19,8 @@ from clrun.blocks.selection import Selection, choose, cosines
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
-from clrun.methods.prompted import Compete, Init, Prompted, drawn, plain_features
+from clrun.learning.losses import Compete
+from clrun.methods.prompted import Init, Prompted, drawn, plain_features
 from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
 
 
@@ -49,7 +50,7 @@ class L2p(Prompted):
         train_backbone: train the backbone too, as the published configuration for CORe50 does; queries then come from a
             frozen copy.
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     counts: Tensor
@@ -71,9 +72,9 @@ class L2p(Prompted):
         diversity: bool,
         train_backbone: bool,
         lr_scale: Positive,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete=compete)
         if top > pool_size:
             raise ConfigError(f"method.top: cannot choose {top} of {pool_size} prompts (method.pool_size)")
         if copy_prompts and not use_prompt_mask:

@@ -18,8 +18,9 @@ from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
+from clrun.learning.losses import Compete
 from clrun.learning.method import freeze
-from clrun.methods.prompted import Compete, Prompted
+from clrun.methods.prompted import Prompted
 from clrun.system.errors import Count, Fraction, Positive, PositiveInt
 
 Kind = Literal["adapter", "lora", "prefix"]
@@ -33,8 +34,8 @@ class Lae(Prompted):
 
     In the first share `head_only` of each later fit only the head learns, against the module as it was. The decay is
     per step of `decay_batch` images: the published 0.9999 at 24 images moves the copy by about 10 % a task, at other
-    batch sizes the exponent is scaled to the same horizon in images. In task-incremental reading probabilities are
-    those among all classes seen, too.
+    batch sizes the exponent is scaled to the same horizon in images. In task-incremental reading, too, probabilities
+    are those among all classes that the head has rows for: the classes seen so far, with `compete=all` every class.
 
     Args:
         backbone: a timm vision transformer, frozen.
@@ -48,7 +49,7 @@ class Lae(Prompted):
         head_only: share of the steps of each task but the first in which only the head learns.
         compensate: divide the weight of prefixes by their share of the attention.
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class Lae(Prompted):
         head_only: Fraction,
         compensate: bool,
         lr_scale: Positive,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete=compete)
         require_depth(backbone, blocks, "method.blocks")
         self.module, self.blocks, self.compensate = module, list(blocks), compensate
         self.decay, self.decay_batch, self.head_only = decay, decay_batch, head_only
@@ -111,7 +112,7 @@ class Lae(Prompted):
             return self.logits(x, self.online)
         assert isinstance(self.head, GrowingHead)
         outputs = (self.logits(x, module).float() for module in (self.online, self.offline))
-        unseen = ~self.head.seen
+        unseen = ~self.head.initialised
         online, offline = (z.masked_fill(unseen, -torch.inf).log_softmax(dim=1) for z in outputs)
         return torch.maximum(online, offline).masked_fill(unseen, 0.0)
 

@@ -16,7 +16,7 @@ class LinearProbe(Finetune):
     Args:
         backbone: identity of width D; the engine feeds features.
         num_classes: C.
-        heads: classes in the training loss, see `Finetune`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     uses_frozen_features = True

@@ -6,8 +6,6 @@ Verified: nothing is added before the network moves, distillation by hand, the f
 (test_methods_distillation).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.system.errors import NonNegative, Positive
@@ -35,8 +33,9 @@ class Lwf(Method):
         strength: lambda_0; 0 is finetuning.
         tau: temperature. No factor tau^2 (the original): with one, divide by tau^2.
         per_head: a softmax for each old task's classes, as published; false: one over all old classes together.
-        heads: which classes compete in the cross-entropy. "all": those of the setting; class-incremental, this pushes
-            down the outputs that the other term holds. "current": those of the task alone, whatever the setting.
+        compete: classes that compete in the cross-entropy, see `clrun.learning.losses`. Except for "current", the
+            cross-entropy pushes down the outputs of old classes in class-incremental streams, while the distillation
+            holds them.
         warmup: budget of a phase that comes before, from the second task on, in which only the rows of the new classes
             learn and the rest of the network stands still; 0 epochs for none.
     """
@@ -51,11 +50,11 @@ class Lwf(Method):
         strength: NonNegative,
         tau: Positive,
         per_head: bool,
-        heads: Literal["all", "current"],
+        compete: Compete,
         warmup: Budget,
     ) -> None:
-        super().__init__(backbone, num_classes)
-        self.strength, self.tau, self.per_head, self.heads, self.warmup = strength, tau, per_head, heads, warmup
+        super().__init__(backbone, num_classes, compete=compete)
+        self.strength, self.tau, self.per_head, self.warmup = strength, tau, per_head, warmup
         self.teacher: Teacher | None = None
         self.groups: list[Tensor] = []
 
@@ -81,8 +80,7 @@ class Lwf(Method):
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         features = self.backbone(batch.x)
         logits: Tensor = self.head(features)
-        mask = ctx.mask(batch.t, "til") if self.heads == "current" else ctx.mask(batch.t)
-        loss = masked_cross_entropy(logits, batch.y, mask)
+        loss = masked_cross_entropy(logits, batch.y, self.competing(batch.t, ctx))
         return loss if self.teacher is None else loss + self.preservation(batch.x, features, logits)
 
     def preservation(self, x: Tensor, features: Tensor, logits: Tensor) -> Tensor:
@@ -98,16 +96,18 @@ class Lwf(Method):
 
     def _warm_up(self, task: Task, ctx: Context) -> None:
         """Train the rows of the new classes on the features as they are."""
-        old = ctx.stream.members[: task.index].any(dim=0).to(ctx.hardware.device)
-        if old[task.classes].all():
-            return  # domain-incremental: no row is new
+        new = torch.zeros(self.num_classes, dtype=torch.bool, device=ctx.hardware.device)
+        new[task.classes] = True
+        new &= ~ctx.stream.members[: task.index].any(dim=0).to(new.device)
+        if not new.any():
+            return  # domain-incremental: no class is new
 
         def loss(batch: Batch, ctx: Context) -> Tensor:
-            return masked_cross_entropy(self(batch.x), batch.y, ctx.mask(batch.t, "til"))
+            return masked_cross_entropy(self(batch.x), batch.y, ctx.mask(batch.t, "current"))
 
         before = clone(dict(self.head.named_parameters()))
         with frozen(self.backbone):
             fit(self, task.train, ctx, loss=loss, params=self.head.parameters(), budget=self.warmup, name="warmup")
-        with torch.no_grad():  # nothing in this loss asked the old rows, but weight decay may have moved them
+        with torch.no_grad():  # the loss does not involve the other rows, but weight decay may have moved them
             for name, parameter in self.head.named_parameters():
-                parameter[old] = before[name][old]
+                parameter[~new] = before[name][~new]

@@ -11,6 +11,7 @@ from torch import nn
 from clrun.blocks.curvature import Curvature, Labels, QuadraticPenalty, estimate
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.system.errors import Fraction, NonNegative, PositiveInt
 
@@ -34,6 +35,7 @@ class Mas(Anchored):
             torch.optim.SGD.
         norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
             "freeze_after_first" stops after the first one.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -47,9 +49,12 @@ class Mas(Anchored):
         samples: PositiveInt | None,
         solver: Solver,
         norm: Norm,
+        compete: Compete,
     ) -> None:
         penalty = QuadraticPenalty(decay)
-        super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
+        super().__init__(
+            backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
+        )
         self.per_sample, self.samples = per_sample, samples
 
     def curvature(self, task: Task, ctx: Context) -> Curvature:

@@ -50,7 +50,7 @@ class Masked(Method):
             task: the current task.
         """
         assert isinstance(self.head, GrowingHead)
-        rows = torch.zeros_like(self.head.seen)
+        rows = torch.zeros_like(self.head.initialised)
         rows[task.classes] = True
         heads = {
             f"head.{name}": (rows if p.dim() == 1 else rows[:, None]).expand_as(p)

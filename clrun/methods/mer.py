@@ -19,6 +19,7 @@ from clrun.blocks.params import Params, clone, select
 from clrun.data.split import Batch, Split, Transform
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.system.errors import ConfigError, Count, Fraction, PositiveInt
@@ -48,6 +49,7 @@ class Mer(Method):
         gamma: step across; 1 goes all the way, 0 does not move.
         chunk: rows that take the place of one row, incoming or drawn. 1 is MER; more is a deviation that saves time,
             and several processes need one row each. Where fewer rows are at hand their loss counts in proportion.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class Mer(Method):
         beta: Fraction,
         gamma: Fraction,
         chunk: PositiveInt,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.capacity, self.algorithm, self.sequences, self.draws = capacity, algorithm, sequences, draws
         self.beta, self.gamma, self.chunk = beta, gamma, chunk
         self.memory = ReservoirBuffer(capacity)

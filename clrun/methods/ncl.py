@@ -20,6 +20,7 @@ from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.system.errors import NonNegative, Positive, PositiveInt
 
@@ -50,6 +51,7 @@ class Ncl(Method):
         modules: patterns of the shell; layers whose name matches one have Kronecker factors.
         largest: most inputs or outputs of such a layer: its factors have that many numbers squared.
         groups: convolutions with several groups: "skip" gives them a diagonal, "average" takes groups as positions.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     knobs = (Knob("strength"),)
@@ -71,8 +73,9 @@ class Ncl(Method):
         modules: list[str],
         largest: PositiveInt,
         groups: Literal["skip", "average"],
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.strength, self.prior_rows, self.prior_mean, self.damping = strength, prior_rows, prior_mean, damping
         self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
         self.fisher.check(backbone)

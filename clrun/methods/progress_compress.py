@@ -26,7 +26,7 @@ from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.system.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
@@ -36,14 +36,15 @@ from clrun.system.seeding import seed_all
 class ProgressCompress(Method):
     """Two columns: the knowledge base (backbone and head), which answers, and an active one, which learns the task.
 
-    Progress: the active column learns by cross-entropy among the task's classes, the knowledge base frozen. Each of its
-    blocks reads the same block of the knowledge base: h_i <- h_i + alpha_i * U_i relu(V_i h_i^KB + c_i), the form for
-    any backbone of the published lateral connections, which read the layer below. Compress: the knowledge base learns
+    Progress: the active column learns by cross-entropy among the classes that compete, the knowledge base frozen. Each
+    of its blocks reads the same block of the knowledge base: h_i <- h_i + alpha_i * U_i relu(V_i h_i^KB + c_i), the
+    form for any backbone of the published lateral connections, which read the layer below. Compress: the knowledge base
+    learns
 
         KL(softmax(z_active / tau) || softmax(z_KB / tau)) + strength / 2 sum_i F_i (theta_i - theta*_i)^2
 
-    over the task's rows and classes; the active column reads the knowledge base as progress found it. Then F <- decay F
-    + F_task, estimated on the knowledge base, head included, theta* <- theta.
+    over the task's rows and the same classes; the active column reads the knowledge base as progress found it. Then
+    F <- decay F + F_task, estimated on the knowledge base, head included, theta* <- theta.
 
     Args:
         backbone: maps prepared images to features [B, D].
@@ -62,6 +63,8 @@ class ProgressCompress(Method):
         column: "reset": every task begins from the backbone's initial weights and new adaptors. "keep": from those
             that the task before left.
         compress: budget of the second phase; the run's is spent on the first.
+        compete: classes that compete in the cross-entropy of progress and are distilled by compress, see
+            `clrun.learning.losses`; "current" as published.
     """
 
     knobs = (Knob("strength"),)
@@ -82,8 +85,9 @@ class ProgressCompress(Method):
         bottleneck: PositiveInt,
         column: Literal["reset", "keep"],
         compress: Budget,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         if not (compress.epochs or compress.steps):
             raise ConfigError("method.compress: what is not compressed is lost; give it at least one epoch or step")
         if solver == "proximal":
@@ -105,7 +109,7 @@ class ProgressCompress(Method):
         assert self.active is not None
         if self.lateral and not self.active.paths:
             self._connect(self.active, task, ctx)
-        self.active.head.grow(task.classes, ctx.generator("active"))
+        self.grow(self.active.head, self.columns(ctx), ctx.generator("active"))
 
     def learn(self, task: Task, ctx: Context) -> None:
         assert self.active is not None
@@ -137,14 +141,27 @@ class ProgressCompress(Method):
         """Return the knowledge base as one module."""
         return nn.ModuleDict({"backbone": self.backbone, "head": self.head})
 
+    def competing(self, t: Tensor, ctx: Context) -> Tensor:
+        """Return [B, C] bool: the classes that the Fisher information of the knowledge base is estimated among.
+
+        They are the candidates of an evaluation, since the knowledge base answers; `compete` is about the losses.
+        """
+        return ctx.mask(t)
+
+    def columns(self, ctx: Context) -> Tensor:
+        """Return [k] long, the classes that compete in both losses of the current task."""
+        if self.compete == "current":
+            return ctx.task.classes.to(ctx.hardware.device)
+        task = torch.tensor([ctx.task.index], device=ctx.hardware.device)
+        return ctx.mask(task, self.compete)[0].nonzero()[:, 0]
+
     def progress_loss(self, batch: Batch, ctx: Context) -> Tensor:
-        """Return the cross-entropy [] of the active column among the classes of the task."""
-        return masked_cross_entropy(self.answer(batch.x, self.backbone), batch.y, ctx.mask(batch.t, "til"))
+        """Return the cross-entropy [] of the active column among the classes that compete."""
+        return masked_cross_entropy(self.answer(batch.x, self.backbone), batch.y, ctx.mask(batch.t, self.compete))
 
     def compress_loss(self, batch: Batch, target: Tensor, ctx: Context) -> Tensor:
         """Return the distance [] of the knowledge base from `target` [B, C], and what moving it costs."""
-        classes = ctx.task.classes.to(target.device)
-        loss = distillation_loss(self(batch.x), target, [classes], tau=self.tau)
+        loss = distillation_loss(self(batch.x), target, [self.columns(ctx)], tau=self.tau)
         if self.solver == "grad" and self.strength:
             loss = loss + self.strength * self.penalty(self.knowledge())
         return loss

@@ -15,12 +15,11 @@ from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.method import Method, freeze
 from clrun.learning.training import fit
 from clrun.system.errors import ConfigError
 
-Compete = Literal["current", "seen"]
 Init = Literal["small", "wide"]
 
 
@@ -33,8 +32,8 @@ class Prompted(Method):
         backbone: a timm vision transformer; frozen here, and in eval mode also while training.
         num_classes: C.
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss. "current": those of the task alone, as the papers do; "seen": every
-            class seen so far. In domain-incremental streams both are all classes.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`. The published codes of these
+            methods mask all classes but those of the current task: "current".
         tokens: whether tokens or prefixes are injected; without, transformers other than timm's ViT will do.
     """
 
@@ -43,14 +42,14 @@ class Prompted(Method):
     given_by: ClassVar[str] = "task_id=given"  # the option that makes an instance need the task id
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, *, lr_scale: float, mask_loss: Compete, tokens: bool = True
+        self, backbone: nn.Module, num_classes: int, *, lr_scale: float, compete: Compete, tokens: bool = True
     ) -> None:
         require = require_vit if tokens else require_blocks
         require(backbone, type(self).__name__)
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         freeze(backbone)
         self.width = int(backbone.embed_dim)  # type: ignore[arg-type]
-        self.lr_scale, self.mask_loss = lr_scale, mask_loss
+        self.lr_scale = lr_scale
         self.injector = Injector()
         self.known: Tensor | None = None  # queries of the task's training rows while it is learned, if they stand still
 
@@ -78,9 +77,8 @@ class Prompted(Method):
         self.injector.release()
 
     def classification_loss(self, logits: Tensor, batch: Batch, ctx: Context) -> Tensor:
-        """Return the cross-entropy [] of logits [B, C] over the classes of `mask_loss`."""
-        mask = ctx.mask(batch.t, "til") if self.mask_loss == "current" else ctx.mask(batch.t)
-        return masked_cross_entropy(logits, batch.y, mask)
+        """Return the cross-entropy [] of logits [B, C] over the classes that compete."""
+        return masked_cross_entropy(logits, batch.y, self.competing(batch.t, ctx))
 
     def query(self, x: Tensor) -> Tensor:
         """Return the features [B, D] of the plain frozen backbone, fp32, without gradient."""
@@ -121,7 +119,7 @@ class Keyed(Prompted):
         selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
         task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
 
     Attributes:
         keys: by task, [D]; a subclass makes the list.
@@ -137,9 +135,9 @@ class Keyed(Prompted):
         selection: Selection,
         task_id: Literal["inferred", "given"],
         lr_scale: float,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete=compete)
         self.selection: Selection = selection
         self.depends_on_batch = selection == "batch" and task_id == "inferred"
         self.needs_task_id = task_id == "given"

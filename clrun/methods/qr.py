@@ -18,7 +18,7 @@ from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
-from clrun.learning.losses import masked_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.method import Method
 from clrun.system.errors import Fraction, NonNegative
 
@@ -44,6 +44,7 @@ class Qr(Method):
             weight, max(0, -g dtheta); the published code has the opposite sign, which is 0 under descent.
         smoothing: of the running mean, I <- smoothing * step + (1 - smoothing) I; 0.8 as published.
         merge: "average": P <- (P + I) / 2. "normalise": P <- P + I, each of sum 1, scaled to sum 1.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     knobs = (Knob("strength"),)
@@ -57,8 +58,9 @@ class Qr(Method):
         importance: Literal["ewc", "mas", "si"],
         smoothing: Fraction,
         merge: Literal["average", "normalise"],
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.strength, self.importance, self.smoothing, self.merge = strength, importance, smoothing, merge
         self.penalty = QuadraticPenalty(decay=1.0)  # past importance and anchor
         self.running = Running()
@@ -72,7 +74,7 @@ class Qr(Method):
             self.running.importance = zeros.clone()
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        logits, mask = self(batch.x), ctx.mask(batch.t)
+        logits, mask = self(batch.x), self.competing(batch.t, ctx)
         if self.strength and self.importance == "mas":
             square = logits.float().masked_fill(~mask, 0).square().sum()
             params = list(self._params().values())

@@ -126,7 +126,7 @@ class Ranpac(ClosedForm):
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         assert self.adaptation is not None, "nothing else is trained"
-        return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "til"))
+        return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "current"))
 
     def after_step(self, ctx: Context) -> None:
         if self.adaptation is not None:

@@ -18,7 +18,7 @@ from clrun.blocks.buffers import Exemplars
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
-from clrun.learning.losses import masked_cross_entropy, task_mean_cross_entropy
+from clrun.learning.losses import Compete, masked_cross_entropy, task_mean_cross_entropy
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.system.errors import Count
@@ -39,12 +39,19 @@ class ReplayFinetune(Method):
         memory: "full": per_task T rows from the first task on, divided among the tasks so far (R-FM). "partial":
             per_task rows of each task (R-PM).
         per_task: m; 0 is finetuning.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, *, memory: Literal["full", "partial"], per_task: Count
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        memory: Literal["full", "partial"],
+        per_task: Count,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes)
+        super().__init__(backbone, num_classes, compete=compete)
         self.policy, self.per_task = memory, per_task
         self.memory = Exemplars("t")
         self.replayed = 0  # exemplars in a batch, over all processes
@@ -73,7 +80,7 @@ class ReplayFinetune(Method):
         return Batch.cat(batch, self.memory.read(mine)) if len(mine) else batch
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        logits, mask, old = self(batch.x), ctx.mask(batch.t), batch.i < 0
+        logits, mask, old = self(batch.x), self.competing(batch.t, ctx), batch.i < 0
         if not self.replayed or not bool(old.any()):
             return masked_cross_entropy(logits, batch.y, mask)
         past = task_mean_cross_entropy(logits[old], batch.y[old], batch.t[old], mask[old])

@@ -17,6 +17,7 @@ from clrun.blocks.params import Carrier, Shapes, flatten, gradients, select, sha
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 from clrun.methods.anchored import Anchored, Norm, Solver
 from clrun.system.errors import NonNegative, Positive
@@ -39,13 +40,24 @@ class Si(Anchored):
             alone, the exact step on the penalty: stable for any strength; needs torch.optim.SGD.
         norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
             "freeze_after_first" stops after the first one.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, *, strength: NonNegative, xi: Positive, solver: Solver, norm: Norm
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        strength: NonNegative,
+        xi: Positive,
+        solver: Solver,
+        norm: Norm,
+        compete: Compete,
     ) -> None:
         penalty = QuadraticPenalty(decay=1.0)
-        super().__init__(backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty)
+        super().__init__(
+            backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
+        )
         self.xi = xi
         self.path = Path()
 

@@ -45,7 +45,7 @@ class TaskNetworks(Method):
         return [self.networks[-1], self.heads[-1]]
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        return masked_cross_entropy(self(batch.x, ctx.task.index), batch.y, ctx.mask(batch.t, "til"))
+        return masked_cross_entropy(self(batch.x, ctx.task.index), batch.y, ctx.mask(batch.t, "current"))
 
     def end_task(self, task: Task, ctx: Context) -> None:
         freeze(self.networks[-1])

@@ -21,6 +21,7 @@ from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob
+from clrun.learning.losses import Compete
 from clrun.methods.lwf import Lwf
 from clrun.system.errors import NonNegative, Positive, PositiveInt
 
@@ -34,7 +35,7 @@ class VitPad(Lwf):
         strength: see `Lwf`; 0 leaves the maps alone to hold the network.
         tau: see `Lwf`.
         per_head: see `Lwf`.
-        heads: see `Lwf`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
         warmup: see `Lwf`.
         regularise: "attention": scaled scores before the softmax, [B, H, n, n], recomputed from queries and keys, so
             that the attention itself stays fused. "functional": what the attention adds to its block, [B, 1, n, D].
@@ -58,7 +59,7 @@ class VitPad(Lwf):
         strength: NonNegative,
         tau: Positive,
         per_head: bool,
-        heads: Literal["all", "current"],
+        compete: Compete,
         warmup: Budget,
         regularise: Literal["attention", "functional", "weight"],
         map_strength: NonNegative,
@@ -69,7 +70,7 @@ class VitPad(Lwf):
     ) -> None:
         require_vit(backbone, "vit_pad")
         super().__init__(
-            backbone, num_classes, strength=strength, tau=tau, per_head=per_head, heads=heads, warmup=warmup
+            backbone, num_classes, strength=strength, tau=tau, per_head=per_head, compete=compete, warmup=warmup
         )
         self.regularise, self.map_strength, self.symmetric, self.pool = regularise, map_strength, symmetric, pool
         self.labels = labels

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from clrun.blocks.inject import Plan
 from clrun.data.stream import Task
 from clrun.learning.context import Context
+from clrun.learning.losses import Compete
 from clrun.learning.method import freeze
-from clrun.methods.prompted import Compete, Prompted, vpt_prompt
+from clrun.methods.prompted import Prompted, vpt_prompt
 from clrun.system.errors import Count, Fraction, Positive, PositiveInt
 
 
@@ -33,7 +34,7 @@ class Vpt(Prompted):
         prompt_width: width of the stored prompts, which a trained linear map takes to D; None stores D.
         reinit: new prompts for each task, frozen after it: an upper bound that needs the task id.
         lr_scale: factor of the budget's learning rate.
-        mask_loss: classes in the training loss, see `Prompted`.
+        compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
     given_by: ClassVar[str] = "reinit"
@@ -49,9 +50,9 @@ class Vpt(Prompted):
         prompt_width: PositiveInt | None,
         reinit: bool,
         lr_scale: Positive,
-        mask_loss: Compete,
+        compete: Compete,
     ) -> None:
-        super().__init__(backbone, num_classes, lr_scale=lr_scale, mask_loss=mask_loss)
+        super().__init__(backbone, num_classes, lr_scale=lr_scale, compete=compete)
         self.blocks = 1 if depth == "shallow" else len(backbone.blocks)  # type: ignore[arg-type]
         self.length, self.dropout, self.reinit = length, dropout, reinit
         self.needs_task_id = reinit

@@ -66,6 +66,7 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     backbone, images, text = build_images(parts)
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
+    parts.method_class.check_options(parts.config["method"])
     cache: FeatureCache | None = None
     if parts.reads_features and features:
         cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
@@ -142,6 +143,7 @@ def check_without_building(parts: Parts) -> None:
     Raises:
         ConfigError: one was found; nothing was written.
     """
+    parts.method_class.check_options(parts.config["method"])
     parts.hardware.setup()
     stream = build_stream(parts, parts.load_dataset(), parts.task_order, Plain())
     _limited(stream, parts.job, None)

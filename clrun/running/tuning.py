@@ -217,7 +217,7 @@ class _Trials:
 
 def _finetuning(method: Method) -> Method:
     """Return a learner that finetunes a copy of the network of `method`."""
-    plain = Method(copy.deepcopy(method.backbone), method.num_classes)
+    plain = Method(copy.deepcopy(method.backbone), method.num_classes, compete=method.compete)
     plain.head = copy.deepcopy(method.head)
     return plain
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +40,9 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("l2", {"strength": 0.0, "solver": "proximal"}),
     ("kfac_ewc", {"strength": 0.0}),
     ("kfac_ewc", {"strength": 0.0, "solver": "grad", "add": "list", "prior": 1.0, "sharing": "reduce"}),
-    ("lwf", {"strength": 0.0, "heads": "all"}),
-    ("lwf", {"strength": 0.0, "heads": "all", "per_head": False}),
-    ("ebll", {"strength": 0.0, "heads": "all", "code_strength": 0.0}),
+    ("lwf", {"strength": 0.0, "compete": "seen"}),
+    ("lwf", {"strength": 0.0, "compete": "seen", "per_head": False}),
+    ("ebll", {"strength": 0.0, "compete": "seen", "code_strength": 0.0}),
     ("si", {"strength": 0.0}),
     ("mas", {"strength": 0.0}),
     ("mas", {"strength": 0.0, "per_sample": False}),
@@ -202,6 +203,38 @@ def test_goes_on_from_copies(name: str) -> None:
         assert_same(state(method), state(twin))
         x = eval_rows(stream)
         assert torch.equal(logits(method, x), logits(twin, x))
+
+
+# Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
+WITHOUT_COMPETE = {"aper", "ease", "fecam", "lda", "ncm", "ranpac", "simplecil"}
+DEFAULTS = {name: OmegaConf.load(CONF / "method" / f"{name}.yaml") for name in METHODS}
+COMPETE = {name: node.get("compete") or node.get("host", {}).get("compete") for name, node in DEFAULTS.items()}
+
+
+def test_every_method_with_a_cross_entropy_says_what_competes() -> None:
+    without = {name for name, value in COMPETE.items() if value is None}
+    assert without == WITHOUT_COMPETE | {name for name in METHODS if target(name).settings == {"til"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "compete"),
+    [(n, v) for n, default in COMPETE.items() if default for v in ("current", "seen", "all") if v != default],
+)
+def test_every_value_of_compete_trains_resumes_and_evaluates(name: str, compete: str) -> None:
+    options: dict[str, Any] = {"host": {"compete": compete}} if name == "dgc" else {"compete": compete}
+    method, stream = born(small(name, **options), image_stream())
+    live(method, stream, until=1)
+    twin = pickle.loads(pickle.dumps(method))
+    journal = live(method, stream, learned=1)
+    again = live(twin, stream, learned=1)
+    assert_same(state(method), state(twin))
+    assert journal.recorded == again.recorded
+    assert {r["setting"] for r in journal.recorded} == {"cil", "til"}
+    assert all(0 <= r["correct"] <= r["total"] and math.isfinite(r["nll"]) for r in journal.recorded)
+    if compete == "all":
+        twin, stream = born(small(name, **options), image_stream())
+        twin.begin_task(stream.tasks[0], context(stream))
+        assert twin.head.initialised.all(), "every class has a row from the first task on"
 
 
 @pytest.mark.parametrize("name", METHODS)

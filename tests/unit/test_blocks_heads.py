@@ -18,7 +18,7 @@ def test_rows_come_to_life_with_their_classes(head: GrowingHead) -> None:
     head.grow(torch.tensor([1, 0]))
     assert torch.equal(head.weight[[1, 4]], first[[1, 4]])
     assert head.weight[0].abs().max() <= 0.5
-    assert head.seen.tolist() == [True, True, False, False, True, False]
+    assert head.initialised.tolist() == [True, True, False, False, True, False]
 
 
 def test_rows_begin_uniform_on_both_sides_of_zero() -> None:

@@ -184,7 +184,7 @@ def test_progress_leaves_the_knowledge_base_bitwise_alone(column: str) -> None:
 
 def test_progress_without_lateral_connections_is_independent_training() -> None:
     method, stream, ctx = begun(1, lateral=0.0, strength=5.0)
-    alone = Finetune(Net(), 6, heads="all")
+    alone = Finetune(Net(), 6, compete="seen")
     ctx.hardware.place(alone)
     alone.backbone.load_state_dict(method.initial.state_dict())
     alone.head.load_state_dict(method.active.head.state_dict())
@@ -265,7 +265,7 @@ def test_columns_begin_from_where_they_should(column: str) -> None:
     fresh = copy_of(Net())
     now = copy_of(method.active.column)
     assert all(torch.equal(fresh[name], now[name]) for name in fresh) == (column == "reset")
-    assert method.active.head.seen.tolist() == [column == "keep"] * 2 + [True, True, False, False]
+    assert method.active.head.initialised.tolist() == [column == "keep"] * 2 + [True, True, False, False]
 
 
 def test_progress_compress_state() -> None:
@@ -350,4 +350,4 @@ def test_row_stream_backbone_without_blocks() -> None:
     stream = row_stream([(rows, torch.arange(12) % 2), (rows + 1, 2 + torch.arange(12) % 2)], 4)
     method = factory("progress_compress")(Identity(5), 4)
     live(method, stream)
-    assert method.head.seen.all()
+    assert method.head.initialised.all()

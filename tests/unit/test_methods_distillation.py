@@ -158,7 +158,7 @@ def test_lwf_warms_up_the_new_rows_alone(setting: str) -> None:
 
 
 def test_lwf_current_heads_leave_old_rows_to_the_teacher() -> None:
-    method, stream = born(factory("lwf", heads="current", strength=0.0), image_stream("cil"))
+    method, stream = born(factory("lwf", compete="current", strength=0.0), image_stream("cil"))
     seen = trace(lambda m: m.head.weight[:2].detach().clone(), method, stream)
     assert torch.equal(seen[0], seen[2])
 

@@ -357,5 +357,11 @@ def test_dgc_refuses_a_host_without_memory() -> None:
         from clrun.methods.finetune import Finetune
 
         Dgc(
-            Identity(5), 6, host=partial(Finetune, heads="all"), zeta=1.0, mode="svrg", period=1, memory_batch_size=None
+            Identity(5),
+            6,
+            host=partial(Finetune, compete="seen"),
+            zeta=1.0,
+            mode="svrg",
+            period=1,
+            memory_batch_size=None,
         )

@@ -338,7 +338,7 @@ def test_backbones_without_parameters_are_fine() -> None:
     for name in ("si", "mas", "qr"):
         method = factory(name)(Identity(5), 4)
         live(method, rows())
-        assert method.head.seen.all()
+        assert method.head.initialised.all()
 
 
 def test_si_with_adam_learns() -> None:

@@ -17,11 +17,11 @@ def backbone(method: torch.nn.Module) -> torch.Tensor:
     return flatten(dict(method.backbone.named_parameters())).detach().clone()
 
 
-@pytest.mark.parametrize("heads", ["all", "current"])
-def test_finetune_moves_the_rows_of_old_classes_only_in_competition(heads: str) -> None:
-    method, stream = born(factory("finetune", heads=heads), image_stream())
+@pytest.mark.parametrize("compete", ["seen", "current", "all"])
+def test_finetune_moves_the_rows_of_old_classes_only_in_competition(compete: str) -> None:
+    method, stream = born(factory("finetune", compete=compete), image_stream())
     rows = trace(lambda m: m.head.weight[:2].detach().clone(), method, stream)
-    assert torch.equal(rows[0], rows[2]) == (heads == "current")
+    assert torch.equal(rows[0], rows[2]) == (compete == "current")
 
 
 def test_joint_begins_each_task_from_the_initial_weights() -> None:
@@ -33,7 +33,7 @@ def test_joint_begins_each_task_from_the_initial_weights() -> None:
         ctx = context(stream, 1)
         method.begin_task(stream.tasks[1], ctx)
         assert torch.equal(backbone(method), initial if restart else learned)
-        assert method.head.seen.tolist() == [True] * 4 + [False] * 2
+        assert method.head.initialised.tolist() == [True] * 4 + [False] * 2
 
 
 def test_joint_spends_its_epochs_on_the_union() -> None:

@@ -267,8 +267,8 @@ def test_the_loss_of_a_task_is_that_of_its_columns_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["vpt", "l2p", "dualprompt", "coda_prompt", "dap", "lae"])
-def test_mask_loss_seen_lets_earlier_classes_compete(name: str) -> None:
-    method, stream = make(name, mask_loss="seen")
+def test_compete_seen_lets_earlier_classes_compete(name: str) -> None:
+    method, stream = make(name, compete="seen")
     live(method, stream, until=2)
     method.loss(next(stream.tasks[1].train.batches(8)), context(stream, 1)).backward()
     assert method.head.weight.grad[stream.tasks[0].classes].any()
@@ -745,7 +745,7 @@ def test_lae_answers_with_the_larger_probability() -> None:
     method, stream = make("lae", decay=0.5)
     live(method, stream, until=2, budget=adam())
     x = rows(stream)
-    seen = method.head.seen
+    seen = method.head.initialised
     with torch.inference_mode():
         both = [method.logits(x, m)[:, seen].softmax(dim=1) for m in (method.online, method.offline)]
     found = logits(method, x)

@@ -69,7 +69,8 @@ class Target:
         params = {name: p for name, p in select(method).items() if id(p) in own}
         names = {name: own[id(p)] for name, p in params.items()}
         columns = "true" if columns is True else columns
-        competing = int(ctx.stream.candidates(ctx.task.index + 1).sum(dim=1).max())
+        tasks = torch.arange(ctx.task.index + 1, device=ctx.hardware.device)
+        competing = int(method.competing(tasks, ctx).sum(dim=1).max())
         position = ctx.task.index if method.needs_task_id else None
         return cls(method, ctx, split, params, names, columns, min(top_k or competing, competing), position)
 
@@ -82,7 +83,7 @@ class Target:
         """Yield batches of prepared rows, the mask [B, C] of competing classes and noise [B, C] to draw labels."""
         generator = self.ctx.generator("fisher")
         for batch in self.split.batches(size):
-            mask = self.ctx.mask(batch.t)
+            mask = self.method.competing(batch.t, self.ctx)
             yield batch, mask, torch.empty(mask.shape).exponential_(generator=generator).to(mask.device)
 
     @contextmanager
