@@ -1,4 +1,4 @@
-"""The options of a run that concern no single part of it (`job`), and how the run was started."""
+"""The options of a run as a whole (`job`), and how the run was started."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,29 +14,31 @@ class Job:
     """Limits, evaluation cadence and files of a run.
 
     Attributes:
-        resume: continue from the checkpoint found in the run's folder.
+        resume: continue from the checkpoint found in the run's folder. Without it the run begins anew, and a method
+            whose state no checkpoint can store may run.
         keep_checkpoint: keep the checkpoint of a completed run.
-        progress: bars and lines on the terminal.
+        progress: show bars and lines on the terminal.
         picture: draw accuracy_matrix.png.
         save_model: write the final weights as safetensors.
         save_predictions: write the prediction for every evaluated row to predictions.csv: never, after the last task,
             or after each task for all tasks learned so far. `clrun.running.predictions` describes the file.
         save_logits: the same for logits, in the files logits/after_N.npz (N tasks learned).
-        feature_cache: folder for the features of frozen backbones; true is the default one, false keeps none.
+        feature_cache: folder in which features of frozen backbones are stored; true is the default folder, false stores
+            none.
         feature_cache_gb: size limit of that folder in GB; the features used least recently make room for new ones.
-        mode: run; or dry_run, print what the run would do; or preview, draw the data. The latter train nothing.
+        mode: "run"; "dry_run" prints what the run would do, "preview" draws samples of the data, and neither trains.
         eval_initial: evaluate the untrained learner and unseen tasks (domain-incremental only).
-        eval_every: optimizer steps between evaluations within a task; null evaluates after tasks only.
+        eval_every: number of optimizer steps between evaluations within a task; null evaluates after tasks only.
         eval_split: rows to evaluate on.
-        eval_batch_size: rows of an evaluation batch.
-        max_tasks: learn only so many tasks; null learns all.
+        eval_batch_size: rows per evaluation batch.
+        max_tasks: learn only the first tasks, at most this many; null learns all.
         max_steps: upper limit of the steps of each fit; null for none.
-        max_eval_rows: evaluate at most so many rows of each task; null for all.
+        max_eval_rows: evaluate at most this many rows per task; null for all.
         tuning: chooses hyper-parameters for each task (`clrun.running.tuning`); null learns each task once, as
             configured.
 
     Raises:
-        ConfigError: options that exclude each other.
+        ConfigError: two options exclude each other.
     """
 
     resume: bool
@@ -61,7 +63,9 @@ class Job:
     def __post_init__(self) -> None:
         """Check combinations."""
         if self.tuning is not None and self.eval_every is not None:
-            raise ConfigError("job.eval_every: evaluates one training of a task, job.tuning does many; set it to null")
+            raise ConfigError(
+                "job.eval_every: excludes job.tuning, which learns each task several times; set one of them to null"
+            )
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,10 @@ class JobInfo:
 
     Attributes:
         number: number of the job in its sweep; None for a single run.
-        parallel: jobs of the sweep that run at once on this machine.
+        parallel: number of jobs of the sweep that run on this machine at the same time.
         choices: chosen member of each configuration group.
         sweep: whether the run belongs to a sweep.
-        overrides: command-line overrides of the run, without Hydra's own.
+        overrides: command-line overrides of the run, without those of Hydra's own options.
         hydra: Hydra's record of the run: file names and texts for the folder `.hydra`.
     """
 

@@ -1,4 +1,4 @@
-"""What a run costs: parameters, bytes of state, FLOPs, peak memory."""
+"""The cost of a run: parameters, bytes of state, FLOPs, peak memory; and the versions it ran with."""
 
 import platform
 import subprocess
@@ -44,14 +44,14 @@ def learner_parameters(method: Method, backbone: nn.Module) -> dict[str, int]:
 
 
 def token_count(backbone: nn.Module) -> int | None:
-    """Return the tokens of an image in a vision transformer, class token and registers included; None elsewhere."""
+    """Return the number of tokens per image of a vision transformer, with class token and registers; else None."""
     patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
     prefix = getattr(backbone, "num_prefix_tokens", None)
     return None if patches is None or prefix is None else int(patches) + int(prefix)
 
 
 def state_bytes(method: nn.Module) -> dict[str, int]:
-    """Return the bytes of every tensor that outlives a task, by top-level attribute of the method, and their total.
+    """Return the bytes of all tensors in the state of the method, by its top-level attributes, and their total.
 
     A storage that several attributes share counts once, for the first of them.
     """
@@ -68,7 +68,7 @@ def state_bytes(method: nn.Module) -> dict[str, int]:
 
 
 def _bytes(tensor: Tensor, counted: set[int]) -> int:
-    """Return the bytes of the tensor's storage, 0 when counted before."""
+    """Return the bytes of the tensor's storage; 0 when it was counted before."""
     storage = tensor.untyped_storage()
     if storage.data_ptr() in counted:
         return 0
@@ -120,14 +120,14 @@ class PeakMemory:
     """The largest memory in use since the last `reset`: of the GPU where there is one, else resident memory.
 
     Attributes:
-        hardware: whose memory.
+        hardware: the device whose memory is measured.
     """
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
 
     def reset(self) -> None:
-        """Begin a new measurement. Resident memory is reset on Linux only; elsewhere its maximum never falls."""
+        """Begin a new measurement. On systems other than Linux the maximum of resident memory cannot be reset."""
         if self.hardware.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
             return
@@ -137,7 +137,7 @@ class PeakMemory:
             return
 
     def read(self) -> int:
-        """Return bytes."""
+        """Return the peak in bytes."""
         if self.hardware.device.startswith("cuda"):
             return int(torch.cuda.max_memory_allocated())
         try:
@@ -161,7 +161,7 @@ def changed_circumstances(before: Mapping[str, Any], now: Mapping[str, Any]) -> 
 
 
 def versions(hardware: Hardware) -> dict[str, Any]:
-    """Return what a result may depend on besides its configuration: code, libraries, threads and device."""
+    """Return everything besides the configuration that results may depend on: code, libraries, threads and device."""
     names = ("torch", "torchvision", "timm", "numpy", "hydra-core")
     cuda = hardware.device.startswith("cuda")
     return {

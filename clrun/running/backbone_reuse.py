@@ -1,4 +1,4 @@
-"""The frozen backbone that this process built last, kept for the next run of a sweep."""
+"""Reuse of the frozen backbone that this process built last: the next run of a sweep mostly needs the same one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ Fact = TypeVar("Fact")
 
 
 @dataclass
-class _Kept:
-    """The frozen backbone that this process built last: the next run of a sweep most often wants the same.
+class _Reusable:
+    """A frozen backbone.
 
     Attributes:
-        key: what it was built from.
-        backbone: never trained, hence as it was built.
-        facts: what was found out about it.
+        key: identifies what it was built from.
+        backbone: it is never trained, so that it stays as it was built.
+        facts: properties that were computed for it, by name.
     """
 
     key: str
@@ -24,21 +24,21 @@ class _Kept:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-_kept: list[_Kept] = []  # at most one
+_last: list[_Reusable] = []  # at most one
 
 
-def reuse(key: str, build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the backbone that was built from the same `key` last, else a new one, for a learner that freezes it."""
-    if not _kept or _kept[0].key != key:
-        _kept[:] = [_Kept(key, build())]
-    return _kept[0].backbone
+def reused_backbone(key: str, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the backbone built last if it has the same `key`, else a new one; for learners that never train it."""
+    if not _last or _last[0].key != key:
+        _last[:] = [_Reusable(key, build())]
+    return _last[0].backbone
 
 
-def fact(backbone: nn.Module, name: str, find_out: Callable[[], Fact]) -> Fact:
-    """Return something about a backbone that may take a while to find out, once for one that is reused."""
-    if not _kept or _kept[0].backbone is not backbone:
-        return find_out()
-    if name not in _kept[0].facts:
-        _kept[0].facts[name] = find_out()
-    found: Fact = _kept[0].facts[name]
+def remembered(backbone: nn.Module, name: str, compute: Callable[[], Fact]) -> Fact:
+    """Return a property of a backbone whose computation takes a while; computed once for a backbone that is reused."""
+    if not _last or _last[0].backbone is not backbone:
+        return compute()
+    if name not in _last[0].facts:
+        _last[0].facts[name] = compute()
+    found: Fact = _last[0].facts[name]
     return found

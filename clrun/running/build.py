@@ -19,7 +19,7 @@ from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
 from clrun.learning.method import Method
-from clrun.running.backbone_reuse import fact, reuse
+from clrun.running.backbone_reuse import remembered, reused_backbone
 from clrun.running.parts import Parts, function_of, of_kind, options_of
 from clrun.running.similarity import task_similarities
 from clrun.system.errors import ConfigError
@@ -70,7 +70,7 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     cache: FeatureCache | None = None
     if parts.reads_features and features:
         cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
-        digest = fact(backbone, "digest", lambda: module_digest(backbone))
+        digest = remembered(backbone, "digest", lambda: module_digest(backbone))
         stream, seen_backbone = frozen_features(
             images, backbone, hardware, cache, digest=digest, show=parts.job.progress
         )
@@ -111,7 +111,7 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
         return backbone
 
     key = repr([parts.config["backbone"], pretrained, dataset.image_shape, parts.seed, hardware])
-    backbone = reuse(key, new) if parts.reads_features else new()
+    backbone = reused_backbone(key, new) if parts.reads_features else new()
     transform, text = fit_transform(dataset, backbone)
     stream = build_stream(parts, dataset, _order(parts, dataset, transform, backbone), transform)
     return backbone, _limited(stream, parts.job, hardware), text

@@ -1,9 +1,9 @@
-"""Checkpoints: the pickled method and what the run has recorded, written atomically and read without running code.
+"""Checkpoints: the pickled method and the results so far, written atomically and read without running code of the file.
 
 A checkpoint may come from anywhere, so it is opened with torch's restricted unpickler, under an explicit list of
-classes and functions: those that the method built by the current command's configuration is made of, batches and
-splits of data, and the classes of clrun's blocks and of the method's own module. What a run's folder says of
-itself plays no part in that list. A method that keeps anything else is refused when its first checkpoint is written.
+classes and functions: those that occur in the method as the current configuration builds it, batches and splits of
+data, and the classes of clrun's blocks and of the method's own module. Nothing in the run's folder can add to the list.
+A method whose state holds anything else is refused when its first checkpoint is written.
 """
 
 import io
@@ -37,13 +37,13 @@ class Unstorable(ConfigError):
 
 @dataclass
 class Life:
-    """What a run has gone through; with the method, all that resuming needs.
+    """The progress of a run. Together with the method it is all that resuming needs.
 
     Attributes:
         learned: tasks finished.
         steps: optimizer steps so far.
         rows: lines of accuracy.csv.
-        costs: one entry a finished task, for run.json.
+        costs: one entry per finished task, for run.json.
     """
 
     learned: int = 0
@@ -66,19 +66,20 @@ def save(
     backbone: dict[str, str],
     hardware: Hardware,
     flush: bool = True,
-    known: list[Any] | None = None,
+    allowed: list[Any] | None = None,
 ) -> None:
     """Write the checkpoint through a temporary file and a rename.
 
     Args:
-        path: where; the main process writes, the others hand it their method.
+        path: the file. The main process writes it; the others send it their methods.
         method: its tensors that still equal the backbone's as loaded are stored by their digest only.
-        life: progress of the run.
+        life: the progress of the run.
         config_hash: hash of the configuration.
         backbone: digests of the backbone as loaded (`fingerprints`).
-        hardware: the processes; each has its own method.
-        flush: wait until the disk has it: only then does it survive a loss of power.
-        known: the `parts` of the method as it was built; check that they are enough to read it back. None does not.
+        hardware: the processes; each of them has its own method.
+        flush: wait until the file is on the disk; only then does it survive a loss of power.
+        allowed: the `parts` of the method as it was built. The checkpoint is read back under this list before it is
+            written. None skips this check.
 
     Raises:
         Unstorable: the method cannot be pickled.
@@ -91,16 +92,16 @@ def save(
             torch.save(method, buffer)
         except UNPICKLABLE as error:
             raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
-    if known is not None:
+    if allowed is not None:
         try:
-            _unpickled(buffer.getvalue(), known)
+            _unpickled(buffer.getvalue(), allowed)
         except Exception as error:
             raise ConfigError(f"method: cannot be read back from a checkpoint ({_reason(error)}); {KEEP}") from None
     alone = hardware.world == 1
     methods = [buffer.getbuffer()] if alone else [bytearray(data) for data in hardware.gather(buffer.getvalue())]
     if not hardware.main:
         return
-    # As tensors, which are written as they are: bytes would be pickled, copied and checked twice.
+    # Tensors are written without a further copy; bytes objects would be pickled, copied and checked twice.
     stored = [torch.frombuffer(data, dtype=torch.uint8) for data in methods]
     content = {"schema": SCHEMA, "config_hash": config_hash, "learned": life.learned, "steps": life.steps}
     content |= {"rows": life.rows, "costs": life.costs, "referenced": referenced, "methods": stored}
@@ -117,7 +118,7 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
         path: the checkpoint.
         fresh: the method as the current configuration builds it, before the first task.
         config_hash: hash of the current configuration.
-        hardware: this process takes its own method.
+        hardware: the processes; this one takes the method that it has stored.
 
     Raises:
         ConfigError: the file is damaged, belongs to another configuration or backbone, or names anything that the
@@ -132,12 +133,14 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
     data = stored.numpy().tobytes() if isinstance(stored, Tensor) else stored
     method = _read(path, data, parts(fresh))
     if type(method) is not type(fresh):
-        raise ConfigError(f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it")
+        raise ConfigError(
+            f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it to start the run again"
+        )
     loaded, built = _tensors(method), _tensors(fresh)
     for name, digest in content["referenced"].items():
         if name not in loaded or name not in built or tensor_digest(built[name]) != digest:
             raise ConfigError(
-                f"{path}: was made with other backbone weights ({name}); give it the weights it began with"
+                f"{path}: was made with other backbone weights ({name}); name the weights that the run began with"
             )
         loaded[name].data = built[name].data
     life = Life(content["learned"], content["steps"], content["rows"], content["costs"])
@@ -155,7 +158,7 @@ def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:
         return _unpickled(data, allowed)
     except Exception as error:
         raise ConfigError(
-            f"{path}: refused, nothing in it was run ({_reason(error)}); delete it to start again"
+            f"{path}: refused, nothing in it was run ({_reason(error)}); delete it to start the run again"
         ) from None
 
 
@@ -166,30 +169,30 @@ def _unpickled(data: bytes, allowed: list[Any]) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of a message that says what was refused, without advice on how to allow it."""
+    """Return the line of torch's message that says what was refused, without its advice on how to allow it."""
     lines = [line.strip() for line in str(error).splitlines()]
     named = next((line for line in lines if "global" in line.lower()), first_line(error))
     return named.partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0] or named
 
 
 class _Collector(pickle.Pickler):
-    """Notes every class and function that pickling an object names."""
+    """Collects every class and function that the pickle of an object names."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), protocol=2)
-        self.seen: dict[int, Any] = {}
+        self.found: dict[int, Any] = {}
 
     def reducer_override(self, value: Any) -> Any:
-        """Note `value` if it is a class or function, else its class; pickle it in the usual way, numbers apart."""
+        """Collect `value` if it is a class or function, else its class; pickle it as usual, without tensor data."""
         if isinstance(value, torch.UntypedStorage | torch.TypedStorage):
             return int, ()
         part = value if callable(value) and hasattr(value, "__qualname__") else type(value)
-        self.seen[id(part)] = part
+        self.found[id(part)] = part
         return NotImplemented
 
 
 def parts(method: Method) -> list[Any]:
-    """Return the classes and functions a checkpoint of `method` may name.
+    """Return the classes and functions that a checkpoint of `method` may name.
 
     Raises:
         Unstorable: it cannot be pickled.
@@ -199,13 +202,13 @@ def parts(method: Method) -> list[Any]:
         collector.dump(method)
     except UNPICKLABLE as error:
         raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
-    found = list(collector.seen.values())
+    found = list(collector.found.values())
     homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)} | {"clrun.data.split"}
     ours = ("clrun.blocks.", "clrun.learning.")
     for module in [m for name, m in list(sys.modules.items()) if name in homes or name.startswith(ours)]:
         found += [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-    unsafe = {getattr, setattr, eval, exec, __import__}
-    return [part for part in found if getattr(part, "__module__", None) and part not in unsafe]
+    forbidden = {getattr, setattr, eval, exec, __import__}
+    return [part for part in found if getattr(part, "__module__", None) and part not in forbidden]
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -216,13 +219,13 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _by_reference(method: Method, backbone: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Empty the method's tensors that equal the loaded backbone's while it is pickled; yield their digests."""
+    """Empty those tensors of the method that equal the loaded backbone's while the block runs; yield their digests."""
     equal = {name: t for name, t in _tensors(method).items() if name in backbone and tensor_digest(t) == backbone[name]}
-    kept = {name: tensor.data for name, tensor in equal.items()}
+    contents = {name: tensor.data for name, tensor in equal.items()}
     try:
         for tensor in equal.values():
             tensor.data = tensor.data.new_empty(0)
         yield {name: backbone[name] for name in equal}
     finally:
         for name, tensor in equal.items():
-            tensor.data = kept[name]
+            tensor.data = contents[name]

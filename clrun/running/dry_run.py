@@ -1,4 +1,4 @@
-"""`job=dry_run`: what a run would do and about how long it would take, without training it."""
+"""`job=dry_run`: prints what a run would do and an estimate of its time, without training."""
 
 import copy
 import math
@@ -23,8 +23,8 @@ REPEATS = 5
 def dry_run(parts: Parts, job: JobInfo) -> float:
     """Print tasks, classes, parameters, FLOPs and an estimated time; write nothing and return NaN.
 
-    The estimate times a few steps and evaluation batches of a copy of the method that is thrown away. It knows
-    nothing of what a method does outside of its main fit (consolidation, further phases).
+    The estimate rests on the time of a few steps and evaluations of a copy of the method. It leaves out what a method
+    does outside of its main fit (consolidation, further phases).
     """
     hardware = parts.hardware
     hardware.setup(job=job.number or 0, parallel=job.parallel)
@@ -43,7 +43,7 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
     flops = forward_flops(built.backbone, image)
     print(f"input: {built.input}")
     print(f"parameters: {counts['total']:,} ({counts['trainable']:,} trainable)")
-    print("forward FLOPs per image: " + ("not known" if flops is None else f"{flops:,}"))
+    print("forward FLOPs per image: " + ("unknown" if flops is None else f"{flops:,}"))
     print(f"estimated time: {_duration(_estimate(parts, built))} on {hardware.device}")
     return math.nan
 
@@ -60,7 +60,7 @@ def _estimate(parts: Parts, built: Built) -> float:
     rows = len(evaluation.rows(tasks[0]))
     per_row = _median_seconds(lambda: evaluation(method, built.stream, 1, tasks=1), hardware) / max(1, rows)
     evaluations = sum((len(tasks) - task.index) * len(evaluation.rows(task)) for task in tasks) * per_row
-    if method.uses_frozen_features:  # every image once, unless its features are cached; the rest hardly counts
+    if method.uses_frozen_features:  # features of every image are computed once; the rest takes little time
         return sum(len(task.train) + len(evaluation.rows(task)) for task in tasks) * per_row
     limit = job.max_steps or math.inf
     tuning: Any = job.tuning

@@ -1,4 +1,4 @@
-"""The task loop: a learner lives through a stream of tasks and everything worth knowing is recorded."""
+"""The task loop: a learner learns the tasks of a stream in order and is evaluated after each of them."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from clrun.system.seeding import seed_all
 
 
 class Tuning(Protocol):
-    """Learns a task several times to choose hyper-parameters (`clrun.running.tuning`)."""
+    """Learns a task several times to choose its hyper-parameters (`clrun.running.tuning`)."""
 
     def __call__(self, engine: "Engine", method: Method, task: Task) -> tuple[Method, float, dict[str, Any]]:
         """Return the method that has learned `task`, the seconds of the kept training, and the record for run.json."""
@@ -31,17 +31,17 @@ class Engine:
 
     Attributes:
         stream: the tasks.
-        budget: what a fit may spend by default.
-        hardware: what to compute on.
+        budget: length and optimizer of a fit that brings no budget of its own.
+        hardware: device and processes of the run.
         seed: seed of the run.
-        evaluation: how to evaluate.
+        evaluation: evaluates the learner.
         recorder: where to report to.
         eval_initial: evaluate the untrained learner, and each task before it is learned (domain-incremental only:
             elsewhere the classes of an unseen task do not compete yet).
-        eval_every: evaluate every so many optimizer steps too; None does not.
+        eval_every: number of optimizer steps between evaluations within a task; None evaluates after tasks only.
         max_steps: upper limit of the steps of any fit; None for none.
         tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
-        life: what the run has gone through.
+        life: progress of the run; its results are added to it.
     """
 
     stream: Stream
@@ -56,10 +56,14 @@ class Engine:
     tuning: Tuning | None = None
     life: Life = field(default_factory=Life)
     _evaluating: float = 0.0
-    _moved: int = 0  # parameters that the last task's fits moved
+    _moved: int = 0  # number of parameters that the fits of the last task have trained
 
     def run(self, method: Method) -> Method:
-        """Let `method` learn the tasks that are not learned yet, in order; return it, or the copy that lived on."""
+        """Let `method` learn the tasks that are not learned yet, in order.
+
+        Returns:
+            The learner after the last task: `method`, or with tuning the copy of it whose training was kept.
+        """
         self.hardware.place(method)
         if self.hardware.compile:
             method.backbone.compile()
@@ -95,13 +99,19 @@ class Engine:
         return method
 
     def _images(self, task: Task, steps: int) -> int:
-        """Return the training images that passed through the network: rows of all steps, or one pass without steps."""
+        """Return the number of training images that passed through the network: one pass when no step was taken."""
         return steps * min(self.budget.batch_size, len(task.train)) if steps else len(task.train)
 
     def train(self, method: Method, ctx: Context, *, initial: bool = True) -> float:
-        """Let `method` learn the task of `ctx`; return the seconds it took, without evaluations.
+        """Let `method` learn the task of `ctx`.
 
-        `initial`: evaluate before the first task, where the run does so and has not yet.
+        Args:
+            method: the learner.
+            ctx: context of the task.
+            initial: evaluate the untrained learner before the first task, if the run does so and has not done it yet.
+
+        Returns:
+            The seconds of learning, without those of evaluations.
         """
         self._evaluating, task = 0.0, ctx.task
         seed_all(ctx.seed, "task", task.id)
@@ -125,7 +135,7 @@ class Engine:
         return self.eval_initial and self.stream.setting == "dil"
 
     def context(self, method: Method, task: Task) -> Context:
-        """Return what the method may know while it learns `task`."""
+        """Return the context in which `method` learns `task`."""
 
         def on_step(progress: Progress) -> None:
             self.life.steps += 1
@@ -141,16 +151,16 @@ class Engine:
         )
 
     def _evaluate(self, method: Method, learned: int) -> None:
-        """Evaluate the learned tasks, and the next one where it can be read before it is learned."""
+        """Evaluate the learned tasks, and the next one where the run evaluates tasks before they are learned."""
         ahead = min(learned + 1, len(self.stream.tasks)) if self._initial else learned
         self._record(self.evaluation(method, self.stream, learned, tasks=ahead), "end")
 
     def _evaluate_during(self, method: Method, task: Task) -> None:
-        """Evaluate in the middle of a task, whose classes compete already."""
+        """Evaluate in the middle of `task`; its classes compete already."""
         self._record(self.evaluation(method, self.stream, task.index, candidates=task.index + 1), "during")
 
     def _record(self, rows: list[Row], phase: str) -> None:
-        """Keep rows for the checkpoint and hand them to the recorder."""
+        """Add rows to those of the checkpoint and report them."""
         rows = [{"step": self.life.steps, **row, "phase": phase} for row in rows]
         self.life.rows += rows
         self.recorder.rows(rows)

@@ -17,9 +17,9 @@ from clrun.system.hardware import Hardware
 
 Row = dict[str, Any]  # one line of accuracy.csv
 Constants = WeakKeyDictionary[nn.Module, dict[int, list[Tensor | None]]]  # by backbone, task id and batch
-PREPARED = 2**23  # bytes of prepared rows kept from one evaluation to the next
-KEEP = 2**20  # logits held back before they are counted: counting once is cheaper than counting every batch
-FLOOR = math.log(1e-12)  # of one sample's log-likelihood
+PREPARED = 2**23  # bytes of prepared rows that are stored from one evaluation to the next
+COUNTED_AT_ONCE = 2**20  # logits that are collected before they are counted: fewer counts are faster
+FLOOR = math.log(1e-12)  # lower bound of the log-likelihood of one sample
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Evaluation:
     """How learners are evaluated.
 
     Attributes:
-        hardware: where; processes share the rows of each split.
+        hardware: the device; each process of a run evaluates its part of the rows.
         split: "test" or "val".
-        batch_size: rows of a forward pass.
-        max_rows: at most so many rows of a task, evenly spaced; None for all.
+        batch_size: rows per forward pass.
+        max_rows: evaluate at most this many rows per task, evenly spaced; None evaluates all.
     """
 
     hardware: Hardware
@@ -49,16 +49,16 @@ class Evaluation:
         return split.select(torch.linspace(0, len(split) - 1, self.max_rows, device=split.y.device).long())
 
     def settings(self, method: Method, stream: Stream) -> tuple[Setting, ...]:
-        """Return the settings that `method` can be read in on this stream."""
+        """Return the settings in which `method` can be evaluated on this stream."""
         if stream.setting == "dil":
             return ("dil",)
         return ("til",) if method.needs_task_id else ("cil", "til")
 
     def logits(self, method: Method, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (logits [n, C] float, labels [n]) of this process's share of the task's rows."""
+        """Yield (logits [n, C] float32, labels [n]) of the rows of the task that this process evaluates."""
         position = task.index if method.needs_task_id else None
         constants = self._constants.setdefault(method.backbone, {}).setdefault(task.id, [])
-        kept: list[tuple[Tensor, Tensor]] = []
+        collected: list[tuple[Tensor, Tensor]] = []
         for number, (x, y) in enumerate(self._batches(task)):
             with self.hardware.autocast():
                 if number == len(constants):
@@ -68,15 +68,15 @@ class Evaluation:
                     logits = method.forward_with(constant, x, position)
                 else:
                     logits = method(x) if position is None else method(x, position)
-            kept.append((logits.float(), y))
-            if len(kept) * logits.numel() > KEEP:
-                yield _joined(kept)
-                kept = []
-        if kept:
-            yield _joined(kept)
+            collected.append((logits.float(), y))
+            if len(collected) * logits.numel() > COUNTED_AT_ONCE:
+                yield _joined(collected)
+                collected = []
+        if collected:
+            yield _joined(collected)
 
     def _batches(self, task: Task) -> Iterable[tuple[Tensor, Tensor]]:
-        """Return (x, labels) of this process's share of the task's rows; small tasks are prepared only once."""
+        """Return the batches (x, labels) that this process evaluates; those of small tasks are prepared once."""
         if task.id in self._prepared:
             return self._prepared[task.id]
         shard = (self.hardware.rank, self.hardware.world)
@@ -85,7 +85,7 @@ class Evaluation:
         first = next(batches, None)
         if first is None:
             return ()
-        room = PREPARED - sum(x.nbytes for kept in self._prepared.values() for x, _ in kept)
+        room = PREPARED - sum(x.nbytes for batches_of_task in self._prepared.values() for x, _ in batches_of_task)
         if first[0][0].nbytes * len(self.rows(task)) > room:
             return chain([first], batches)
         self._prepared[task.id] = [first, *batches]
@@ -128,7 +128,7 @@ class Evaluation:
         return rows
 
     def accuracy(self, method: Method, stream: Stream, task: Task) -> float:
-        """Return the share of the rows of `task` that `method` has right, as the last task learned, in its setting."""
+        """Return the accuracy (a fraction) on `task`, the last one learned, in the setting of the stream."""
         training = method.training
         method.eval()
         own = stream.members[task.index].to(self.hardware.device)
@@ -141,7 +141,7 @@ class Evaluation:
     def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor) -> Tensor:
         """Return [S, 3] sums over the task's rows: correct, argmax in the true task, negative log-likelihood.
 
-        `masks` is [S, C], one row a setting; `own` is [C], the classes of the task.
+        `masks` is [S, C], one row per setting; `own` is [C], the classes of the task.
         """
         counts = torch.zeros(len(masks), 3, dtype=torch.float64, device=masks.device)
         for logits, y in self.logits(method, task):

@@ -1,4 +1,4 @@
-"""Starting runs: one, or the jobs of a sweep through any launcher; all is checked before anything starts."""
+"""Starts one run, or the jobs of a sweep through any launcher; all configurations are checked before a run starts."""
 
 import json
 import math
@@ -27,7 +27,8 @@ from clrun.system.errors import ConfigError, one_line
 from clrun.system.files import missing_folders, remove_empty, writing
 from clrun.system.processes import core_count, torchrun_rank
 
-JOBS_STARTED = "CLRUN_JOBS_STARTED"  # tells the jobs of a parallel launcher how many were started together
+# Environment variable with the number of jobs that a parallel launcher starts together; the jobs read it.
+JOBS_STARTED = "CLRUN_JOBS_STARTED"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def task(cfg: DictConfig) -> float:
         hydra={f"{name}.yaml": OmegaConf.to_yaml(node) for name, node in texts.items()},
     )
     try:
-        check(config, choices)  # again: sweepers that choose values as they go could not be checked beforehand
+        check(config, choices)  # again: values that a sweeper chooses during the sweep could not be checked before it
         return run_config(config, Path(hydra.runtime.output_dir), job=info)
     except Exception as error:
         if sweep and not isinstance(error, ConfigError):
@@ -121,7 +122,7 @@ def _check(cfgs: Sequence[DictConfig | ConfigError]) -> None:
 
 
 def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list[str]:
-    """Return the problems of one configuration; `seen` keeps those of data and machine, the same for many runs."""
+    """Return the problems of one configuration; `seen` stores those of data and machine for further runs."""
     if isinstance(cfg, ConfigError):
         return str(cfg).splitlines()
     try:
@@ -130,7 +131,7 @@ def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list
     except ConfigError as error:
         return str(error).splitlines()
     if _slurm(cfg):
-        return []  # the run will see another machine
+        return []  # the run will have another machine
     groups = ("dataset", "scenario", "task_order", "backbone", "hardware", "job")
     key = json.dumps([config[group] for group in groups])
     if key not in seen:
@@ -174,9 +175,9 @@ def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
 
 
 class _Composed:
-    """Hydra's loader of configurations, which hands out, once each, what was composed for the check.
+    """Hydra's loader of configurations. It returns each configuration that was composed for the check once.
 
-    Composing takes longer than all else that happens around a short run.
+    Composing a configuration again would take longer than everything else around a short run.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -204,7 +205,7 @@ class _FailureCollector(Launcher):
         self.failed: list[JobReturn] = []
 
     def setup(self, **arguments: Any) -> None:
-        """Do nothing: the launcher within is set up."""
+        """Do nothing: the launcher that does the work is set up already."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Launch the jobs; a failed one counts as completed with the value NaN."""
@@ -237,7 +238,7 @@ def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> 
 def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, show: Callable[[str], None]) -> Any:
     """Return Hydra's sweeper, after every combination that it will run has been checked.
 
-    Sweepers that choose values as they go cannot be asked; their jobs are checked one by one, by `task`.
+    Sweepers that choose values during the sweep have no list of combinations; `task` checks each of their jobs.
     """
     if _slurm(cfg) and shutil.which("srun") is None:
         raise ConfigError("hydra/launcher=submitit_slurm: no Slurm here (no srun); use joblib or submitit_local")
@@ -255,7 +256,7 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, 
             _check(jobs)
             pairs = zip(combinations, jobs, strict=True)
             loader.found = {tuple(c): job for c, job in pairs if serial and not isinstance(job, ConfigError)}
-            sweeper.validate_batch_is_legal = lambda batch: None  # done, in clearer words
+            sweeper.validate_batch_is_legal = lambda batch: None  # `_check` has done it, with clearer messages
             show(f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}")
     except HydraException as error:  # of the sweep's own options: no run has started
         raise ConfigError(one_line(error)) from error
@@ -263,7 +264,7 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, 
 
 
 def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]) -> list[DictConfig | ConfigError]:
-    """Return the configuration of every combination, or the mistake in it; sharing a folder is one."""
+    """Return the configuration of every combination, or the mistake in it; two jobs in one folder are a mistake."""
     found: list[DictConfig | ConfigError] = []
     folders: dict[Path, str] = {}
     for number, overrides in enumerate(combinations):
@@ -290,7 +291,7 @@ def _refresh(folder: Path, show: Callable[[str], None]) -> None:
 
 
 def _failure(job: JobReturn) -> str:
-    """Return one line on a failed job; its folder is removed when the job has left nothing there."""
+    """Return one line about a failed job; remove its folder if it is empty."""
     error, folder = job._return_value, Path(job.hydra_cfg.hydra.runtime.output_dir)  # type: ignore[union-attr]
     remove_empty([folder])
     mistake = isinstance(error, ConfigError)

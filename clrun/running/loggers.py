@@ -1,4 +1,4 @@
-"""Sinks beside the files of a run: the console (bars, matrix rows, final table, clrun.log) and TensorBoard."""
+"""Where a run is shown while it runs: the console (bars, matrix rows, final table, clrun.log) and TensorBoard."""
 
 import sys
 from pathlib import Path
@@ -13,39 +13,40 @@ from clrun.system.errors import ConfigError
 from clrun.system.files import writing
 from clrun.system.libraries import not_installed
 
-Show = Literal["all", "end", "nothing"]  # on the terminal: everything, one line at the end (jobs side by side), nothing
+# What is printed on the terminal; "end" is one line at the end, for jobs of a sweep that run at the same time.
+Show = Literal["all", "end", "nothing"]
 
 
 @runtime_checkable
 class Logger(Protocol):
-    """A sink. Every method is called on the main process only."""
+    """Shows a run while it runs; a recorder calls every method of it, on the main process only."""
 
     def start(self, run: dict[str, Any], stream: Stream, folder: Path, *, show: Show) -> None:
         """Begin or continue a run; `run` is the content of run.json."""
 
     def begin_task(self, task: Task) -> None:
-        """Note that `task` begins."""
+        """Show that `task` begins."""
 
     def step(self, progress: Progress) -> None:
-        """Note an optimizer step."""
+        """Show an optimizer step."""
 
     def log(self, record: dict[str, Any]) -> None:
-        """Note numbers of training."""
+        """Show numbers of training (loss, learning rate, penalties)."""
 
     def end_task(self, run: dict[str, Any]) -> None:
-        """Note that a task is learned and evaluated; `run` is the content of run.json so far."""
+        """Show that a task is learned and evaluated; `run` is the content of run.json so far."""
 
     def finish(self, run: dict[str, Any]) -> None:
-        """Note the end of the run."""
+        """Show the end of the run."""
 
     def close(self) -> None:
-        """Let go of files; called after success and failure."""
+        """Close files; called after success and after failure."""
 
 
 class Console:
     """Prints a row of the accuracy matrix after each task and a table at the end; the text also goes to clrun.log.
 
-    On a terminal two bars move meanwhile: tasks, and the steps of the running fit.
+    On a terminal two bars show the progress meanwhile: tasks, and the steps of the running fit.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Console:
         self._folder = Path()
 
     def start(self, run: dict[str, Any], stream: Stream, folder: Path, *, show: Show) -> None:
-        """Print what the run is; open the bars on a terminal."""
+        """Print the header of the accuracy matrix; open the bars on a terminal."""
         self._show, self._folder = show, folder
         with writing(folder / "clrun.log"):
             self._file = (folder / "clrun.log").open("a", encoding="utf-8")
@@ -108,7 +109,7 @@ class Console:
             self._file = None
 
     def _print(self, text: str) -> None:
-        """Write a line above the bars, unless silenced, and into clrun.log."""
+        """Write a line into clrun.log and, if everything is shown, above the bars."""
         if self._show == "all":
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
@@ -141,7 +142,7 @@ class TensorBoard:
         self._steps = 0
 
     def start(self, run: dict[str, Any], stream: Stream, folder: Path, *, show: Show) -> None:
-        """Open the event file; the console goes on beside it."""
+        """Open the event file and start the console."""
         self._console.start(run, stream, folder, show=show)
         self._writer = self._open(str(folder / "tensorboard"))
         self._steps = run["cost"]["tasks"][-1]["steps"] if run["cost"]["tasks"] else 0
@@ -151,12 +152,12 @@ class TensorBoard:
         self._console.begin_task(task)
 
     def step(self, progress: Progress) -> None:
-        """Count the steps of the run."""
+        """Count the step and pass it on to the console."""
         self._steps += 1
         self._console.step(progress)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Write every number of the record over the steps of the run."""
+        """Write every number of the record against the steps of the run."""
         self._console.log(record)
         step = self._steps + ("step" in record)  # the loss of a step comes before the step is counted
         for name, value in record.items():
@@ -164,7 +165,7 @@ class TensorBoard:
                 self._writer.add_scalar(f"train/{name}", value, step)
 
     def end_task(self, run: dict[str, Any]) -> None:
-        """Write the last row of each accuracy matrix over the number of tasks learned."""
+        """Write the last row of each accuracy matrix against the number of tasks learned."""
         self._console.end_task(run)
         for setting, matrix in run["accuracy_matrix"].items():
             learned = _learned(run)

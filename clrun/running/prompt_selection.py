@@ -1,4 +1,4 @@
-"""How often each prompt, or component of a task, is chosen for the images of each task: a collapse shows."""
+"""How often each prompt or component is chosen for the images of each task; shows when few of them are ever used."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from clrun.running.evaluation import Evaluation
 
 
 def selection_counts(method: Method, stream: Stream, evaluation: Evaluation) -> dict[str, Any]:
-    """Return {"selection": {...}} for run.json, or {} for a method that chooses nothing.
+    """Return {"selection": {...}} for run.json, or {} for a method that chooses no components.
 
     `counts` is [T, M]: for the evaluated rows of each task, by position, how often each component was chosen; `used` is
     the number of components ever chosen, `entropy` the entropy of all choices relative to an even spread (0 to 1).

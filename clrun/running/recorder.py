@@ -26,7 +26,7 @@ from clrun.running.accounting import (
     token_count,
     versions,
 )
-from clrun.running.backbone_reuse import fact
+from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
 from clrun.running.checkpoint import Life, Unstorable
 from clrun.running.evaluation import Evaluation, Row
@@ -310,7 +310,7 @@ class Recorder:
                 backbone=self.backbone_digests,
                 hardware=self.hardware,
                 flush=flush,
-                known=self.storable if life.learned == 1 else None,
+                allowed=self.storable if life.learned == 1 else None,
             )
         except Unstorable as error:
             if self.options.resume or self.options.keep_checkpoint:
@@ -333,7 +333,7 @@ def _flops(built: Built, method: Method) -> int | None:
     total = forward_flops(method, next(built.stream.tasks[0].test.batches(1)).x, *task)
     if method.uses_frozen_features and total is not None:
         image = next(built.images.tasks[0].test.batches(1)).x
-        extracting = fact(
+        extracting = remembered(
             built.backbone, f"flops of {tuple(image.shape)}", lambda: forward_flops(built.backbone, image)
         )
         return None if extracting is None else total + extracting

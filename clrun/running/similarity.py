@@ -1,4 +1,4 @@
-"""How alike the tasks of a stream are, in features of a frozen backbone or in the names of their classes."""
+"""Similarity of the tasks of a stream, from features of the backbone or from the names of their classes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,20 @@ from clrun.blocks.params import eval_mode
 from clrun.data.stream import Stream
 from clrun.results.metrics import Floats
 
-ROWS = 100  # training rows of each class of a task whose features are averaged
+ROWS = 100  # number of training rows per class whose features are averaged
 
 
 def task_similarities(stream: Stream, backbone: nn.Module, similarity: Literal["features", "names"]) -> Floats:
     """Return [T, T] by task id: the mean cosine of the classes of one task with those of the other.
 
-    Features are class means less their mean over all classes, of at most 100 training rows of a class in a task; names
-    are compared by their runs of three letters.
+    With "features", the vector of a class is the mean feature of at most 100 of its training rows in the task,
+    minus the mean over all classes. With "names", it counts the runs of three letters in the name of the class.
     """
     tasks = sorted(stream.tasks, key=lambda task: task.id)
     if similarity == "names":
         vectors = [_letters([stream.class_names[c] for c in task.classes.tolist()]) for task in tasks]
-        shared = sorted({key for own in vectors for key in own})
-        rows = np.array([[own.get(key, 0.0) for key in shared] for own in vectors]).reshape(len(tasks), len(shared))
+        runs = sorted({run for own in vectors for run in own})
+        rows = np.array([[own.get(run, 0.0) for run in runs] for own in vectors]).reshape(len(tasks), len(runs))
     else:
         means = [_class_means(stream, backbone, task.index) for task in tasks]
         centre = np.concatenate(means).mean(axis=0)
@@ -48,7 +48,7 @@ def _class_means(stream: Stream, backbone: nn.Module, position: int) -> Floats:
 
 
 def _letters(names: Sequence[str]) -> Mapping[str, float]:
-    """Return the mean over names of the unit vectors of their runs of three letters, by run."""
+    """Return, by run of three letters, the mean over `names` of their counts of runs, each scaled to length 1."""
     total: dict[str, float] = defaultdict(float)
     for name in names:
         text = f"  {name.lower().replace('_', ' ')}  "

@@ -1,4 +1,4 @@
-"""Hyper-parameters from the data of the current task alone: the stability-plasticity framework.
+"""Chooses hyper-parameters from the data of the current task alone: the stability-plasticity framework.
 
 De Lange et al., "A continual learning survey: Defying forgetting in classification tasks", TPAMI 2021, arXiv
 1909.08383. Deviations: every training has the run's budget, whose length is fixed (there: until validation accuracy
@@ -28,26 +28,26 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class StabilityDecay:
-    """Maximal plasticity search, then stability decay, for each task; the data of other tasks play no part.
+    """Maximal plasticity search, then stability decay, for each task; data of other tasks are not used.
 
     Plasticity: the network as the task finds it is finetuned with every learning rate of the grid; the best validation
     accuracy of the task is A*. Stability: the method learns the task from the same state with the best learning rate;
     while its own accuracy stays below (1 - drop) A*, its knobs are decayed and it learns the task again, from the same
-    state. The last training is kept, converged or not, and the knobs go on to the next task as they then stand: after
-    `max_attempts` in vain, decayed once more than in the last training.
+    state. The last training is kept, converged or not, and the next task begins with its knobs. If `max_attempts`
+    trainings did not converge, the knobs are decayed once more before the next task.
 
-    A method without knobs has the first phase only, in which it learns the task in its own way, and keeps the best
-    training. Only the learning rate of `budget` is searched, not those of budgets among a method's options. Accuracy is
-    that of the run's setting, measured after the method's `end_task`.
+    A method without knobs has the first phase only: it learns the task itself, instead of finetuning, and the best
+    training is kept. Only the learning rate of `budget` is searched, not those of budgets among a method's options.
+    Accuracy is that of the run's setting, measured after the method's `end_task`.
 
     Attributes:
-        lrs: the grid; of equal accuracies, the first in the list wins.
-        first_lrs: tried before the grid, in the first task.
-        repeats: r, seeds over which the accuracy of a learning rate is averaged; the run's own comes first.
-        drop: p, margin below A* that is accepted.
-        decay: a, factor of each decay.
-        max_attempts: trainings of the second phase, at most.
-        reset: whether every task begins with the configured knobs, and not with those left by the last one.
+        lrs: the grid of learning rates; of equal accuracies, the first in the list wins.
+        first_lrs: learning rates tried before the grid, on the first task only.
+        repeats: r, number of seeds over which the accuracy of a learning rate is averaged; the first is the run's own.
+        drop: p, the relative drop below A* that is accepted.
+        decay: a, the factor of each decay.
+        max_attempts: largest number of trainings in the second phase.
+        reset: whether every task begins with the configured knobs instead of those that the task before left.
     """
 
     lrs: list[Positive]
@@ -59,11 +59,11 @@ class StabilityDecay:
     reset: bool
 
     def __post_init__(self) -> None:
-        """Check what ranges cannot say."""
+        """Check what the declared ranges do not cover."""
         if not self.lrs:
             raise ConfigError("job.tuning.lrs: empty; give at least one learning rate")
         if self.decay == 1:
-            raise ConfigError("job.tuning.decay: 1 decays nothing; use a factor below 1")
+            raise ConfigError("job.tuning.decay: a factor of 1 leaves the knobs unchanged; use a factor below 1")
 
     def check(self, budget: Budget) -> None:
         """Check that there is a learning rate to search.
@@ -75,7 +75,7 @@ class StabilityDecay:
             raise ConfigError("job.tuning: budget.optimizer has no option lr, whose value could be searched")
 
     def trainings(self, method: Method, task: Task) -> int:
-        """Return how often `task` is learned at least."""
+        """Return the smallest number of trainings of `task`."""
         return len(self._grid(task)) * self.repeats + bool(method.knobs)
 
     def _grid(self, task: Task) -> list[float]:
@@ -86,12 +86,12 @@ class StabilityDecay:
         """Search while learning `task`.
 
         Args:
-            engine: does the trainings; its life counts the steps of the kept one alone.
-            method: as the task finds it; not used afterwards.
+            engine: does the trainings; of their steps, those of the training that is kept count for the run.
+            method: the learner before the task; it must not be used afterwards.
             task: the current task.
 
         Returns:
-            The learner that has learned the task, the seconds of the training kept, and what was tried.
+            The learner that has learned the task, the seconds of the kept training, and a record of all trainings.
         """
         start = read(method, method.knobs)
         if self.reset and engine.life.costs:
@@ -142,11 +142,11 @@ class _Trial:
     """One training of the task.
 
     Attributes:
-        method: the learner afterwards.
-        accuracy: of the task's validation rows, a fraction; 0 when training left the numbers.
-        steps: of the optimizer.
-        seconds: of learning.
-        error: the end of a training that left the numbers.
+        method: the learner after the training.
+        accuracy: on the task's validation rows, a fraction; 0 when the loss was not finite.
+        steps: number of optimizer steps.
+        seconds: time of learning.
+        error: the error of a training whose loss was not finite; else None.
     """
 
     method: Method
@@ -161,12 +161,12 @@ class _Trials:
     """Trainings of one task, each from the same state and with the same random numbers.
 
     Attributes:
-        engine: trains.
-        method: as the task finds it; every training has a copy.
+        engine: does the trainings.
+        method: the learner before the task; every training uses a copy.
         task: the task.
-        steps: of the run before the task.
-        count: trainings so far.
-        evaluation: as the run's, of validation rows.
+        steps: number of optimizer steps of the run before the task.
+        count: number of trainings so far.
+        evaluation: evaluates validation rows, otherwise as the run does.
     """
 
     engine: Engine
@@ -177,18 +177,18 @@ class _Trials:
     evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
-        """Note where the run stands, and how it evaluates."""
+        """Take the number of steps and the evaluation from the engine."""
         self.steps = self.engine.life.steps
         self.evaluation = replace(self.engine.evaluation, split="val")
 
     def run(self, lr: float, *, repeat: int = 0, plain: bool = False, knobs: Values | None = None) -> _Trial:
-        """Learn the task from the state in which the run met it.
+        """Learn the task, from the state before it.
 
         Args:
             lr: learning rate of the budget.
             repeat: 0 for the seed of the run.
-            plain: finetune the network instead.
-            knobs: values of the method's knobs; None leaves them.
+            plain: finetune the network instead of training the method.
+            knobs: values for the method's knobs; None leaves them unchanged.
         """
         engine = self.engine
         method = _finetuning(self.method) if plain else copy.deepcopy(self.method)
@@ -209,7 +209,7 @@ class _Trials:
             seconds = engine.train(method, ctx, initial=not plain and not repeat)
         except NumericalError as error:
             if engine.hardware.world > 1:
-                raise  # not every process need have seen it
+                raise  # the other processes may not have seen it and would wait
             return _Trial(method, 0.0, engine.life.steps - self.steps, math.nan, error)
         accuracy = self.evaluation.accuracy(method, engine.stream, self.task)
         return _Trial(method, accuracy, engine.life.steps - self.steps, seconds)
@@ -223,5 +223,5 @@ def _finetuning(method: Method) -> Method:
 
 
 def _since(begun: float) -> float:
-    """Return the seconds since a reading of the clock."""
+    """Return the seconds since `begun`, a value of time.perf_counter."""
     return time.perf_counter() - begun

@@ -1,6 +1,7 @@
-"""`task_order=adversarial`: runs the search for the worst order, each order in a folder of its own below the search's.
+"""`task_order=adversarial`: searches for the worst order; each order is a run in a folder below that of the search.
 
-order_search.json is its path: every order tried, its accuracy, what it was made from, and whether it was run or reused.
+order_search.json records the search: every order tried, its accuracy, the order it was made from, and whether it was
+run or reused from an earlier run.
 """
 
 import math
@@ -30,31 +31,31 @@ from clrun.system.files import json_text, replacing
 from clrun.system.processes import under_torchrun
 
 RunOrder = Callable[[Parts, Path, JobInfo], float]
-HIDDEN = ("task_order.budget",)  # may change when a search goes on
+HIDDEN = ("task_order.budget",)  # options that may change when a search is continued
 
 
 def search_worst_order(parts: Parts, out: Path, job: JobInfo, *, run: RunOrder) -> float:
-    """Search in the folder `out`, or go on with what is there; write the record, then tables and report.html.
+    """Search in the folder `out`, or continue the search that is there; write the record, then tables and report.html.
 
-    A run that fails has no accuracy, and the search goes on without it; when the first one fails, it ends.
+    The search goes on when a run fails, whose order then has no accuracy; it ends when the first run fails.
 
     Args:
         parts: of the configuration; its task order is `clrun.data.order_search.adversarial`.
         out: the folder of the search.
-        job: how it was started.
+        job: how the search was started.
         run: runs one configuration in one folder and returns its final average accuracy.
 
     Returns:
-        The lowest accuracy; NaN without any.
+        The lowest accuracy found; NaN when no run has one.
 
     Raises:
         ConfigError: a mistake of the user.
         Exception: the first error that ended a run, after the search.
     """
     if under_torchrun():
-        raise ConfigError("task_order=adversarial: runs many runs; use hardware.processes instead of torchrun")
+        raise ConfigError("task_order=adversarial: starts many runs; set hardware.processes instead of using torchrun")
     if parts.job.max_tasks is not None:
-        raise ConfigError("job.max_tasks: orders would differ in the tasks that are learned; set it to null")
+        raise ConfigError("job.max_tasks: with a limit, orders would differ in the learned tasks; set it to null")
     stream = build_stream(parts, parts.load_dataset(), canonical, Plain())
     folder = RunFolder(out)
     stored = read_search(out / RECORD) if parts.job.resume and (out / RECORD).exists() else None
@@ -74,7 +75,7 @@ def search_worst_order(parts: Parts, out: Path, job: JobInfo, *, run: RunOrder) 
 
 
 class _Searcher:
-    """Drives the search and keeps its record."""
+    """Runs the orders that the search proposes and writes its record."""
 
     def __init__(self, parts: Parts, out: Path, job: JobInfo, stream: Stream, run: RunOrder) -> None:
         self.parts, self.out, self.job, self.run, self.setting = parts, out, job, run, stream.setting
@@ -102,9 +103,9 @@ class _Searcher:
         }
 
     def search(self, stored: Config | None) -> None:
-        """Reuse what is there, then try orders until the budget is spent or all were tried."""
-        known = self._known() if stored is None else [t for t in stored["trials"] if t["source"] == "earlier run"]
-        for trial in known:
+        """Take over the accuracies of earlier runs, then run orders until the budget is spent or all are tried."""
+        earlier = self._earlier() if stored is None else [t for t in stored["trials"] if t["source"] == "earlier run"]
+        for trial in earlier:
             self._note(trial | {"order": tuple(trial["order"])})
             self.state.know(tuple(trial["order"]), _number(trial["accuracy"]))
         self._write()
@@ -116,7 +117,7 @@ class _Searcher:
         self._write()
 
     def lowest(self) -> float:
-        """Return the lowest accuracy; NaN without any."""
+        """Return the lowest accuracy so far; NaN without one."""
         worst = self.state.worst()
         return math.nan if worst is None else self.state.accuracies[worst]
 
@@ -130,12 +131,12 @@ class _Searcher:
         overrides += ["task_order=listed", f"task_order.tasks=[{','.join(map(str, tasks))}]"]
         status, accuracy = "completed", math.nan
         try:
-            accuracy = _tied(self.run(parts, folder, replace(self.job, overrides=overrides, hydra={})))
+            accuracy = _rounded(self.run(parts, folder, replace(self.job, overrides=overrides, hydra={})))
         except ConfigError:
             raise
         except Exception as error:
             if self.state.worst() is None:
-                raise  # no order works
+                raise  # this configuration fails in any order
             traceback.print_exc()
             status, self.error = "failed", self.error or error
         parent = None if proposal.parent is None else self.numbers[proposal.parent]
@@ -174,24 +175,24 @@ class _Searcher:
         with replacing(self.out / RECORD) as file:
             file.write(json_text(self.record, indent=1).encode())
 
-    def _known(self) -> list[dict[str, Any]]:
-        """Return finished runs of the same configuration in any order, the first of equals, as trials."""
+    def _earlier(self) -> list[dict[str, Any]]:
+        """Return completed runs of the same configuration in any task order as trials; one run per order."""
         own, found = _hash(self.parts.config, ("task_order",)), dict[Order, dict[str, Any]]()
         runs = collect([Path(folder) for folder in self.options["reuse"]])[0]
         for run in sorted(runs, key=lambda one: str(one.folder)):
             accuracy = run.metrics.get(self.setting, {}).get("average_accuracy")
-            if accuracy is not None and self._alike(run, own):
-                trial = {"order": run.order, "accuracy": _tied(accuracy), "source": "earlier run"}
+            if accuracy is not None and self._is_comparable(run, own):
+                trial = {"order": run.order, "accuracy": _rounded(accuracy), "source": "earlier run"}
                 trial |= {"parent": None, "move": "", "reused": True, "status": "completed", "folder": str(run.folder)}
                 found.setdefault(run.order, trial)
         return list(found.values())
 
-    def _alike(self, run: Run, own: str) -> bool:
+    def _is_comparable(self, run: Run, own: str) -> bool:
         complete = run.status == "completed" and len(run.order) == self.state.n_tasks
         return complete and _hash(run.config, ("task_order",)) == own
 
     def _again(self) -> str:
-        """Return the command that runs the worst order with other seeds, but for the order."""
+        """Return the command that repeats an order with other seeds; the order itself is to be added."""
         words = [o for o in self.job.overrides if not o.startswith(("task_order", "seed=", "hydra."))]
         return shlex.join(["clrun", "-m", *words, "seed=range(1,6)", "task_order=listed"])
 
@@ -205,8 +206,8 @@ def _hash(config: Config, without: tuple[str, ...]) -> str:
     return config_hash({key: value for key, value in flatten(config).items() if not at_or_below(key, without)})
 
 
-def _tied(accuracy: float) -> float:
-    """Return a mean over tasks without the rounding errors that depend on the order in which they are added."""
+def _rounded(accuracy: float) -> float:
+    """Return a mean over tasks rounded to 12 digits, so that the order of its sum does not matter."""
     return round(accuracy, 12)
 
 

@@ -393,11 +393,11 @@ FOUND_BY_BUDGET_AND_JOB = {
     "choice of nothing": (["job=stability_decay", "job.tuning.lrs=[]"], "job.tuning.lrs: empty; give at least one ..."),
     "decay of 1": (
         ["job=stability_decay", "job.tuning.decay=1"],
-        "job.tuning.decay: 1 decays nothing; use a factor ...",
+        "job.tuning.decay: a factor of 1 leaves the knobs unchanged; use a factor ...",
     ),
     "many trainings looked into": (
         ["job=stability_decay", "job.eval_every=3"],
-        "job.eval_every: evaluates one training of a task, job.tuning does many; set it to null",
+        "job.eval_every: excludes job.tuning, which learns each task several times; set one of them to null",
     ),
     "word for a choice": (["job.tuning=all"], "job.tuning: expected a node with a _target_ or null, got 'all'"),
     "cache of no name": (

@@ -163,7 +163,7 @@ def test_a_cache_that_cannot_be(value: str, line: str, command) -> None:
 
 def test_augmentation_without_effect_is_noted(tmp_path: Path) -> None:
     run(tmp_path / "r", "method=simplecil", "backbone=mlp", "dataset.augment=[crop]")
-    assert any("dataset.augment is without effect" in note for note in stored(tmp_path / "r")["notes"])
+    assert any("dataset.augment has no effect" in note for note in stored(tmp_path / "r")["notes"])
 
 
 def test_forgetting_as_a_user_asks_for_it(command) -> None:
@@ -193,12 +193,12 @@ def test_backbones_are_reused_by_frozen_learners_alone(tmp_path: Path) -> None:
         return torch.nn.Linear(2, 2)
 
     seed_all(0)
-    first = frozen.reuse("a", new)
-    assert frozen.reuse("a", new) is first and len(made) == 1
-    assert frozen.fact(first, "x", lambda: 1) == 1 and frozen.fact(first, "x", lambda: 2) == 1
-    assert frozen.fact(torch.nn.Linear(2, 2), "x", lambda: 2) == 2
-    assert frozen.reuse("b", new) is not first
-    assert frozen.fact(first, "x", lambda: 3) == 3
+    first = frozen.reused_backbone("a", new)
+    assert frozen.reused_backbone("a", new) is first and len(made) == 1
+    assert frozen.remembered(first, "x", lambda: 1) == 1 and frozen.remembered(first, "x", lambda: 2) == 1
+    assert frozen.remembered(torch.nn.Linear(2, 2), "x", lambda: 2) == 2
+    assert frozen.reused_backbone("b", new) is not first
+    assert frozen.remembered(first, "x", lambda: 3) == 3
 
 
 def test_a_short_run_waits_for_the_disk_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

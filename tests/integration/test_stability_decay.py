@@ -103,10 +103,10 @@ def test_the_smoke_preset_is_cheap(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ((), "job.tuning: needs validation rows of every task; set dataset.val_fraction above 0, e.g. 0.1"),
-        (("job.eval_every=5",), "job.eval_every: evaluates one training of a task, job.tuning does many"),
+        (("job.eval_every=5",), "job.eval_every: excludes job.tuning, which learns each task several times"),
         (("job.tuning.lrs=[]",), "job.tuning.lrs: empty; give at least one learning rate"),
         (("job.tuning.lrs=[0]",), "job.tuning.lrs: in each item must be greater than 0, got [0]"),
-        (("job.tuning.decay=1",), "job.tuning.decay: 1 decays nothing"),
+        (("job.tuning.decay=1",), "job.tuning.decay: a factor of 1 leaves the knobs unchanged"),
         (("job.tuning.drop=2",), "job.tuning.drop: must be at most 1, got 2"),
         (("job.tuning=3",), "job.tuning: expected a node with a _target_ or null, got 3"),
         (("job.tuning.drops=1",), "job.tuning.drops: unknown option of job=stability_decay; did you mean 'drop'?"),

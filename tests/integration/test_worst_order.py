@@ -114,7 +114,7 @@ def test_orders_of_a_search_do_not_count_as_random_ones(tmp_path):
 
 
 def test_what_cannot_be_searched_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^job.max_tasks: orders would differ"):
+    with pytest.raises(ConfigError, match=r"^job.max_tasks: with a limit, orders would differ"):
         search(tmp_path / "s", "method=finetune", "job.max_tasks=2")
     assert not (tmp_path / "s").exists()
 

@@ -291,7 +291,10 @@ def test_tasks_are_evaluated_before_they_are_learned():
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"lrs": []}, "job.tuning.lrs: empty"), ({"decay": 1.0}, "job.tuning.decay: 1 decays nothing")],
+    [
+        ({"lrs": []}, "job.tuning.lrs: empty"),
+        ({"decay": 1.0}, "job.tuning.decay: a factor of 1 leaves the knobs unchanged"),
+    ],
 )
 def test_options_that_make_no_sense(changed, message):
     with pytest.raises(ConfigError, match=message):
