@@ -330,7 +330,8 @@ def test_options_that_do_not_suit_the_tasks(name: str, options: dict[str, Any], 
 @pytest.mark.parametrize("setting", ["til", "cil", "dil"])
 def test_defaults_suit_every_setting(name: str, setting: str) -> None:
     method, stream = make(name, setting)
-    method.check(stream)
+    assert setting in method.settings
+    method.check(stream)  # raises where an option does not suit the setting
 
 
 @pytest.mark.parametrize(
