@@ -245,7 +245,7 @@ def test_two_processes_take_the_same_steps(budget: str, tmp_path: Any) -> None:
         content = torch.load(tmp_path / "2" / "checkpoint.pt", weights_only=True)
         assert torch.equal(*content["methods"]), "processes average gradients and factors, hence hold the same weights"
         return
-    assert one == two
+    assert abs(one - two) < 0.01  # processes add up gradients in another order, so single images may change
     for name in a:
         torch.testing.assert_close(b[name].float(), a[name].float(), rtol=0, atol=1e-4, msg=name)
 
