@@ -31,7 +31,6 @@ class Method(nn.Module):
             otherwise.
     """
 
-    uses_frozen_features: bool = False  # the engine feeds features of the frozen backbone as batch.x
     needs_vit: ClassVar[bool] = False  # the backbone must be a timm vision transformer
     needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
     hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
@@ -47,10 +46,32 @@ class Method(nn.Module):
         self.compete: Compete = compete
         self.head: nn.Module = GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a second place that says whether a method reads features.
+
+        Raises:
+            TypeError: the class defines `uses_frozen_features`.
+        """
+        super().__init_subclass__(**kwargs)
+        if "uses_frozen_features" in vars(cls):
+            raise TypeError(f"{cls.__name__}.uses_frozen_features follows from reads_features(options); define that")
+
     @classmethod
     def reads_features(cls, options: Mapping[str, Any]) -> bool:
-        """Return `uses_frozen_features` of an instance with these options."""
-        return cls.uses_frozen_features
+        """Return whether the engine feeds features of the frozen backbone instead of images as `batch.x`.
+
+        This method alone decides. It is asked before there is an instance, and of an instance through
+        `uses_frozen_features`, with its attributes: an option that is read here must be an attribute of that name.
+
+        Args:
+            options: of the method, by name.
+        """
+        return False
+
+    @property
+    def uses_frozen_features(self) -> bool:
+        """Whether the engine feeds features of the frozen backbone to this instance: see `reads_features`."""
+        return self.reads_features(vars(self))
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What learners have in common whose state is sums over features: learning adds, forgetting subtracts."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class ClosedForm(Method):
 
     Sums over tasks do not depend on the order of the tasks, not even in the last bit (see `ExactSum`). A class that
     comes in several domains has the sums of all of them. The engine feeds features; a subclass that changes the
-    backbone sets `uses_frozen_features` to False and overrides `features`, which then reads images.
+    backbone overrides `reads_features` and `features`, which then reads images.
 
     After the last task the tasks in `forget_tasks` are unlearned: their statistics, measured again or kept, are taken
     off, and what is left is as if they had never been seen. A class without rows then loses to every other.
@@ -36,7 +37,6 @@ class ClosedForm(Method):
             needs no data and what is left is added up anew, equal bit for bit.
     """
 
-    uses_frozen_features = True
     order_invariant = True
 
     def __init__(
@@ -48,6 +48,10 @@ class ClosedForm(Method):
         self.kept = nn.ModuleDict()
         self.statistics = nn.ModuleDict()
         self.lost: list[int] = []  # classes of forgotten tasks without any row left
+
+    @classmethod
+    def reads_features(cls, options: Mapping[str, Any]) -> bool:
+        return True
 
     # --- what a subclass says
 

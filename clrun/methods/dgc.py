@@ -7,6 +7,7 @@ Verified: weight 0 is its host bit for bit, with everything in memory it knows t
 (test_methods_gradients).
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ from torch.func import functional_call
 
 from clrun.blocks.buffers import Buffer, per_process
 from clrun.blocks.params import Carrier, Params, eval_mode, flatten, gradients, select, shapes_of, unflatten
-from clrun.config.signature import locate
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
@@ -86,7 +86,8 @@ class Dgc(Method):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        host = locate(options["host"]["_target_"])
+        module, _, name = options["host"]["_target_"].rpartition(".")
+        host = getattr(importlib.import_module(module), name)
         if isinstance(host, type) and issubclass(host, Method):
             host.check_options(options["host"])
 

@@ -30,7 +30,7 @@ class Ewc(Anchored):
             online EWC (Schwarz et al., ICML 2018, arXiv 1805.06370).
         mode: "online": all tasks are anchored at the latest weights. "separate": each at its own (the original;
             counts earlier tasks twice, see Huszar, PNAS 2018). Both take 2 P floats.
-        labels: how the Fisher's labels are chosen: exact, sampled, true, predicted or batched; see `estimate`.
+        labels: how the Fisher's labels are chosen: exact, sampled, empirical, predicted or batched; see `estimate`.
         samples: rows of the task used for the estimate; null for all.
         top_k: with labels=exact, the most probable classes summed over; null for all.
         normalise: divide each task's F by its "mean" or "max" (Progress & Compress), or leave it ("none").

@@ -41,7 +41,7 @@ class Fish(Masked):
         mode: "isolated": each task begins from theta_0, and nothing passes between tasks. "sequential": it begins from
             the weights of the last one, and chooses among those that no earlier task owns.
         score: "fisher": the mean square of the gradients of single rows. "absolute": their mean absolute value.
-        labels: how the Fisher's labels are chosen: exact, sampled, true (published), predicted or batched; see
+        labels: how the Fisher's labels are chosen: exact, sampled, empirical (published), predicted or batched; see
             `clrun.blocks.curvature`.
         samples: rows the Fisher is estimated on; null for all.
         warmup: budget of the steps of the head alone; 0 epochs for none.

@@ -31,7 +31,7 @@ class KfacEwc(Anchored):
         num_classes: C.
         strength: lambda; 0 is finetuning.
         decay: F <- decay F + F_task when a task ends.
-        labels: how the Fisher's labels are chosen: exact, sampled, true or predicted; see `estimate`.
+        labels: how the Fisher's labels are chosen: exact, sampled, empirical or predicted; see `estimate`.
         samples: rows of the task used for the estimate; null for all.
         top_k: with labels=exact, the most probable classes summed over; null for all.
         sharing: what positions (tokens, patches) that share a weight are to each other: "expand": independent; the
@@ -57,7 +57,7 @@ class KfacEwc(Anchored):
         *,
         strength: NonNegative,
         decay: Fraction,
-        labels: Literal["exact", "sampled", "true", "predicted", True],
+        labels: Literal["exact", "sampled", "empirical", "predicted"],
         samples: PositiveInt | None,
         top_k: PositiveInt | None,
         sharing: Literal["expand", "reduce"],

@@ -5,6 +5,9 @@ Memory between tasks: 4 C (D + 1) bytes, the classifier. Task id: not needed.
 Verified: the head alone is trained (test_methods_closed_form).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from clrun.methods.finetune import Finetune
 
 
@@ -19,4 +22,6 @@ class LinearProbe(Finetune):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
-    uses_frozen_features = True
+    @classmethod
+    def reads_features(cls, options: Mapping[str, Any]) -> bool:
+        return True

@@ -42,7 +42,7 @@ class Ncl(Method):
             the first task.
         prior_mean: "zero" (published), or "initial": the weights the backbone begins with, for pre-trained ones.
         damping: alpha: Lambda is inverted as the trace-balanced sum of its factors and (alpha I, alpha I).
-        labels: how the Fisher's labels are chosen: exact, sampled, true or predicted; see `estimate`.
+        labels: how the Fisher's labels are chosen: exact, sampled, empirical or predicted; see `estimate`.
         samples: rows of the task used for the estimate; null for all.
         top_k: with labels=exact, the most probable classes summed over; null for all.
         sharing: what positions (tokens, patches) that share a weight are to each other: "expand": independent.
@@ -65,7 +65,7 @@ class Ncl(Method):
         prior_rows: Positive,
         prior_mean: Literal["zero", "initial"],
         damping: NonNegative,
-        labels: Literal["exact", "sampled", "true", "predicted", True],
+        labels: Literal["exact", "sampled", "empirical", "predicted"],
         samples: PositiveInt | None,
         top_k: PositiveInt | None,
         sharing: Literal["expand", "reduce"],

@@ -94,7 +94,7 @@ class Ranpac(ClosedForm):
             freeze(backbone)
             recipe = Recipe(phase1, length, bottleneck, adapter_scale, dropout, ssf_std, cosine_scale)
             self.adaptation = Adaptation(backbone, num_classes, recipe, method=f"Ranpac with method.phase1={phase1}")
-        self.uses_frozen_features = phase1 == "none"
+        self.phase1 = phase1
         self.order_invariant = rule != "author" and phase1 == "none"
         self.projection = RandomProjection(self.width, m, seed=projection_seed)
         self.head: SolvedHead = SolvedHead(self.projection.num_features, num_classes)

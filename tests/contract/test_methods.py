@@ -5,11 +5,12 @@ import inspect
 import io
 import math
 import pickle
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import yaml
 from helpers import CONF, METHODS, assert_same, born, context, cpu, factory, image_stream, live, sgd, state
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -50,8 +51,9 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("qr", {"strength": 0.0, "importance": "mas"}),
     ("qr", {"strength": 0.0, "importance": "si"}),
 ]
-# Other options under which a learner claims that the order of the tasks does not matter.
+# Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ("fecam", "lda", "ncm", "ranpac", "simplecil", "stl")),
     ("joint", {"mode": "once"}),
     ("simplecil", {"metric": "euclidean", "normalise_before_mean": True}),
     ("simplecil", {"keep_task_statistics": True}),
@@ -111,6 +113,26 @@ def test_files(name: str) -> None:
     assert keys == parameters.keys() - {"backbone", "num_classes"}
     assert all(p.default is p.empty for p in parameters.values()), "defaults belong into the YAML"
     assert issubclass(cls, Method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_choice_is_a_word_that_yaml_reads_as_something_else(name: str) -> None:
+    for option, hint in get_type_hints(target(name).__init__).items():
+        choices = [c for part in (hint, *get_args(hint)) if get_origin(part) is Literal for c in get_args(part)]
+        for choice in choices:
+            assert yaml.safe_load(str(choice)) == choice, (option, choice)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_instance_reads_features_as_its_options_say(name: str) -> None:
+    make = small(name)
+    method = born(make, image_stream())[0]
+    assert method.uses_frozen_features == target(name).reads_features(make.keywords)  # type: ignore[attr-defined]
+
+
+def test_one_place_says_whether_a_method_reads_features() -> None:
+    with pytest.raises(TypeError, match=r"^Own.uses_frozen_features follows from reads_features\(options\)"):
+        type("Own", (Method,), {"uses_frozen_features": True})
 
 
 @pytest.mark.parametrize(("name", "setting"), allowed())
@@ -248,23 +270,36 @@ def test_prediction_depends_on_the_sample_alone(name: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in METHODS), *INVARIANT], ids=str)
-def test_order_invariance_where_claimed(name: str, options: dict[str, Any]) -> None:
-    claims = born(small(name, **options), image_stream())[0].order_invariant
-    assert claims or not options, "the list INVARIANT is about claims"
-    if not claims:
-        return
-    for setting in ("cil", "til", "dil"):
-        ends = []
-        for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
-            method, stream = born(small(name, **options), image_stream(setting, order))
-            journal = live(method, stream)
-            final = {r["task"]: (r["correct"], r["nll"]) for r in journal.recorded if r["position"] == 3}
-            x = eval_rows(image_stream(setting)) if not method.uses_frozen_features else eval_rows(stream)
-            ends.append((logits(method, x, stream.order.index(0)), final))
-        for other, counts in ends[1:]:
-            assert torch.equal(ends[0][0], other), setting
-            assert counts == ends[0][1]
+def claims(name: str, options: dict[str, Any]) -> bool:
+    """Return whether a method with these options claims that the order of the tasks does not matter."""
+    return born(small(name, **options), image_stream())[0].order_invariant
+
+
+def final(name: str, options: dict[str, Any], setting: Any, order: Sequence[int]) -> tuple[Tensor, dict[int, Any]]:
+    """Return the logits of all test rows and the results by task after a life with this order of tasks."""
+    method, stream = born(small(name, **options), image_stream(setting, order))
+    journal = live(method, stream)
+    counts = {r["task"]: (r["correct"], r["nll"]) for r in journal.recorded if r["position"] == 3}
+    x = eval_rows(stream if method.uses_frozen_features else image_stream(setting))
+    return logits(method, x, stream.order.index(0)), counts
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("name", "options"), INVARIANT, ids=str)
+def test_the_order_does_not_matter_where_a_method_claims_so(name: str, options: dict[str, Any], setting: Any) -> None:
+    assert claims(name, options)
+    first, counts = final(name, options, setting, (0, 1, 2))
+    for order in ((2, 0, 1), (1, 2, 0)):
+        other, found = final(name, options, setting, order)
+        assert torch.equal(first, other)
+        assert counts == found
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if (name, {}) not in INVARIANT])
+def test_the_order_matters_where_a_method_does_not_claim_otherwise(name: str) -> None:
+    assert not claims(name, {}), "a claim is tested: add the method to INVARIANT"
+    first, _ = final(name, {}, "cil", (0, 1, 2))
+    assert any(not torch.equal(first, final(name, {}, "cil", order)[0]) for order in ((2, 0, 1), (1, 2, 0)))
 
 
 @pytest.mark.parametrize(("name", "options"), NEUTRAL, ids=str)

@@ -11,7 +11,7 @@ from clrun.blocks.curvature import Diagonal, QuadraticPenalty, diagonal_fisher, 
 from clrun.data.stream import Stream
 from clrun.learning.method import Method
 
-PER_SAMPLE = ("exact", "sampled", "true", "predicted")
+PER_SAMPLE = ("exact", "sampled", "empirical", "predicted")
 
 
 def softmax_regression(weight: Tensor, x: Tensor, y: Tensor | None = None) -> tuple[Method, Stream]:
@@ -89,16 +89,16 @@ def test_columns_equal_the_gradients_weighted_by_their_probability() -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-8)
 
 
-def test_true_and_predicted_labels_take_that_gradient() -> None:
+def test_empirical_and_predicted_labels_take_that_gradient() -> None:
     method, stream = net()
     split, ctx = stream.tasks[1].train, context(stream, 1)
     method.eval()
-    for labels in ("true", "predicted"):
+    for labels in ("empirical", "predicted"):
         found = fisher(method, stream, of=method.head, index=1, labels=labels)["weight"]
         expected = torch.zeros_like(found)
         for batch in split.batches(1):
             logits = method(batch.x).masked_fill(~ctx.mask(batch.t), float("-inf"))
-            y = batch.y if labels == "true" else logits.argmax(1)
+            y = batch.y if labels == "empirical" else logits.argmax(1)
             (grad,) = torch.autograd.grad(nn.functional.cross_entropy(logits, y), [method.head.weight])
             expected += grad.square() / len(split)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)

@@ -262,7 +262,7 @@ def test_layers_that_share_a_weight_have_a_diagonal_or_one_product() -> None:
 
 
 @pytest.mark.parametrize("kind", ["kfac_expand", "kfac_reduce"])
-@pytest.mark.parametrize("labels", ["exact", "sampled", "true", "predicted"])
+@pytest.mark.parametrize("labels", ["exact", "sampled", "empirical", "predicted"])
 def test_rows_at_once_and_rows_twice_do_not_matter(kind: str, labels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, stream = net()
     reference = found(method, stream, kind, index=1, labels=labels)
@@ -351,7 +351,7 @@ def test_output_importance_of_a_linear_map() -> None:
     method, stream, x = scaled(1.0)
     weight = method.backbone.net.layer.weight.detach()
     expected = (2 * (x @ weight.T)[:, :, None] * x[:, None, :]).abs().mean(dim=0)
-    omega = found(method, stream, "abs_output", labels="true")
+    omega = found(method, stream, "abs_output", labels="empirical")
     torch.testing.assert_close(omega.params(omega.values)["net.layer.weight"], expected)
     torch.testing.assert_close(found(*scaled(3.0)[:2], "abs_output").values, 9 * omega.values)
     whole = (2 * (x @ weight.T)[:, :, None] * x[:, None, :]).mean(dim=0).abs()

@@ -51,6 +51,13 @@ def test_golden_cosines() -> None:
     torch.testing.assert_close(scores(toy("simplecil"), torch.ones(1, 2)), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_ncm_is_simplecil_with_the_euclidean_metric(normalise: bool) -> None:
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    other = toy("simplecil", metric="euclidean", normalise_before_mean=normalise)
+    assert torch.equal(scores(toy("ncm", normalise=normalise), x), scores(other, x))
+
+
 def test_golden_discriminants() -> None:
     method = toy("lda", shrinkage=0.0, ridge=0.1)
     expected = torch.tensor([[3.2051579, 0.8322766], [0.4932935, -1.2016218]])

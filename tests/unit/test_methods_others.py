@@ -105,16 +105,6 @@ def test_ewc_freezes_running_statistics_after_the_first_task() -> None:
     assert moved == {"train": True, "freeze_after_first": False}
 
 
-def test_ewc_bare_yaml_word_true_means_the_labels() -> None:
-    found = {}
-    for labels in (True, "true", "sampled"):
-        method, stream = born(factory("ewc", labels=labels), image_stream())
-        live(method, stream, until=1)
-        found[str(labels)] = method.penalty.importance
-    assert torch.equal(found["True"], found["true"])
-    assert not torch.equal(found["True"], found["sampled"])
-
-
 def test_simplecil_golden_scores() -> None:
     rows = torch.tensor([[1.0, 0], [1, 1], [0, 2], [2, 1]])
     stream = row_stream([(rows[:2], torch.tensor([0, 0])), (rows[2:], torch.tensor([1, 1]))], 3)

@@ -124,6 +124,8 @@ def test_it_claims_no_order_invariance_and_reads_images() -> None:
     plain = factory("ranpac", m=100)(Net(), CLASSES)
     assert plain.order_invariant and plain.uses_frozen_features and plain.adaptation is None
     assert type(plain).reads_features({"phase1": "none"}) and not type(plain).reads_features({"phase1": "ssf"})
+    with pytest.raises(AttributeError):
+        plain.uses_frozen_features = False
     adapted = make(phase1="ssf")
     assert not adapted.order_invariant and not adapted.uses_frozen_features
 

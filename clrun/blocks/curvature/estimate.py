@@ -39,7 +39,7 @@ def estimate(
 
     F = 1/N sum_n sum_s (J_n' s)(J_n' s)', where J_n is the Jacobian of the logits of row n and s [C] are the columns of
     that row. `labels` says which columns a row has. Below, p [C] are the predicted probabilities of a row and e_c is
-    the unit vector of class c. Only classes that compete in the run's setting have a probability above 0.
+    the unit vector of class c. Only classes that compete in the method's training loss have a probability above 0.
 
     Args:
         kind: "diag": the diagonal of F. "kfac_expand", "kfac_reduce": a Kronecker product per linear and convolutional
@@ -52,13 +52,14 @@ def estimate(
         ctx: context of the current task; its generator "fisher" draws rows and labels.
         of: a submodule of `method`; the result has the parameter names of this submodule.
         labels: "exact": the columns sqrt(p_c) (e_c - p) of all classes c, which is the closed form of the expectation
-            over labels y ~ p. All other choices have one column e_y - p per row. "sampled": y ~ p, unbiased. "true":
-            the label of the row (the empirical Fisher: biased, and 0 where the method fits the label). "predicted": the
-            most probable class (biased). "batched": y ~ p, and B times the square of the mean gradient over each batch
-            of B rows (the budget's batch size); this is unbiased, because the B gradients are independent with mean 0,
-            and costs one backward pass per batch, but has a larger variance. For Kronecker factors "batched" is the
-            same as "sampled". For "abs_output", "batched" follows the published code, where gradients of a batch cancel
-            before the absolute value is taken; all other choices take the absolute value row by row.
+            over labels y ~ p. All other choices have one column e_y - p per row. "sampled": y ~ p, unbiased.
+            "empirical": the label of the row (the empirical Fisher: biased, and 0 where the method fits the label).
+            "predicted": the most probable class (biased). "batched": y ~ p, and B times the square of the mean gradient
+            over each batch of B rows (the budget's batch size); this is unbiased, because the B gradients are
+            independent with mean 0, and costs one backward pass per batch, but has a larger variance. For Kronecker
+            factors "batched" is the same as "sampled". For "abs_output", "batched" follows the published code, where
+            gradients of a batch cancel before the absolute value is taken; all other choices take the absolute value
+            row by row.
         samples: number of rows, drawn without replacement; None for all.
         top_k: for "exact", the number of most probable classes that are summed over; None for all.
         modules: shell-style patterns for the names of layers with Kronecker factors; one must match.

@@ -21,7 +21,7 @@ from clrun.data.split import Batch, Split
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 
-Labels = Literal["exact", "sampled", "true", True, "predicted", "batched"]  # YAML reads the bare word as a boolean
+Labels = Literal["exact", "sampled", "empirical", "predicted", "batched"]
 Columns = Labels | Literal["output"]  # "output": the gradient 2 z of |z|^2 of logits z, which needs no labels
 
 
@@ -68,7 +68,6 @@ class Target:
         own = {id(p): name for name, p in select(of).items()}
         params = {name: p for name, p in select(method).items() if id(p) in own}
         names = {name: own[id(p)] for name, p in params.items()}
-        columns = "true" if columns is True else columns
         tasks = torch.arange(ctx.task.index + 1, device=ctx.hardware.device)
         competing = int(method.competing(tasks, ctx).sum(dim=1).max())
         position = ctx.task.index if method.needs_task_id else None
@@ -120,7 +119,7 @@ class Target:
         p = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         if self.columns == "exact":
             choice = p.topk(self.top_k).indices  # top_k is the number of competing classes unless it is limited
-        elif self.columns == "true":
+        elif self.columns == "empirical":
             choice = y[..., None]
         elif self.columns == "predicted":
             choice = p.argmax(dim=-1, keepdim=True)
