@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 LEDGER = ROOT / "docs" / "results.json"
-NEEDS = {"the task id": "needs_task_id", "a vision transformer": "needs_vit", "frozen features": "uses_frozen_features"}
+NEEDS = {"the task id": "needs_task_id", "a vision transformer": "needs_vit"}
 SECTIONS = ("Args", "Attributes", "Raises", "Returns")
 
 HEAD = """\
@@ -72,7 +72,8 @@ class Entry:
     @property
     def needs(self):
         """What it cannot do without."""
-        return ", ".join(word for word, attribute in NEEDS.items() if getattr(self.factory, attribute))
+        found = [word for word, attribute in NEEDS.items() if getattr(self.factory, attribute)]
+        return ", ".join([*found, *["frozen features"] * self.factory.reads_features(self.content)])
 
     @property
     def obtained(self):
