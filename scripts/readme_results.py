@@ -487,7 +487,7 @@ def commit():
 
 def machine():
     """Return what the runs ran on."""
-    return f"{os.cpu_count()} cores {platform.machine()}, CPU, one thread a run"
+    return f"{os.cpu_count()} cores {platform.machine()}, CPU, one thread per run"
 
 
 def rests_on(parts):
@@ -526,7 +526,7 @@ def stamp(entry):
     span = " to ".join(dict.fromkeys((entry["dates"][0], entry["dates"][-1])))
     text = f"Commit {', '.join(entry['commits'])}; {span}; {'; '.join(entry['machines'])}"
     if "confirmed" in entry:
-        text += "; the first order of each run again at {commit} on {date}: the same".format(**entry["confirmed"])
+        text += "; the first order of each sweep, run again at {commit} on {date}, gave the same".format(**entry["confirmed"])
     return f"*{text}.*"
 
 
