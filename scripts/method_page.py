@@ -36,10 +36,10 @@ options. Each section below comes from the docstring of the class and from its Y
 `theta*` is a vector named theta-star, `<-` assigns, `|x|^2` is a squared norm. The settings til, cil and dil and all
 metrics are defined in the [glossary](glossary.md).
 
-Methods that train with a cross-entropy have the option `compete`, which says which classes compete in the training loss:
-those of the row's task (`current`), all classes seen so far (`seen`), or all classes of the data set from the first task
-on (`all`). It changes class-incremental results, and published numbers use different conventions: compare numbers of the
-same convention only. Each section gives the default.
+Methods that train with a cross-entropy have the option `compete`, which says which classes compete in the training
+loss: those of the row's task (`current`), all classes seen so far (`seen`), or all classes of the data set from the
+first task on (`all`). It changes class-incremental results, and published numbers use different conventions: compare
+numbers of the same convention only. Each section gives the default.
 
 The column "obtained on digits" shows the final average accuracy in points on `dataset=digits` from the
 [measured tables](results.md): with the backbone `glyph_vit`, or with `cnn` where the cell says so.

@@ -526,7 +526,8 @@ def stamp(entry):
     span = " to ".join(dict.fromkeys((entry["dates"][0], entry["dates"][-1])))
     text = f"Commit {', '.join(entry['commits'])}; {span}; {'; '.join(entry['machines'])}"
     if "confirmed" in entry:
-        text += "; the first order of each sweep, run again at {commit} on {date}, gave the same".format(**entry["confirmed"])
+        again = entry["confirmed"]
+        text += f"; the first order of each sweep, run again at {again['commit']} on {again['date']}, gave the same"
     return f"*{text}.*"
 
 
