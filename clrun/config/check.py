@@ -49,6 +49,11 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
 _known: dict[tuple[str, str, str | None], list[str]] = {}
 
 
+def forget() -> None:
+    """Check every node again: a class of an interactive session may have been defined anew under the same name."""
+    _known.clear()
+
+
 def _known_problems(group: str, node: Any, choice: str | None) -> list[str]:
     """Return the problems of a top-level node, looked for once a process: runs of a sweep share most nodes."""
     key = (group, repr(node), choice)

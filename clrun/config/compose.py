@@ -49,7 +49,8 @@ def _slug_of_job(*, _root_: DictConfig) -> str:
     return slug(list(_root_.hydra.overrides.task))
 
 
-version.setbase("1.3")
+HYDRA_BASE = "1.3"
+version.setbase(HYDRA_BASE)
 # Registered on import: workers of parallel launchers import the task function, hence this module, before they resolve.
 OmegaConf.register_new_resolver("clrun.unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("clrun.slug", _slug_of_job, replace=True)

@@ -14,7 +14,6 @@ NODE = "a node with a _target_"
 NAMES: dict[Any, str] = {bool: "bool", int: "int", float: "float", str: "str", Path: "str", NoneType: "null"}
 
 
-@cache
 def locate(target: str) -> Callable[..., Any]:
     """Import the callable at a dotted path.
 

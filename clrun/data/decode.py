@@ -143,7 +143,7 @@ def decode(file: Path | bytes, name: str, options: Decoding, channels: int) -> P
             _check_size(image, name, options)
             image.draft(None, (2 * options.size, 2 * options.size))
             image.load()
-            return _stored(_converted(_turned(image, options), channels), options)
+            return fitted(image, options, channels)
     except ConfigError:
         raise
     except Exception as error:  # decoders of damaged files raise almost anything
@@ -151,6 +151,15 @@ def decode(file: Path | bytes, name: str, options: Decoding, channels: int) -> P
             f"{name}: cannot be decoded ({_reason(file, error)}); repair or remove it, or set "
             "dataset.images.unreadable=skip"
         ) from error
+
+
+def fitted(image: Any, options: Decoding, channels: int) -> Pixels:
+    """Return the stored image [S, S, C] of a Pillow image that is in memory.
+
+    Raises:
+        ValueError: it has values of 32 bits.
+    """
+    return _stored(_converted(_turned(image, options), channels), options)
 
 
 def _check_size(image: Any, name: str, options: Decoding) -> None:

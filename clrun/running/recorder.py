@@ -1,6 +1,5 @@
 """Keeps the files of one run: what the engine reports goes to run.json, the tables, the checkpoint and the logger."""
 
-import copy
 import math
 import time
 import traceback
@@ -35,6 +34,7 @@ from clrun.running.loggers import Logger, Show
 from clrun.running.parts import Parts
 from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
+from clrun.running.restoring import WEIGHTS, save_weights
 from clrun.system.errors import ConfigError
 from clrun.system.files import plain, replacing
 
@@ -217,11 +217,7 @@ class Recorder:
         self.run |= selection_counts(method, built.stream, self.evaluation)
         self.predictions.save(method, built.stream, len(built.stream.tasks))  # unless `end_task` has done so
         if self.options.save_model:
-            from safetensors.torch import save_model
-            from torch import contiguous_format
-
-            contiguous = copy.deepcopy(method).to(memory_format=contiguous_format)  # safetensors stores no other order
-            save_model(contiguous, str(self.folder.path / "model.safetensors"))
+            save_weights(self.folder.path / WEIGHTS, method, built.stream, self.hardware)
         self.run |= {"status": "completed", "error": None, "finished": _now()}
         if self.options.picture:
             self._draw()

@@ -1,0 +1,245 @@
+"""The trained method of a run, which predicts classes of images.
+
+Shapes: `N` images, `C` classes of the whole data set.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clrun.api.images import Reader, decoding_node
+from clrun.api.process import borrowed
+from clrun.config.check import check
+from clrun.config.groups import conf_dir
+from clrun.config.signature import locate
+from clrun.data.split import TensorSplit
+from clrun.data.stream import Setting, Stream, Task
+from clrun.learning.method import Method
+from clrun.results.identity import config_hash
+from clrun.running.evaluation import Evaluation
+from clrun.running.parts import Parts, make
+from clrun.running.restoring import Restored, restore
+from clrun.system.errors import ConfigError, did_you_mean
+
+
+class Prediction(NamedTuple):
+    """The prediction for N images.
+
+    Attributes:
+        labels: [N] int64, class ids of the data set.
+        probabilities: [N, C] float32, softmax of the logits of the competing classes; 0 for the other classes.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A trained method with the data set's own preprocessing.
+
+    Attributes:
+        batch_size: images per forward pass; that of the run's evaluations, so that predictions are the same.
+    """
+
+    batch_size: int
+    _restored: Restored
+    _reader: Reader
+
+    @property
+    def method(self) -> Method:
+        """The trained method, in eval mode."""
+        return self._restored.method
+
+    @property
+    def stream(self) -> Stream:
+        """The tasks of the run with their rows; rows of a method on frozen features are read as features."""
+        return self._restored.stream
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the C classes."""
+        return self._restored.stream.class_names
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks learned, in the order learned."""
+        return tuple(task.name for task in self.stream.tasks[: self._restored.learned])
+
+    @property
+    def input(self) -> str:
+        """How images are fitted to the backbone, one line."""
+        return self._restored.input
+
+    def predict(self, images: Any, *, task: int | str | None = None) -> Prediction:
+        """Return labels and probabilities of images.
+
+        Args:
+            images: an array or tensor of uint8, [N, C, H, W], [N, H, W, C] or [N, H, W] (grey), or one image; a Pillow
+                image or the path of an image file; or a list of any of these. Other sizes are resized to that of the
+                data set. A data set of feature rows takes float rows [N, D].
+            task: id or name of the task that the images belong to. The classes of that task compete then (all
+                classes seen in a domain-incremental run), and the change of the images that makes the task, a
+                permutation or rotation, is applied. None: all classes seen compete and images are taken as they are.
+
+        Raises:
+            ConfigError: images that cannot be read or do not fit, an unknown task, or a method that needs `task`.
+        """
+        found = [_prediction(logits, allowed) for logits, allowed in self._evaluated(images, task)]
+        if not found:
+            classes = self.stream.num_classes
+            return Prediction(np.zeros(0, dtype=np.int64), np.zeros((0, classes), dtype=np.float32))
+        return Prediction(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+    def logits(self, images: Any, *, task: int | str | None = None) -> NDArray[np.float32]:
+        """Return the logits [N, C] of images, those of classes that do not compete included; see `predict`."""
+        found = [logits.cpu().numpy() for logits, _ in self._evaluated(images, task)]
+        return np.concatenate(found) if found else np.zeros((0, self.stream.num_classes), dtype=np.float32)
+
+    def test_images(self, task: int | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return the test images of a task as stored, before any permutation or rotation, and their labels [N].
+
+        Images are uint8 [N, C, H, W], rows of features float [N, D].
+
+        Raises:
+            ConfigError: an unknown task, or a file that cannot be read.
+        """
+        split = replace(self._task(task).test, shift=None)
+        parts = [(b.x.cpu().numpy(), b.y.cpu().numpy()) for b in split.batches(self.batch_size, view="raw")]
+        images, labels = zip(*parts, strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+    def _evaluated(self, images: Any, task: int | str | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (logits [n, C], which classes compete [C]) of each batch, computed as the run's evaluations do."""
+        owner = self._owner(task)
+        setting: Setting = "dil" if self.stream.setting == "dil" else "cil" if task is None else "til"
+        hardware = self._restored.hardware
+        with borrowed():
+            hardware.setup()
+            allowed = self.stream.candidates(self._restored.learned, setting)[owner.index].to(hardware.device)
+            shift = owner.test.shift if task is not None else None
+            for x in self._reader.batches(images, self.batch_size):
+                labels = torch.zeros(len(x), dtype=torch.long)
+                split = TensorSplit(x, labels, None, owner.index, owner.test.transform, shift).to(hardware.device)
+                alone = Task(owner.index, owner.id, owner.name, owner.classes, split, split)
+                evaluation = Evaluation(hardware, "test", self.batch_size, None)
+                with torch.inference_mode():
+                    for logits, _ in evaluation.logits(self.method.eval(), alone):
+                        yield logits, allowed
+
+    def _owner(self, task: int | str | None) -> Task:
+        """Return the task that says how images are prepared and which classes compete.
+
+        Raises:
+            ConfigError: the method or the data set needs to be told, or there is no such task.
+        """
+        if task is not None:
+            return self._task(task)
+        tasks = self.stream.tasks
+        names = ", ".join(repr(name) for name in self.tasks)
+        if self.method.needs_task_id:
+            raise ConfigError(f"{type(self.method).__name__} needs the task id: predict(images, task=...), of {names}")
+        if any(type(t.test.shift).__name__ == "Standardised" for t in tasks):
+            raise ConfigError(f"every data set of this run has its own normalisation: add task=..., of {names}")
+        return tasks[0]
+
+    def _task(self, task: int | str) -> Task:
+        """Return a learned task by id or name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        learned = self.stream.tasks[: self._restored.learned]
+        found = [t for t in learned if (t.name if isinstance(task, str) else t.id) == task]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(f"task: {len(found)} tasks are called '{task}'; give the id, of {[t.id for t in found]}")
+        known = ", ".join(f"{t.id} ({t.name})" for t in learned)
+        close = did_you_mean(task, self.tasks) if isinstance(task, str) else ""
+        raise ConfigError(f"task: no task {task!r} was learned{close} (learned: {known})")
+
+
+def learner_of(
+    folder: Path, config: Mapping[str, Any], *, device: str | None, trust: tuple[str, ...] | None
+) -> Learner:
+    """Return the trained method of a run.
+
+    Args:
+        folder: of the run.
+        config: its configuration.
+        device: to compute on; None is the run's.
+        trust: modules outside of clrun that the configuration may name; None for any.
+
+    Raises:
+        ConfigError: see `Run.learner`.
+    """
+    if trust is not None:
+        _refuse_strangers(folder, config, trust)
+    with borrowed():
+        check(config, {})
+        hardware = {**config["hardware"], "processes": 1} | ({} if device is None else {"device": device})
+        parts = Parts({**config, "hardware": hardware})
+        parts.hardware.setup()
+        restored = restore(folder, parts, digest=config_hash(config))
+        reading = decoding_node(config["dataset"])
+        decoding = None if reading is None else make(reading)
+    shape = tuple(restored.stream.tasks[0].test.images.shape[1:])
+    return Learner(int(config["job"]["eval_batch_size"]), restored, Reader(shape, decoding))
+
+
+def _prediction(logits: Tensor, allowed: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return labels [n] and probabilities [n, C] of one batch."""
+    competing = logits.masked_fill(~allowed, float("-inf"))
+    return competing.argmax(dim=1).cpu().numpy(), competing.softmax(dim=1).cpu().numpy()
+
+
+def _refuse_strangers(folder: Path, config: Mapping[str, Any], trust: tuple[str, ...]) -> None:
+    """Raise where the configuration names a class or function that is neither clrun's choice nor trusted.
+
+    A run.json may come from anywhere, and what it names would be called.
+
+    Raises:
+        ConfigError: see above.
+    """
+    for target in _targets(config):
+        if target in _own_targets() or any(target == name or target.startswith(f"{name}.") for name in trust):
+            continue
+        if target.startswith("torch.optim."):
+            from torch.optim import Optimizer
+
+            found = locate(target)
+            if isinstance(found, type) and issubclass(found, Optimizer):
+                continue
+        module = target.rpartition(".")[0]
+        raise ConfigError(
+            f"{folder / 'run.json'}: names {target}, which is not clrun's; if you trust this folder and that code, "
+            f"call learner(trust=['{module}'])"
+        )
+
+
+def _targets(value: Any) -> Iterator[str]:
+    """Yield every `_target_` of a configuration."""
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            yield str(value["_target_"])
+        for item in value.values():
+            yield from _targets(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _targets(item)
+
+
+@cache
+def _own_targets() -> frozenset[str]:
+    """Return every class and function that clrun's YAML files name."""
+    texts = (file.read_text(encoding="utf-8") for file in conf_dir().rglob("*.yaml"))
+    return frozenset(name for text in texts for name in re.findall(r"_target_:\s*([\w.]+)", text))

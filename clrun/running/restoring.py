@@ -1,0 +1,216 @@
+"""The trained method of a run, read back from its folder: from checkpoint.pt, else from model.safetensors.
+
+checkpoint.pt holds the whole method. model.safetensors holds tensors alone: a method is built anew, grows its parts by
+`begin_task` of every task, and is given the tensors. What else a method keeps in attributes is not in that file, so the
+file also holds the logits of a few test rows, and a method that does not give them again is refused.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clrun.data.features import FeatureBackbone
+from clrun.data.split import Split, Transform
+from clrun.data.stream import Stream, Task
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.running import checkpoint
+from clrun.running.build import build_images
+from clrun.running.parts import Parts
+from clrun.system.errors import ConfigError, first_line
+from clrun.system.hardware import Hardware
+from clrun.system.seeding import seed_all
+
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
+PROBES = "clrun.probes"  # key of the logits among the file's metadata
+ROWS = 2  # test rows of each task whose logits are compared
+TOLERANCE = 1e-3  # of these logits, relative to the largest: another machine may have restored them
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained method and what it needs to predict.
+
+    Attributes:
+        method: in eval mode, on the device.
+        stream: its tasks; rows that the method reads as features pass through the frozen backbone when they are read.
+        learned: tasks that it has learned.
+        input: one line that says how images are fitted to the backbone.
+        hardware: what it computes on.
+    """
+
+    method: Method
+    stream: Stream
+    learned: int
+    input: str
+    hardware: Hardware
+
+
+class ThroughBackbone:
+    """The transform of images whose features a method reads.
+
+    Args:
+        transform: prepares the images.
+        backbone: the frozen backbone, on the device, in eval mode.
+        hardware: precision and memory order of its passes.
+    """
+
+    augments = False
+
+    def __init__(self, transform: Transform, backbone: nn.Module, hardware: Hardware) -> None:
+        self.transform, self.backbone, self.hardware = transform, backbone, hardware
+
+    def eval(self, x: Tensor) -> Tensor:
+        """Return the features [B, D] of stored images."""
+        with torch.no_grad(), self.hardware.autocast():
+            features: Tensor = self.backbone(self.hardware.layout(self.transform.eval(x))).float()
+        return features
+
+    def train(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the features [B, D] of stored images: frozen features are those of the eval view."""
+        return self.eval(x)
+
+
+def restore(folder: Path, parts: Parts, *, digest: str) -> Restored:
+    """Return the trained method of the run in `folder`.
+
+    Args:
+        folder: of the run.
+        parts: of its configuration; the hardware is set up and has one process.
+        digest: hash of the run's configuration.
+
+    Raises:
+        ConfigError: the folder holds no trained method, or it cannot be restored here; no code of its files was run.
+    """
+    stored, weights = folder / CHECKPOINT, folder / WEIGHTS
+    if not stored.exists() and not weights.exists():
+        raise ConfigError(
+            f"{folder}: holds no trained method (neither {CHECKPOINT} nor {WEIGHTS}); run it again in another folder "
+            "with job.keep_checkpoint=true"
+        )
+    fresh, stream, text = _untrained(parts)
+    if stored.exists():
+        method, life = checkpoint.load(stored, fresh, config_hash=digest, hardware=parts.hardware)
+        return Restored(method.eval(), stream, life.learned, text, parts.hardware)
+    method = _from_weights(weights, fresh, stream, parts)
+    return Restored(method, stream, len(stream.tasks), text, parts.hardware)
+
+
+def save_weights(path: Path, method: Method, stream: Stream, hardware: Hardware) -> None:
+    """Write the tensors of a trained method, and the logits of a few test rows, as safetensors.
+
+    Args:
+        path: the file.
+        method: the method after its last task.
+        stream: what it has learned from.
+        hardware: what it computes on.
+    """
+    from safetensors.torch import save_model
+
+    plain_order = copy.deepcopy(method).to(memory_format=torch.contiguous_format)  # the format knows no other
+    probes = json.dumps([[round_logit(x) for x in row.tolist()] for row in _probes(method, stream, hardware)])
+    save_model(plain_order, str(path), metadata={PROBES: probes})
+
+
+def round_logit(value: float) -> float:
+    """Return the value with seven digits, as many as a float32 has."""
+    return float(f"{value:.7g}")
+
+
+def _untrained(parts: Parts) -> tuple[Method, Stream, str]:
+    """Return the method before its first task, the stream it reads, and the line on its images."""
+    backbone, images, text = build_images(parts)
+    stream, seen = images, backbone
+    if parts.reads_features:
+        backbone.eval()
+        seen = FeatureBackbone(int(backbone.num_features))  # type: ignore[arg-type]
+        stream = _through(images, backbone, parts.hardware)
+    seed_all(parts.seed, "init", "method")
+    return parts.method_factory(seen, images.num_classes), stream, text
+
+
+def _through(images: Stream, backbone: nn.Module, hardware: Hardware) -> Stream:
+    """Return the stream whose rows pass through the frozen backbone when they are read."""
+    transform = ThroughBackbone(images.transform, backbone, hardware)
+
+    def read(split: Split) -> Split:
+        return replace(split, transform=transform)
+
+    tasks = [replace(t, train=read(t.train), test=read(t.test), val=t.val and read(t.val)) for t in images.tasks]
+    return replace(images, tasks=tuple(tasks), transform=transform)
+
+
+def _from_weights(path: Path, method: Method, stream: Stream, parts: Parts) -> Method:
+    """Return `method`, grown as in the run and given the tensors of the file at `path`.
+
+    Raises:
+        ConfigError: the file is damaged, the tensors do not fit, or they are not all that the predictions need.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_model
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            probes = (file.metadata() or {}).get(PROBES)
+    except Exception as error:  # safetensors' own exception, or the operating system's
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
+    advice = "the run needs job.keep_checkpoint=true to be restored; run it again so in another folder"
+    if probes is None:
+        raise ConfigError(f"{path}: holds no predictions to compare with; {advice}")
+    try:
+        _grow(method, stream, parts)
+        load_model(method, str(path), device=parts.hardware.device)
+        parts.hardware.place(method)
+        found = _probes(method.eval(), stream, parts.hardware)
+    except Exception as error:  # what a method raises that has not learned what it was told it had
+        what = f"{type(method).__name__} cannot be rebuilt from tensors alone ({first_line(error)})"
+        raise ConfigError(f"{path}: {what}; {advice}") from error
+    if not _alike(found, json.loads(probes)):
+        what = f"{type(method).__name__} with these tensors predicts otherwise than the run's, for it keeps more"
+        raise ConfigError(f"{path}: {what}; {advice}")
+    return method
+
+
+def _grow(method: Method, stream: Stream, parts: Parts) -> None:
+    """Let `method` grow its parts for every task of the stream, without learning any."""
+    hardware = parts.hardware
+    hardware.place(method)
+    for task in stream.tasks:
+        seed_all(parts.seed, "task", task.id)
+        method.begin_task(task, Context(stream, task, parts.budget, hardware, parts.seed))
+        hardware.place(method)
+
+
+def _probes(method: Method, stream: Stream, hardware: Hardware) -> list[Tensor]:
+    """Return the logits of the first test rows of every task for the task's classes, one tensor [ROWS * k] each."""
+    training = method.training
+    method.eval()
+    with torch.inference_mode():
+        found = [_probe(method, task, hardware) for task in stream.tasks]
+    method.train(training)
+    return found
+
+
+def _probe(method: Method, task: Task, hardware: Hardware) -> Tensor:
+    batch = next(task.test.batches(ROWS), None)
+    if batch is None:
+        return torch.empty(0)
+    position = (task.index,) if method.needs_task_id else ()
+    with hardware.autocast():
+        logits: Tensor = method(hardware.layout(batch.x), *position)
+    own = torch.as_tensor(task.classes, device=logits.device)
+    return logits[:ROWS, own].float().flatten().cpu()
+
+
+def _alike(found: Sequence[Tensor], stored: Sequence[Sequence[float]]) -> bool:
+    """Whether logits agree as far as the arithmetic of two machines does."""
+    if [len(x) for x in found] != [len(x) for x in stored]:
+        return False
+    a, b = torch.cat(list(found)).double(), torch.tensor([x for row in stored for x in row]).double()
+    largest = b[b.isfinite()].abs().max() if b.isfinite().any() else torch.tensor(0.0)
+    return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(largest), equal_nan=True)

@@ -1,0 +1,51 @@
+"""The trained method of a run predicts what the run has predicted, whatever method, and from either file."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers import METHODS
+
+from clrun.api import ConfigError, load, run
+
+SHORT = {"job": {"max_tasks": 3, "max_steps": 6, "save_predictions": "final", "save_model": True, "picture": False}}
+# Tried in turn until one suits the method, as in scripts/byte_identity.py.
+ATTEMPTS = ("scenario.setting=cil", "scenario.setting=til", "scenario.setting=til backbone=cnn")
+# What these keep beside tensors decides their predictions, or they cannot grow without learning.
+CHECKPOINT_ONLY: dict[str, str] = {}
+
+
+def short_run(method, folder):
+    mistakes = []
+    for attempt in ATTEMPTS:
+        try:
+            return run(attempt, method=method, folder=folder, progress=False, hardware={"threads": 1}, **SHORT)
+        except ConfigError as error:
+            mistakes.append(str(error))
+    raise AssertionError(mistakes)
+
+
+def agrees(done, learner):
+    """Whether the learner's predictions for the stored test images are those of predictions.csv, exactly."""
+    saved = done.predictions()
+    for task in done.order:
+        images, labels = learner.test_images(task)
+        own = saved[saved.task == task]
+        np.testing.assert_array_equal(own.label, labels)
+        for setting in set(own.columns) & {"cil", "til"}:
+            told = task if setting == "til" else None
+            np.testing.assert_array_equal(learner.predict(images, task=told).labels, own[setting], f"{setting} {task}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_learner_predicts_as_its_run_did(method, tmp_path):
+    done = short_run(method, tmp_path / "run")
+    agrees(done, done.learner())
+    weights = tmp_path / "weights"
+    shutil.copytree(done.folder, weights, ignore=shutil.ignore_patterns("checkpoint.pt"))
+    if method not in CHECKPOINT_ONLY:
+        agrees(done, load(weights).learner())
+        return
+    with pytest.raises(ConfigError, match=r"job\.keep_checkpoint=true") as refused:
+        load(weights).learner()
+    assert CHECKPOINT_ONLY[method] in str(refused.value)
