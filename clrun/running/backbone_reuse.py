@@ -19,7 +19,7 @@ class _Reusable:
         facts: properties that were computed for it, by name.
     """
 
-    key: str
+    key: object
     backbone: nn.Module
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -27,7 +27,7 @@ class _Reusable:
 _last: list[_Reusable] = []  # at most one
 
 
-def reused_backbone(key: str, build: Callable[[], nn.Module]) -> nn.Module:
+def reused_backbone(key: object, build: Callable[[], nn.Module]) -> nn.Module:
     """Return the backbone built last if it has the same `key`, else a new one; for learners that never train it."""
     if not _last or _last[0].key != key:
         _last[:] = [_Reusable(key, build())]

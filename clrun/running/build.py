@@ -10,6 +10,7 @@ from torch import nn
 
 from clrun.blocks.inject import COMPILED
 from clrun.config.job import Job
+from clrun.config.signature import locate
 from clrun.data.edge import edge
 from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import frozen_features, module_digest, open_cache
@@ -110,7 +111,9 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
             hardware.place(backbone)
         return backbone
 
-    key = repr([parts.config["backbone"], pretrained, dataset.image_shape, parts.seed, hardware])
+    # The factory itself is part of the key: an interactive session may define another one under the same name.
+    made_from = [parts.config["backbone"], pretrained, dataset.image_shape, parts.seed, hardware]
+    key = locate(parts.target("backbone")), repr(made_from)
     backbone = reused_backbone(key, new) if parts.reads_features else new()
     transform, text = fit_transform(dataset, backbone)
     stream = build_stream(parts, dataset, _order(parts, dataset, transform, backbone), transform)

@@ -22,7 +22,7 @@ from clrun.learning.method import Method
 from clrun.running import checkpoint
 from clrun.running.build import build_images
 from clrun.running.parts import Parts
-from clrun.system.errors import ConfigError, first_line
+from clrun.system.errors import ConfigError, first_line, one_line
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
@@ -168,7 +168,7 @@ def _from_weights(path: Path, method: Method, stream: Stream, parts: Parts) -> M
         parts.hardware.place(method)
         found = _probes(method.eval(), stream, parts.hardware)
     except Exception as error:  # what a method raises that has not learned what it was told it had
-        what = f"{type(method).__name__} cannot be rebuilt from tensors alone ({first_line(error)})"
+        what = f"{type(method).__name__} cannot be rebuilt from tensors alone ({one_line(error)[:150]})"
         raise ConfigError(f"{path}: {what}; {advice}") from error
     if not _alike(found, json.loads(probes)):
         what = f"{type(method).__name__} with these tensors predicts otherwise than the run's, for it keeps more"
