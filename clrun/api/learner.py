@@ -18,7 +18,6 @@ from torch import Tensor
 from clrun.api.images import Reader, decoding_node
 from clrun.api.process import borrowed
 from clrun.config.check import check
-from clrun.config.groups import conf_dir
 from clrun.config.signature import locate
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Setting, Stream, Task
@@ -28,6 +27,7 @@ from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts, make
 from clrun.running.restoring import Restored, restore
 from clrun.system.errors import ConfigError, did_you_mean
+from clrun.system.yaml_files import conf_dir
 
 
 class Prediction(NamedTuple):
