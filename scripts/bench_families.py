@@ -427,7 +427,7 @@ def stored(name: str, hardware: Hardware) -> tuple[str, Figure]:
     budget = Budget(partial(torch.optim.SGD, lr=1e-3), epochs=1, batch_size=BATCH)
     engine = engine_of(stream, budget, hardware, 1 if CASES[name].vit else None)
     method = engine.run(method)
-    sizes = engine.life.costs[-1]["state_bytes"]
+    sizes = engine.state.costs[-1]["state_bytes"]
     found = sizes["total"] - sizes["backbone"] - sizes["head"]
     expected = CASES[name].state(Sizes(method, 3))
     off = abs(found - expected) / expected if expected else float(found > 0)

@@ -74,7 +74,7 @@ class Journal:
 
     step = log = rows = begin_task
 
-    def end_task(self, task, method, life):
+    def end_task(self, task, method, run_state):
         pass
 
 
@@ -170,7 +170,7 @@ def clrun_training(case, images, labels, device):
     engine = Engine(tasks, budget, device, 0, evaluation, Journal())
     method = Finetune(network, CLASSES, compete="seen")
     engine.run(method)
-    return method, tasks, engine.life.costs[0]["train_seconds"]
+    return method, tasks, engine.state.costs[0]["train_seconds"]
 
 
 LAYOUTS = {"plain": torch.contiguous_format, "channels-last": torch.channels_last}

@@ -20,7 +20,7 @@ from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context, Progress
 from clrun.learning.method import Method
-from clrun.running.checkpoint import Life
+from clrun.running.checkpoint import RunState
 from clrun.running.engine import Engine
 from clrun.running.evaluation import Evaluation, Row
 from clrun.system.hardware import Hardware
@@ -175,7 +175,7 @@ class Recorder:
     It calls `after` when a task ends and stops the engine after `until` tasks.
     """
 
-    def __init__(self, after: Callable[[Task, Method, Life], None] | None, until: int | None) -> None:
+    def __init__(self, after: Callable[[Task, Method, RunState], None] | None, until: int | None) -> None:
         self.after, self.until = after, until
         self.recorded: list[Row] = []
         self.logged: list[Mapping[str, Any]] = []
@@ -193,10 +193,10 @@ class Recorder:
     def rows(self, rows: list[Row]) -> None:
         self.recorded += rows
 
-    def end_task(self, task: Task, method: Method, life: Life) -> None:
+    def end_task(self, task: Task, method: Method, run_state: RunState) -> None:
         if self.after is not None:
-            self.after(task, method, life)
-        if life.learned == self.until:
+            self.after(task, method, run_state)
+        if run_state.learned == self.until:
             raise _Stop
 
 
@@ -208,12 +208,12 @@ def live(
     learned: int = 0,
     until: int | None = None,
     seed: int = 0,
-    after: Callable[[Task, Method, Life], None] | None = None,
+    after: Callable[[Task, Method, RunState], None] | None = None,
 ) -> Recorder:
     """Let `method` learn the tasks at positions `learned` to `until` with the engine."""
     hardware, journal = cpu(), Recorder(after, until)
     evaluation = Evaluation(hardware, "test", 64, None)
-    engine = Engine(stream, budget or sgd(), hardware, seed, evaluation, journal, life=Life(learned=learned))
+    engine = Engine(stream, budget or sgd(), hardware, seed, evaluation, journal, state=RunState(learned=learned))
     with suppress(_Stop):
         engine.run(method)
     return journal
@@ -222,7 +222,7 @@ def live(
 def trace(read: Callable[[Method], Any], method: Method, stream: Stream, **options: Any) -> list[Any]:
     """Return what `read` finds in the method after each task of its life."""
     found: list[Any] = []
-    live(method, stream, after=lambda task, method, life: found.append(read(method)), **options)
+    live(method, stream, after=lambda task, method, run_state: found.append(read(method)), **options)
     return found
 
 

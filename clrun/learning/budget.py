@@ -1,4 +1,4 @@
-"""What one fit may spend: its length, batch size, optimizer and learning-rate schedule."""
+"""The budget of one fit: its length, batch size, optimizer and learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from clrun.system.errors import ConfigError, Count, Positive, PositiveInt, Range
 
 @dataclass(frozen=True)
 class Budget:
-    """What one fit may spend, and with which optimizer.
+    """The length and the optimizer of one fit.
 
     Attributes:
         optimizer: called with the parameters (or parameter groups) of each fit. One with a method `watch(method, ctx)`,
             a context manager, sees the learner too: `fit` holds it open while it runs (`clrun.blocks.optimizers`).
         epochs: passes over the split; null when `steps` is given.
         steps: optimizer steps; null when `epochs` is given.
-        batch_size: rows of a step, over all processes together.
-        schedule: called as schedule(optimizer, total_steps) and stepped once a step; null keeps the learning rate.
+        batch_size: rows per step, over all processes together.
+        schedule: called as schedule(optimizer, total_steps) and stepped once per step; null keeps the learning rate.
         clip_norm: largest norm of the whole gradient; null does not clip.
 
     Raises:
@@ -37,12 +37,12 @@ class Budget:
     clip_norm: Positive | None = None
 
     def __post_init__(self) -> None:
-        """Check that the length of a fit has one definition."""
+        """Check that exactly one of epochs and steps is given."""
         if (self.epochs is None) == (self.steps is None):
             raise ConfigError("budget: give exactly one of epochs and steps (set the other to null)")
 
     def total_steps(self, rows: int) -> int:
-        """Return the optimizer steps of a fit on `rows` rows."""
+        """Return the number of optimizer steps of a fit on `rows` rows."""
         if self.steps is not None:
             return self.steps if rows else 0
         assert self.epochs is not None
@@ -50,7 +50,7 @@ class Budget:
 
 
 def cosine(optimizer: Optimizer, total_steps: int, *, warmup: Annotated[float, Range(0, 1)]) -> LRScheduler:
-    """Return a schedule that rises linearly over the share `warmup` of the steps and then falls to 0 along a cosine."""
+    """Return a schedule that rises linearly over the fraction `warmup` of the steps, then falls to 0 along a cosine."""
     rise = round(warmup * total_steps)
 
     def factor(step: int) -> float:

@@ -1,4 +1,4 @@
-"""What a method may know about the run while it learns one task."""
+"""The context of a method while it learns one task: stream, task, budget, device, random numbers and progress."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ from clrun.system.seeding import generator
 
 @dataclass
 class Progress:
-    """Where the running fit stands; updated by `fit` before each step.
+    """The progress of the running fit; updated by `fit`.
 
     Attributes:
         phase: name of the fit.
-        epoch: pass over the split, from 0.
-        step: steps done in this fit.
-        total: steps of this fit.
-        lr: learning rate of the step being taken, of the first parameter group.
-        moved: the parameters that the fits of this task have moved.
+        epoch: number of the pass over the split, from 0.
+        step: number of steps done in this fit.
+        total: number of steps of this fit.
+        lr: learning rate of the first parameter group in the current step.
+        trained: the parameters that the fits of this task have trained.
     """
 
     phase: str = ""
@@ -31,23 +31,23 @@ class Progress:
     step: int = 0
     total: int = 0
     lr: float = 0.0
-    moved: set[nn.Parameter] = field(default_factory=set)
+    trained: set[nn.Parameter] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may know about the run while it lives through one task.
+    """Everything about the run that a method may use while it learns one task.
 
     Attributes:
         stream: all tasks; a method reads the data of the current one only, unless its definition says otherwise.
         task: the current task.
-        budget: what `fit` spends by default.
+        budget: length and optimizer of a fit that brings no budget of its own.
         hardware: device, precision and processes.
         seed: seed of the run.
-        log: records numbers of training (loss, penalties) in metrics.jsonl and the trackers.
+        log: records numbers of training (loss, penalties) in metrics.jsonl and in the logger.
         on_step: called after each optimizer step.
         max_steps: upper limit of the steps of any fit; None for no limit.
-        progress: where the running fit stands.
+        progress: the progress of the running fit.
     """
 
     stream: Stream

@@ -17,7 +17,7 @@ class Knob:
         name: attribute of the method that holds the value and is read whenever the value is needed; dotted for an
             attribute of one of its parts.
         operation: with a factor below 1, "multiply" is value * factor; "divide" is value / factor, for an option whose
-            larger values are the plastic ones.
+            larger values give more plasticity.
         bound: the value at which decay stops; None for 0, with "divide" for none.
     """
 
@@ -26,19 +26,19 @@ class Knob:
     bound: float | None = None
 
     def decayed(self, value: float, factor: float) -> float:
-        """Return the next value; the same one where decay has come to its end."""
+        """Return the value after one decay; the same value when it has reached its bound."""
         if self.operation == "divide":
             return min(value / factor, max(value, math.inf if self.bound is None else self.bound))
         return max(value * factor, min(value, self.bound or 0.0))
 
 
 def read(method: object, knobs: Sequence[Knob]) -> Values:
-    """Return the values that `method` holds."""
+    """Return the current values of the knobs of `method`."""
     return {knob.name: float(attrgetter(knob.name)(method)) for knob in knobs}
 
 
 def write(method: object, values: Values) -> None:
-    """Set the values in `method`."""
+    """Set the values of knobs in `method`."""
     for name, value in values.items():
         path, _, attribute = name.rpartition(".")
         owner: Any = attrgetter(path)(method) if path else method
@@ -46,11 +46,11 @@ def write(method: object, values: Values) -> None:
 
 
 def decays(start: Values, knobs: Sequence[Knob], factor: float) -> Iterator[Values]:
-    """Yield `start`, then ever smaller values, until none can be decayed any more.
+    """Yield `start`, then values that are decayed further and further, until no knob can be decayed any more.
 
-    One knob is decayed step by step. Several take turns: each alone from the values of reference, the others as they
-    are there; then all of them, which makes the next values of reference. (5, 2) at 0.5 gives (2.5, 2), (5, 1),
-    (2.5, 1), (1.25, 1), (2.5, 0.5), (1.25, 0.5), ... A knob that stands at 0 or at its bound has no turn.
+    A single knob is decayed step by step. Several knobs take turns from values of reference: first each of them is
+    decayed alone, then all of them together, which gives the next values of reference. (5, 2) with factor 0.5 gives
+    (2.5, 2), (5, 1), (2.5, 1), (1.25, 1), (2.5, 0.5), (1.25, 0.5), ... A knob at 0 or at its bound is left out.
     """
     reference = start
     yield reference

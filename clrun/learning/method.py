@@ -164,11 +164,11 @@ class Method(nn.Module):
         return [self]
 
     def trainable(self) -> Iterable[nn.Parameter] | list[dict[str, Any]]:
-        """Return the parameters, or parameter groups, that `fit` moves by default."""
+        """Return the parameters, or parameter groups, that `fit` trains by default."""
         return (p for p in self.parameters() if p.requires_grad)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; submodules whose parameters are all frozen stay in eval mode (their statistics stand still)."""
+        """Set the mode; submodules whose parameters are all frozen stay in eval mode (running statistics unchanged)."""
         super().train(mode)
         if mode:
             for child in self.children():

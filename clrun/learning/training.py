@@ -1,4 +1,4 @@
-"""The one training loop: `fit` minimises a loss over the rows of a split."""
+"""The only loop over optimizer steps: `fit` minimises a loss over the rows of a split."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ from clrun.system.seeding import seed_all
 
 Loss = Callable[[Batch, Context], Tensor]
 Parameters = Iterable[nn.Parameter] | list[dict[str, Any]]
-CHECK_EVERY = 50  # steps between two checks that the loss is finite: each check waits for the device
+CHECK_EVERY = 50  # number of steps between two checks that the loss is finite; each check waits for the device
 
 
 class Learner(Protocol):
@@ -32,7 +32,7 @@ class Learner(Protocol):
         """Return the training loss [] of a prepared batch."""
 
     def adjust_gradients(self, ctx: Context) -> None:
-        """Change the gradients before the optimizer step."""
+        """Change the gradients after backward and before the optimizer step."""
 
     def after_step(self, ctx: Context) -> None:
         """Act after an optimizer step."""
@@ -65,15 +65,15 @@ def fit(
 
     Args:
         method: the learner; its hooks run inside each step.
-        split: rows to train on; every process reads its share of each batch.
+        split: rows to train on; each process reads a part of every batch.
         ctx: context of the current task.
         loss: objective; default `method.loss`.
-        params: parameters or parameter groups to move; default `method.trainable()`.
-        budget: length and optimizer; default the run's.
-        name: keys the generators of shuffling, augmentation and dropout: two phases of a task differ.
+        params: parameters or parameter groups to train; default `method.trainable()`.
+        budget: length and optimizer; default is the budget of the run.
+        name: name of the fit. Two fits of a task with different names shuffle and augment differently.
 
     Raises:
-        NumericalError: the loss is not finite; looked at every 50 steps and after the last one.
+        NumericalError: the loss is NaN or infinite. It is checked every 50 steps and after the last step.
     """
     budget = budget or ctx.budget
     groups = list(method.trainable() if params is None else params)
@@ -84,28 +84,29 @@ def fit(
     schedule = None if budget.schedule is None else budget.schedule(optimizer, total)
     view = ctx.generator("augment", name, ctx.hardware.rank)
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
-    ctx.progress.moved.update(step.parameters)
+    ctx.progress.trained.update(step.parameters)
     seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
     method.train()
-    watch = getattr(optimizer, "watch", None)  # an optimizer that must see more than gradients
+    watch = getattr(optimizer, "watch", None)  # of an optimizer that needs more than gradients
     with nullcontext() if watch is None else watch(method, ctx):
-        for rows, share in _epochs(split, ctx, budget.batch_size, total, name):
-            value = step(rows, share)
+        for rows, weight in _epochs(split, ctx, budget.batch_size, total, name):
+            value = step(rows, weight)
             if schedule is not None:
                 schedule.step()
             method.after_step(ctx)
             ctx.progress.step += 1
             if ctx.progress.step % CHECK_EVERY == 0 or ctx.progress.step == total:
-                _look(value, ctx)
+                _check_loss(value, ctx)
             ctx.on_step(ctx.progress)
     optimizer.zero_grad(set_to_none=True)
     ctx.hardware.average_buffers(method.buffers())
 
 
 def _epochs(split: Split, ctx: Context, size: int, total: int, name: str) -> Iterator[tuple[Batch, float]]:
-    """Yield `total` raw batches with this process's weight in the mean over the global batch, epoch after epoch.
+    """Yield `total` raw batches of this process, epoch after epoch, each with its weight in the mean over processes.
 
-    The weight is 1 when the rows divide evenly, and 0 with no rows when a last batch has fewer rows than processes.
+    The weight is 1 when all processes have equally many rows of the batch. When a last batch has fewer rows than there
+    are processes, some of them get no rows and the weight 0.
     """
     hardware, progress = ctx.hardware, ctx.progress
     progress.phase, progress.epoch, progress.step, progress.total = name, 0, 0, total
@@ -125,16 +126,16 @@ def _epochs(split: Split, ctx: Context, size: int, total: int, name: str) -> Ite
 
 @dataclass(frozen=True)
 class _Step:
-    """Gradient and update of one batch.
+    """Computes the gradient of one batch and updates the parameters.
 
     Attributes:
         method: the learner.
-        split: where the batches come from; its transform prepares them.
+        split: the source of the batches; its transform prepares them.
         ctx: context of the task.
-        loss: objective.
-        optimizer: owns the parameters that move.
+        loss: the objective.
+        optimizer: owns the parameters that are trained.
         clip_norm: largest norm of the whole gradient; None does not clip.
-        augmentation: source of the training view.
+        augmentation: generator of the random numbers of augmentation.
     """
 
     method: Learner
@@ -144,28 +145,28 @@ class _Step:
     optimizer: Optimizer
     clip_norm: float | None
     augmentation: torch.Generator
-    nothing: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
+    no_loss: Tensor = field(default_factory=lambda: torch.zeros(()), init=False)
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that move."""
+        """The parameters that are trained."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, rows: Batch, share: float) -> Tensor:
-        """Update the parameters; return the loss ([], detached) of this process's raw `rows`, 0 without any.
+    def __call__(self, rows: Batch, weight: float) -> Tensor:
+        """Update the parameters; return the loss ([], detached) of the raw `rows` of this process, 0 when it has none.
 
-        `share` is the weight of the rows in the mean over the processes.
+        `weight` is the weight of these rows in the mean over the processes.
         """
         hardware, optimizer = self.ctx.hardware, self.optimizer
-        value = self.nothing
-        if share:
+        value = self.no_loss
+        if weight:
             batch = self._prepared(self.method.mix(rows, self.ctx))
             with hardware.autocast():
                 value = self.loss(batch, self.ctx)
         for parameter in self.parameters:
-            parameter.grad = None  # as optimizer.zero_grad does, without its bookkeeping
-        if share:
-            (value if share == 1 else value * share).backward()  # type: ignore[no-untyped-call]
+            parameter.grad = None  # what optimizer.zero_grad does, in less time
+        if weight:
+            (value if weight == 1 else value * weight).backward()  # type: ignore[no-untyped-call]
         hardware.average_gradients(self.parameters)
         self.method.adjust_gradients(self.ctx)
         if self.clip_norm is not None:
@@ -175,13 +176,13 @@ class _Step:
         return value.detach()
 
     def _prepared(self, raw: Batch) -> Batch:
-        """Return the batch as the network sees it, with the raw rows beside."""
+        """Return the prepared batch, which also holds the raw rows."""
         x = self.split.transform.train(raw.x, self.augmentation)
         return Batch(self.ctx.hardware.layout(x), raw.y, raw.t, raw.i, raw.x)
 
 
-def _look(value: Tensor, ctx: Context) -> None:
-    """Log the loss and stop a run that has left the numbers."""
+def _check_loss(value: Tensor, ctx: Context) -> None:
+    """Log the loss; stop a run whose loss is NaN or infinite."""
     progress, loss = ctx.progress, value.item()
     if not math.isfinite(loss):
         raise NumericalError(

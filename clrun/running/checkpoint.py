@@ -36,7 +36,7 @@ class Unstorable(ConfigError):
 
 
 @dataclass
-class Life:
+class RunState:
     """The progress of a run. Together with the method it is all that resuming needs.
 
     Attributes:
@@ -60,7 +60,7 @@ def fingerprints(module: nn.Module) -> dict[str, str]:
 def save(
     path: Path,
     method: Method,
-    life: Life,
+    state: RunState,
     *,
     config_hash: str,
     backbone: dict[str, str],
@@ -73,7 +73,7 @@ def save(
     Args:
         path: the file. The main process writes it; the others send it their methods.
         method: its tensors that still equal the backbone's as loaded are stored by their digest only.
-        life: the progress of the run.
+        state: the progress of the run.
         config_hash: hash of the configuration.
         backbone: digests of the backbone as loaded (`fingerprints`).
         hardware: the processes; each of them has its own method.
@@ -103,15 +103,15 @@ def save(
         return
     # Tensors are written without a further copy; bytes objects would be pickled, copied and checked twice.
     stored = [torch.frombuffer(data, dtype=torch.uint8) for data in methods]
-    content = {"schema": SCHEMA, "config_hash": config_hash, "learned": life.learned, "steps": life.steps}
-    content |= {"rows": life.rows, "costs": life.costs, "referenced": referenced, "methods": stored}
+    content = {"schema": SCHEMA, "config_hash": config_hash, "learned": state.learned, "steps": state.steps}
+    content |= {"rows": state.rows, "costs": state.costs, "referenced": referenced, "methods": stored}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(path, flush=flush) as file:
         file.write(buffer.getbuffer())
 
 
-def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> tuple[Method, Life]:
+def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> tuple[Method, RunState]:
     """Return the method and the progress stored at `path`.
 
     Args:
@@ -143,9 +143,9 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
                 f"{path}: was made with other backbone weights ({name}); name the weights that the run began with"
             )
         loaded[name].data = built[name].data
-    life = Life(content["learned"], content["steps"], content["rows"], content["costs"])
+    state = RunState(content["learned"], content["steps"], content["rows"], content["costs"])
     hardware.place(method)
-    return method, life
+    return method, state
 
 
 def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:

@@ -11,7 +11,7 @@ from clrun.learning.budget import Budget
 from clrun.learning.context import Context, Progress
 from clrun.learning.method import Method
 from clrun.running.accounting import PeakMemory, parameter_counts, state_bytes
-from clrun.running.checkpoint import Life
+from clrun.running.checkpoint import RunState
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.recorder import Recorder
 from clrun.system.hardware import Hardware
@@ -41,7 +41,7 @@ class Engine:
         eval_every: number of optimizer steps between evaluations within a task; None evaluates after tasks only.
         max_steps: upper limit of the steps of any fit; None for none.
         tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
-        life: progress of the run; its results are added to it.
+        state: progress of the run; its results are added to it.
     """
 
     stream: Stream
@@ -54,9 +54,9 @@ class Engine:
     eval_every: int | None = None
     max_steps: int | None = None
     tuning: Tuning | None = None
-    life: Life = field(default_factory=Life)
+    state: RunState = field(default_factory=RunState)
     _evaluating: float = 0.0
-    _moved: int = 0  # number of parameters that the fits of the last task have trained
+    _trained: int = 0  # number of parameters that the fits of the last task have trained
 
     def run(self, method: Method) -> Method:
         """Let `method` learn the tasks that are not learned yet, in order.
@@ -68,7 +68,7 @@ class Engine:
         if self.hardware.compile:
             method.backbone.compile()
         memory = PeakMemory(self.hardware)
-        for task in self.stream.tasks[self.life.learned :]:
+        for task in self.stream.tasks[self.state.learned :]:
             self.recorder.begin_task(task)
             memory.reset()
             search: dict[str, Any] = {}
@@ -76,26 +76,26 @@ class Engine:
                 seconds = self.train(method, self.context(method, task))
             else:
                 method, seconds, search["tuning"] = self.tuning(self, method, task)
-            self.life.learned += 1
-            evaluation = self._timed(partial(self._evaluate, method, self.life.learned))
-            steps = self.life.costs[-1]["steps"] if self.life.costs else 0
+            self.state.learned += 1
+            evaluation = self._timed(partial(self._evaluate, method, self.state.learned))
+            steps = self.state.costs[-1]["steps"] if self.state.costs else 0
             images = len(task.train)
-            self.life.costs.append(
+            self.state.costs.append(
                 {
                     "task": task.id,
                     "position": task.index,
-                    "steps": self.life.steps,
+                    "steps": self.state.steps,
                     "train_seconds": seconds,
                     "eval_seconds": evaluation,
                     "images": images,
-                    "images_per_second": self._images(task, self.life.steps - steps) / seconds if seconds else None,
+                    "images_per_second": self._images(task, self.state.steps - steps) / seconds if seconds else None,
                     "peak_memory_bytes": memory.read(),
-                    "parameters": parameter_counts(method) | {"trainable": self._moved},
+                    "parameters": parameter_counts(method) | {"trainable": self._trained},
                     "state_bytes": state_bytes(method),
                     **search,
                 }
             )
-            self.recorder.end_task(task, method, self.life)
+            self.recorder.end_task(task, method, self.state)
         return method
 
     def _images(self, task: Task, steps: int) -> int:
@@ -118,7 +118,7 @@ class Engine:
         method.begin_task(task, ctx)
         for part in method.new_parts():
             self.hardware.place(part)
-        if initial and self._initial and not self.life.rows:
+        if initial and self._initial and not self.state.rows:
             self._record(self.evaluation(method, self.stream, 0, candidates=1, tasks=len(self.stream.tasks)), "end")
 
         def work() -> None:
@@ -126,7 +126,7 @@ class Engine:
             method.end_task(task, ctx)
 
         seconds = self._timed(work) - self._evaluating
-        self._moved = sum(p.numel() for p in ctx.progress.moved)
+        self._trained = sum(p.numel() for p in ctx.progress.trained)
         return seconds
 
     @property
@@ -138,9 +138,9 @@ class Engine:
         """Return the context in which `method` learns `task`."""
 
         def on_step(progress: Progress) -> None:
-            self.life.steps += 1
+            self.state.steps += 1
             self.recorder.step(progress)
-            if self.eval_every and self.life.steps % self.eval_every == 0:
+            if self.eval_every and self.state.steps % self.eval_every == 0:
                 self._evaluating += self._timed(lambda: self._evaluate_during(method, task))
 
         def log(record: Any) -> None:
@@ -161,8 +161,8 @@ class Engine:
 
     def _record(self, rows: list[Row], phase: str) -> None:
         """Add rows to those of the checkpoint and report them."""
-        rows = [{"step": self.life.steps, **row, "phase": phase} for row in rows]
-        self.life.rows += rows
+        rows = [{"step": self.state.steps, **row, "phase": phase} for row in rows]
+        self.state.rows += rows
         self.recorder.rows(rows)
 
     def _timed(self, work: Callable[[], Any]) -> float:

@@ -27,7 +27,7 @@ from clrun.running.accounting import (
 )
 from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
-from clrun.running.checkpoint import Life, Unstorable
+from clrun.running.checkpoint import RunState, Unstorable
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
@@ -140,7 +140,7 @@ class Recorder:
 
     # --- begin and end
 
-    def resumed(self, method: Method) -> tuple[Method, Life]:
+    def resumed(self, method: Method) -> tuple[Method, RunState]:
         """Return the method and the progress of the folder's checkpoint; without one, `method` and no progress.
 
         Raises:
@@ -148,14 +148,14 @@ class Recorder:
         """
         self.backbone_digests = checkpoint.fingerprints(method.backbone)
         if not self.options.resume:
-            return method, Life()
+            return method, RunState()
         self.storable = checkpoint.parts(method)
         path = self.folder.path / "checkpoint.pt"
         if not path.exists():
-            return method, Life()
-        method, life = checkpoint.load(path, method, config_hash=self.hash, hardware=self.hardware)
-        self.run["notes"] += self._notes_on_resuming(life.learned)
-        return method, life
+            return method, RunState()
+        method, state = checkpoint.load(path, method, config_hash=self.hash, hardware=self.hardware)
+        self.run["notes"] += self._notes_on_resuming(state.learned)
+        return method, state
 
     def _notes_on_resuming(self, learned: int) -> list[str]:
         """Return a note that the run goes on, after those of earlier times, and one if it goes on in another place."""
@@ -166,7 +166,7 @@ class Recorder:
             notes.append(f"resumed on other hardware or software ({changed}): an uninterrupted run may differ slightly")
         return notes
 
-    def begin(self, built: Built, life: Life) -> None:
+    def begin(self, built: Built, state: RunState) -> None:
         """Write the files that a run begins with; rows of an unfinished task are dropped."""
         stream = built.stream
         frozen = built.method.uses_frozen_features
@@ -191,16 +191,16 @@ class Recorder:
         tasks = len(stream.tasks)
         empty = {s: [[None] * tasks] * tasks for s in self.evaluation.settings(built.method, stream)}
         self.run["accuracy_matrix"] = empty
-        self._measure(life)
+        self._measure(state)
         self.stream = stream
         if self.logger is None:
             return
-        self.run["notes"] += self.predictions.resume(life.learned)
+        self.run["notes"] += self.predictions.resume(state.learned)
         self.folder.write_config(plain(self.parts.config))
         for name, text in self.job.hydra.items():
             self._write(f".hydra/{name}", text)
-        self.folder.write_rows(life.rows)
-        self.folder.truncate_log(life.learned)
+        self.folder.write_rows(state.rows)
+        self.folder.truncate_log(state.learned)
         self.folder.write_run(self.run)
         show: Show = "all" if self.job.parallel == 1 else "end"
         self.logger.start(self.run, stream, self.folder.path, show=show if self.options.progress else "nothing")
@@ -236,18 +236,18 @@ class Recorder:
 
             draw_selection(self.run, self.folder.path / "selection.png")
 
-    def _measure(self, life: Life) -> None:
+    def _measure(self, state: RunState) -> None:
         """Compute matrices, metrics and total cost from the rows and costs of the run so far."""
         groups: dict[str, list[Row]] = {}
-        for row in life.rows:
+        for row in state.rows:
             groups.setdefault(row["setting"], []).append(row)
         for setting, rows in sorted(groups.items()):
             matrix = AccuracyMatrix.from_rows(rows, order=self.run["task_order"])
             self.run["accuracy_matrix"][setting] = plain(matrix.by_position()[1:])
             self.run["metrics"][setting] = plain(summary(matrix))
-        self.run["cost"]["tasks"] = life.costs
+        self.run["cost"]["tasks"] = state.costs
         for name in ("train_seconds", "eval_seconds"):
-            self.run["cost"][name] = sum(cost[name] for cost in life.costs)
+            self.run["cost"][name] = sum(cost[name] for cost in state.costs)
 
     def _write(self, name: str, text: str) -> None:
         """Write a file of the run's folder atomically."""
@@ -279,21 +279,21 @@ class Recorder:
         if self.logger is not None:
             self.folder.append_rows(rows)
 
-    def end_task(self, task: Task, method: Method, life: Life) -> None:
+    def end_task(self, task: Task, method: Method, state: RunState) -> None:
         """Record that a task is learned and evaluated: update run.json, save predictions and the checkpoint, print.
 
         Raises:
             ConfigError: a file cannot be written, or the method cannot be stored in the checkpoint that the job needs.
         """
-        self._measure(life)
+        self._measure(state)
         if self.logger is not None:
             self.folder.write_run(self.run)
-            self.predictions.save(method, self.stream, life.learned)
-        self._save_checkpoint(method, life)
+            self.predictions.save(method, self.stream, state.learned)
+        self._save_checkpoint(method, state)
         if self.logger is not None:
             self.logger.end_task(self.run)
 
-    def _save_checkpoint(self, method: Method, life: Life) -> None:
+    def _save_checkpoint(self, method: Method, state: RunState) -> None:
         """Write checkpoint.pt, which nobody needs where the job neither resumes nor keeps it: then it may fail."""
         path = self.folder.path / "checkpoint.pt"
         flush = time.monotonic() - self.flushed > UNSAFE
@@ -301,12 +301,12 @@ class Recorder:
             checkpoint.save(
                 path,
                 method,
-                life,
+                state,
                 config_hash=self.hash,
                 backbone=self.backbone_digests,
                 hardware=self.hardware,
                 flush=flush,
-                allowed=self.storable if life.learned == 1 else None,
+                allowed=self.storable if state.learned == 1 else None,
             )
         except Unstorable as error:
             if self.options.resume or self.options.keep_checkpoint:

@@ -94,8 +94,8 @@ def _work(parts: Parts, out: Path, job: JobInfo, rank: int, world: int) -> float
 
 def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
     """Begin or resume, learn every task, finish."""
-    method, life = recorder.resumed(built.method)
-    recorder.begin(built, life)
+    method, state = recorder.resumed(built.method)
+    recorder.begin(built, state)
     engine = Engine(
         built.stream,
         built.budget,
@@ -107,7 +107,7 @@ def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
         eval_every=parts.job.eval_every,
         max_steps=parts.job.max_steps,
         tuning=parts.job.tuning,
-        life=life,
+        state=state,
     )
     method = engine.run(method)
     recorder.finish(built, method)

@@ -94,8 +94,8 @@ class StabilityDecay:
             The learner that has learned the task, the seconds of the kept training, and a record of all trainings.
         """
         start = read(method, method.knobs)
-        if self.reset and engine.life.costs:
-            start = engine.life.costs[0]["tuning"]["start"]
+        if self.reset and engine.state.costs:
+            start = engine.state.costs[0]["tuning"]["start"]
         write(method, start)
         trials = _Trials(engine, method, task)
         kept, plasticity = self._plasticity(trials)
@@ -104,7 +104,7 @@ class StabilityDecay:
             kept, record["stability"] = self._stability(trials, start, plasticity)
         if kept.error is not None:
             raise kept.error
-        engine.life.steps = trials.steps + kept.steps
+        engine.state.steps = trials.steps + kept.steps
         return kept.method, kept.seconds, record
 
     def _plasticity(self, trials: "_Trials") -> tuple["_Trial", Record]:
@@ -178,7 +178,7 @@ class _Trials:
 
     def __post_init__(self) -> None:
         """Take the number of steps and the evaluation from the engine."""
-        self.steps = self.engine.life.steps
+        self.steps = self.engine.state.steps
         self.evaluation = replace(self.engine.evaluation, split="val")
 
     def run(self, lr: float, *, repeat: int = 0, plain: bool = False, knobs: Values | None = None) -> _Trial:
@@ -197,7 +197,7 @@ class _Trials:
             method.backbone.compile()
         seed = derive(engine.seed, "repeat", repeat) if repeat else engine.seed
         number, self.count = self.count, self.count + 1
-        engine.life.steps = self.steps
+        engine.state.steps = self.steps
         budget = replace(engine.budget, optimizer=partial(engine.budget.optimizer, lr=lr))
         context = engine.context(method, self.task)
 
@@ -210,9 +210,9 @@ class _Trials:
         except NumericalError as error:
             if engine.hardware.world > 1:
                 raise  # the other processes may not have seen it and would wait
-            return _Trial(method, 0.0, engine.life.steps - self.steps, math.nan, error)
+            return _Trial(method, 0.0, engine.state.steps - self.steps, math.nan, error)
         accuracy = self.evaluation.accuracy(method, engine.stream, self.task)
-        return _Trial(method, accuracy, engine.life.steps - self.steps, seconds)
+        return _Trial(method, accuracy, engine.state.steps - self.steps, seconds)
 
 
 def _finetuning(method: Method) -> Method:

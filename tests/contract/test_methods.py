@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clrun.data.stream import Stream, Task
 from clrun.learning.method import Method
 from clrun.learning.training import fit
-from clrun.running.checkpoint import Life
+from clrun.running.checkpoint import RunState
 from clrun.running.evaluation import Evaluation
 
 SETTINGS = ("cil", "til", "dil")
@@ -140,8 +140,8 @@ def test_lives_through_a_stream(name: str, setting: Any) -> None:
     method, stream = born(small(name), image_stream(setting, (2, 0, 1), class_seed=1))
     unseen: list[Tensor] = []
 
-    def look(task: Task, method: Method, life: Life) -> None:
-        seen = stream.candidates(life.learned, "cil")[0]
+    def look(task: Task, method: Method, run_state: RunState) -> None:
+        seen = stream.candidates(run_state.learned, "cil")[0]
         unseen.append(logits(method, eval_rows(stream))[:, ~seen])
 
     journal = live(method, stream, after=look)
@@ -185,7 +185,7 @@ def test_a_dry_run_can_time_a_fit(name: str) -> None:
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     fit(method, stream.tasks[0].train, ctx)
     assert ctx.progress.step == 5, "the timed steps are taken without `learn`"
-    assert ctx.progress.moved and any(not torch.equal(before[n], t) for n, t in method.state_dict().items())
+    assert ctx.progress.trained and any(not torch.equal(before[n], t) for n, t in method.state_dict().items())
 
 
 def tensors(*modules: nn.Module) -> set[int]:
@@ -209,8 +209,8 @@ def test_goes_on_from_copies(name: str) -> None:
     method, stream = born(small(name), image_stream())
     copies: list[Method] = []
 
-    def copy_twice(task: Task, method: Method, life: Life) -> None:
-        if life.learned < 3:
+    def copy_twice(task: Task, method: Method, run_state: RunState) -> None:
+        if run_state.learned < 3:
             buffer = io.BytesIO()
             torch.save(method, buffer)
             buffer.seek(0)

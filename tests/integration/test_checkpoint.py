@@ -140,12 +140,12 @@ def test_what_is_saved_is_what_is_loaded(stopped: Path) -> None:
     hardware.setup()
     fresh = build(parts).method
     key = torch.load(stopped / "checkpoint.pt", weights_only=True)["config_hash"]
-    method, life = checkpoint.load(stopped / "checkpoint.pt", fresh, config_hash=key, hardware=hardware)
-    assert life.learned == 1
+    method, run_state = checkpoint.load(stopped / "checkpoint.pt", fresh, config_hash=key, hardware=hardware)
+    assert run_state.learned == 1
     assert method.penalty.shapes, "the state beyond tensors came back"
     again = copy.deepcopy(method)
     path = stopped / "again.pt"
-    checkpoint.save(path, method, life, config_hash=key, backbone={}, hardware=hardware)
+    checkpoint.save(path, method, run_state, config_hash=key, backbone={}, hardware=hardware)
     loaded, _ = checkpoint.load(path, fresh, config_hash=key, hardware=hardware)
     for (name, before), after in zip(again.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(before, after), name
@@ -161,7 +161,7 @@ def test_unchanged_backbone_weights_are_stored_by_reference(tmp_path: Path) -> N
     sizes = {}
     for name, known in (("full", {}), ("referenced", whole)):
         path = tmp_path / f"{name}.pt"
-        checkpoint.save(path, built.method, checkpoint.Life(), config_hash="h", backbone=known, hardware=hardware)
+        checkpoint.save(path, built.method, checkpoint.RunState(), config_hash="h", backbone=known, hardware=hardware)
         sizes[name] = path.stat().st_size
     assert sizes["full"] > 4 * 512 * 512
     assert sizes["referenced"] < sizes["full"] / 10

@@ -44,7 +44,7 @@ def test_learned_tasks_are_never_touched_again(name: str, options: dict[str, Any
     method, stream = born(factory(name, **options), image_stream("til"))
     tensors = lambda m: [[t.clone() for t in n.state_dict().values()] for n in m.networks]  # noqa: E731
     found: list[Any] = []
-    journal = live(method, stream, after=lambda task, m, life: found.append((tensors(m), outputs(m, stream))))
+    journal = live(method, stream, after=lambda task, m, run_state: found.append((tensors(m), outputs(m, stream))))
     for earlier, later in zip(found, found[1:], strict=False):
         for before, after in zip(earlier[0], later[0], strict=False):
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

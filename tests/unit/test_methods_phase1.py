@@ -136,8 +136,8 @@ def test_resumes_after_every_task_bit_for_bit(kind: str, tmp_path: Path) -> None
     known, path = checkpoint.fingerprints(method.backbone), tmp_path / "checkpoint.pt"
     stored: list[Method] = []
 
-    def store(task: Task, method: Method, life: checkpoint.Life) -> None:
-        checkpoint.save(path, method, life, config_hash="h", backbone=known, hardware=cpu())
+    def store(task: Task, method: Method, run_state: checkpoint.RunState) -> None:
+        checkpoint.save(path, method, run_state, config_hash="h", backbone=known, hardware=cpu())
         stored.append(checkpoint.load(path, fresh, config_hash="h", hardware=cpu())[0])
 
     whole = live(method, stream, after=store, budget=budget())

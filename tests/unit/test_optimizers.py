@@ -217,7 +217,7 @@ def test_learns_and_leaves_no_trace(optimizer: Any, options: dict[str, Any], vit
         with torch.no_grad():
             loss = method.loss(next(stream.tasks[0].train.batches(100)), context(stream)).item()
         ends.append((loss, weights(method)))
-    assert torch.equal(ends[0][1], ends[1][1]), "a life twice is the same life"
+    assert torch.equal(ends[0][1], ends[1][1]), "the same training twice gives the same weights"
     assert ends[0][0] < 0.6  # log 2 is chance
 
 

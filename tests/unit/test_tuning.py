@@ -16,7 +16,7 @@ from clrun.data.transforms import fit_transform
 from clrun.learning.context import Context
 from clrun.learning.knobs import Knob, decays, read, write
 from clrun.learning.method import Method
-from clrun.running.checkpoint import Life
+from clrun.running.checkpoint import RunState
 from clrun.running.engine import Engine
 from clrun.running.evaluation import Evaluation
 from clrun.running.tuning import StabilityDecay, _Trials
@@ -51,20 +51,20 @@ def options(**changed: Any) -> StabilityDecay:
 def engine(tasks: Stream, tuning: StabilityDecay | None, after: Any = None, epochs: int = 2, **more: Any) -> Engine:
     """Return an engine on one thread."""
     evaluation, journal = Evaluation(cpu(), "test", 64, None), Recorder(after, None)
-    return Engine(tasks, sgd(epochs=epochs), cpu(), 0, evaluation, journal, tuning=tuning, life=Life(), **more)
+    return Engine(tasks, sgd(epochs=epochs), cpu(), 0, evaluation, journal, tuning=tuning, state=RunState(), **more)
 
 
 def lived(method: Method, tasks: Stream, tuning: StabilityDecay | None, **more: Any) -> tuple[Engine, list[Any]]:
     """Let `method` live; return the engine and the learner's state after each task."""
     states: list[Any] = []
-    run = engine(tasks, tuning, after=lambda task, method, life: states.append(state(method)), **more)
+    run = engine(tasks, tuning, after=lambda task, method, run_state: states.append(state(method)), **more)
     run.run(method)
     return run, states
 
 
 def searches(run: Engine) -> list[dict[str, Any]]:
     """Return the records of the searches."""
-    return [cost["tuning"] for cost in run.life.costs]
+    return [cost["tuning"] for cost in run.state.costs]
 
 
 class Rigid(Method):
@@ -227,7 +227,7 @@ def test_repeats_average_over_seeds():
     two, _ = lived(rigid(4.0, yields=9.0), tasks, options(lrs=[0.002], repeats=3))
     a, b = (searches(run)[0]["plasticity"]["grid"][0]["accuracy"] for run in (one, two))
     assert a != b
-    assert two.life.steps == one.life.steps
+    assert two.state.steps == one.state.steps
 
 
 def test_a_training_that_leaves_the_numbers_counts_as_no_accuracy():
@@ -250,7 +250,7 @@ def test_attempts_are_the_same_in_any_order_and_knobs_matter(name):
     method, _ = born(factory(name), tasks)
     run = engine(tasks, None)
     run.train(method, run.context(method, tasks.tasks[0]))
-    run.life.steps = 7
+    run.state.steps = 7
     before = state(method)
     low, high = ({knob.name: value for knob in method.knobs} for value in (0.1, 0.7))
     trials = _Trials(run, method, tasks.tasks[1])
@@ -277,7 +277,7 @@ def test_one_rate_one_attempt_and_no_demand_are_the_plain_run(name):
     plain, expected = lived(method, tasks, None)
     for a, b in zip(states, expected, strict=True):
         assert_same(a, b)
-    assert run.recorder.recorded == plain.recorder.recorded and run.life.steps == plain.life.steps
+    assert run.recorder.recorded == plain.recorder.recorded and run.state.steps == plain.state.steps
 
 
 def test_tasks_are_evaluated_before_they_are_learned():
@@ -323,7 +323,7 @@ def test_soft_gates_of_earlier_tasks_outlive_the_decay_of_their_slope():
     method, _ = born(factory("hat", binarise="paper", s_max=50.0), tasks)
     run = engine(tasks, options(max_attempts=2, drop=0.0))
     kept: list[Tensor] = []
-    run.recorder.after = lambda task, method, life: kept.append(method.gates(0))
+    run.recorder.after = lambda task, method, run_state: kept.append(method.gates(0))
     learned = run.run(method)
     assert torch.equal(kept[0], kept[2])
     write(learned, {"s_max": 1.0})
