@@ -238,6 +238,20 @@ def test_every_experiment_is_expected_and_those_of_prompts_and_adapters_are_as_p
             assert config["method"].get("selection", "instance") == "instance"
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_preset_says_which_classes_compete_how_schedules_step_and_how_heads_begin(name: str) -> None:
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
+    method = name.removesuffix("_cifar224").removesuffix("_imagenet_r")
+    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae"):
+        assert composed(name)["method"]["compete"] == "current"
+        assert "Only the classes of the current task compete in the training loss (method.compete=current)" in header
+    if method in ("aper", "ease", "lae", "coda_prompt", "ranpac") and name != "ranpac_imagenet_r":
+        assert "learning rate" in header and "short batch of an epoch is kept" in header and "nn.Linear" in header
+    if name == "ranpac_imagenet_r":
+        assert "batches and the head of phase 1 see ranpac_cifar224" in header
+
+
 def test_the_learning_rate_of_coda_prompt_falls_along_a_quarter_of_a_cosine() -> None:
     budget = make(composed("coda_prompt_cifar224")["budget"])
     optimizer = budget.optimizer([torch.nn.Parameter(torch.zeros(1))])
