@@ -278,7 +278,8 @@ def _pytest_knows(arguments: list[str]) -> bool:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     marks = [marker.split(":")[0] for marker in settings["markers"]]
     paths = [word.split("::")[0] for word in arguments if word.startswith("tests")]
-    named = [word for before, word in zip(arguments, arguments[1:], strict=False) if before == "-m"]
+    expressions = [word for before, word in zip(arguments, arguments[1:], strict=False) if before == "-m"]
+    named = [word for text in expressions for word in re.findall(r"\w+", text) if word not in ("and", "or", "not")]
     return all((ROOT / path).exists() for path in paths) and set(named) <= set(marks)
 
 
