@@ -91,7 +91,7 @@ class CodaPrompt(Prompted):
             new[place] = orthonormal(before, self.components)
         pool.append(nn.Parameter(new))
 
-    def asks_while_training(self) -> bool:
+    def uses_training_queries(self) -> bool:
         return True
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:

@@ -91,7 +91,7 @@ class Dap(Keyed):
             assert isinstance(generator, PromptGenerator)
             freeze(generator.mixer)
 
-    def asks_while_training(self) -> bool:
+    def uses_training_queries(self) -> bool:
         return self.pull > 0
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:

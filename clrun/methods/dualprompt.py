@@ -87,7 +87,7 @@ class Dualprompt(Keyed):
         key = drawn(self.width, init=self.init) if self.learn_keys else self.mean_query(task)
         self.keys.append(nn.Parameter(key, requires_grad=self.learn_keys and self.pull > 0))
 
-    def asks_while_training(self) -> bool:
+    def uses_training_queries(self) -> bool:
         return self.learn_keys and self.pull > 0
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:

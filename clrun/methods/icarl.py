@@ -1,10 +1,11 @@
 """iCaRL: herded exemplars, nearest mean of exemplars, distillation (Rebuffi et al., CVPR 2017, arXiv 1611.07725).
 
-Memory between tasks: M (s + 8) bytes, M = exemplars of all classes, s bytes a stored input, and C D floats of class
-means; a frozen copy of the network during a task. Task id: not needed.
+Memory between tasks: M exemplars of all classes, each with the s bytes of a stored input and 8 bytes for its label and
+task, M (s + 8) bytes together, and the class means, C D floats. During a task also a frozen copy of the network. Task
+id: not needed.
 
-Verified: herding is the greedy choice, classes are those of the nearest mean of exemplars, targets by hand
-(test_methods_exemplars).
+Verified: herding equals a greedy search, predictions are the classes of the nearest mean of exemplars, and targets and
+losses equal values computed by hand (test_methods_exemplars).
 """
 
 from typing import Literal
@@ -28,27 +29,29 @@ from clrun.system.errors import ConfigError, Count, NonNegative, Positive
 
 
 class Icarl(Method):
-    """Train on the task's rows and the exemplars together; classify by the nearest mean of a class's exemplars.
+    """Train on the rows of the task and the exemplars together; classify by the nearest mean of a class's exemplars.
 
-    The means are those of unit features under the network of now, scaled to length 1; scores are cosines, whose order
-    is that of the distances. While a task is being learned, and without exemplars, predictions are the head's.
+    A class mean is the mean of the exemplars' features, each scaled to length 1, under the present network, and is then
+    scaled to length 1 itself. Scores are cosines between features and means, which have the same order as the
+    distances. While a task is being learned, and if there are no exemplars, predictions are those of the head.
 
-    In the task-incremental setting a row's label is judged among the classes of its own task, and the outputs of old
-    classes are distilled on every row all the same. With several processes each holds all exemplars.
+    In the task-incremental setting the loss of a row compares the classes of its own task only, but the outputs of old
+    classes are distilled on all rows. With several processes, each process stores all exemplars.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        capacity: M, exemplars of all classes together, floor(M / classes) each; or of each class. 0 keeps none.
-        per_class: whether `capacity` is that of each class.
-        selection: which rows become exemplars: "herding", or "random".
-        classifier: "nme", nearest mean of exemplars; "head", the network's outputs.
-        loss: "bce": sigmoids with the label for new classes and the teacher's outputs for old ones, as published. "ce":
-            cross-entropy + strength * distillation at temperature tau, a softmax for each task (De Lange et al.).
-        reduction: "bce" only: over classes, "sum", or "mean", which divides the learning rate by their number (the
-            published rate of 2 is meant for it).
-        strength: "ce" only: weight of the distillation.
-        tau: "ce" only: temperature.
+        capacity: M, the number of exemplars of all classes together, floor(M / classes) per class. 0 stores none.
+        per_class: whether `capacity` is the number of exemplars per class instead.
+        selection: how exemplars are chosen: "herding" or "random".
+        classifier: "nme": nearest mean of exemplars. "head": the outputs of the network.
+        loss: "bce": binary cross-entropy of one sigmoid per class; the targets are the labels for new classes and the
+            outputs of the teacher for old ones, as published. "ce": cross-entropy + strength * distillation at
+            temperature tau with one softmax per task (De Lange et al.).
+        reduction: only for "bce": "sum" or "mean" over classes. The mean divides the learning rate by the number of
+            classes; the published rate of 2 is for the mean.
+        strength: only for "ce": weight of the distillation.
+        tau: only for "ce": temperature.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -75,9 +78,9 @@ class Icarl(Method):
         self.knobs = (Knob("strength"),) if loss == "ce" else ()
         self.memory = Exemplars("y")
         self.means = PrototypeHead(int(backbone.num_features), num_classes, metric="cosine")  # type: ignore[arg-type]
-        self.ready = False  # whether the means are those of the network of now
+        self.means_current = False  # whether the means belong to the present network
         self.teacher: Teacher | None = None
-        self.old: Tensor | None = None  # [C] bool, classes of earlier tasks, while a task is learned
+        self.old: Tensor | None = None  # [C] bool, the classes of earlier tasks; only while a task is learned
         self.groups: list[Tensor] = []
 
     def check(self, stream: Stream) -> None:
@@ -88,7 +91,7 @@ class Icarl(Method):
     # --- a task
 
     def begin_task(self, task: Task, ctx: Context) -> None:
-        self.ready = False
+        self.means_current = False
         if task.index and (self.kind == "bce" or self.strength):
             members = ctx.stream.members[: task.index].to(ctx.hardware.device)
             self.teacher, self.old = Teacher(self.backbone, self.head), members.any(dim=0)
@@ -104,15 +107,15 @@ class Icarl(Method):
     def end_task(self, task: Task, ctx: Context) -> None:
         self.teacher, self.old, self.groups = None, None, []
         seen = int(ctx.stream.candidates(task.index + 1, "cil")[0].sum())
-        share = self.capacity if self.per_class else self.capacity // seen
-        self.memory.truncate(share)
+        per_class = self.capacity if self.per_class else self.capacity // seen
+        self.memory.truncate(per_class)
         with eval_mode(self), torch.no_grad():
-            self._choose(task, ctx, share)
+            self._choose(task, ctx, per_class)
             self._average(ctx)
-        self.ready = self.classifier == "nme" and len(self.memory) > 0
+        self.means_current = self.classifier == "nme" and len(self.memory) > 0
 
     def _choose(self, task: Task, ctx: Context, count: int) -> None:
-        """Take `count` exemplars of each class of `task`, in the order of their choice."""
+        """Store `count` exemplars of each class of `task`, in the order in which they are chosen."""
         if not count:
             return
         y = task.train.y
@@ -127,7 +130,7 @@ class Icarl(Method):
             self.memory.append(batch)
 
     def _average(self, ctx: Context) -> None:
-        """Set the class means."""
+        """Compute the class means from the exemplars."""
         self.means.prototypes.zero_()
         if len(self.memory):
             features = self._unit_features(self.memory.split(ctx.stream.transform), ctx)
@@ -135,7 +138,7 @@ class Icarl(Method):
                 self.means.prototypes[label] = F.normalize(features[self.memory.set(label)].mean(dim=0), dim=0)
 
     def _unit_features(self, split: Split, ctx: Context) -> Tensor:
-        """Return the features [N, D] of the eval view of all rows, scaled to length 1."""
+        """Return the features [N, D] of all rows without augmentation, scaled to length 1."""
         batches = (self.backbone(ctx.hardware.layout(batch.x)) for batch in split.batches(256))
         return torch.cat([F.normalize(features.float(), dim=1) for features in batches])
 
@@ -150,12 +153,12 @@ class Icarl(Method):
             if target is None:
                 return loss
             return loss + self.strength * distillation_loss(logits, target, self.groups, tau=self.tau)
-        wanted = F.one_hot(batch.y, self.num_classes).float()
+        goal = F.one_hot(batch.y, self.num_classes).float()
         if target is not None and self.old is not None:
-            wanted, mask = torch.where(self.old, target.float().sigmoid(), wanted), mask | self.old
-        return masked_binary_cross_entropy(logits, wanted, mask, reduction=self.reduction)
+            goal, mask = torch.where(self.old, target.float().sigmoid(), goal), mask | self.old
+        return masked_binary_cross_entropy(logits, goal, mask, reduction=self.reduction)
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
         features = self.backbone(x)
-        scores: Tensor = self.means(features) if self.ready and not self.training else self.head(features)
+        scores: Tensor = self.means(features) if self.means_current and not self.training else self.head(features)
         return scores

@@ -1,8 +1,10 @@
 """Joint training on the data of all tasks so far, or of all tasks: the upper bound (De Lange et al., arXiv 1909.08383).
 
-Memory between tasks: the data of all tasks; with restart, P floats of initial weights. Task id: not needed.
+Memory between tasks: the data of all tasks; with restart=true also the initial weights of the backbone. Task id: not
+needed.
 
-Verified: each task begins from the initial weights, all tasks at once do not forget (test_methods_others).
+Verified: with restart each task starts from the initial weights, and with mode=once nothing is forgotten
+(test_methods_others).
 """
 
 from dataclasses import replace
@@ -22,20 +24,22 @@ from clrun.learning.training import fit
 
 
 class Joint(Method):
-    """Train on the union of tasks; the budget's epochs count passes over the union, its steps are those of one fit.
+    """Train on the union of tasks; an epoch of the budget is a pass over the union.
 
-    Mode "incremental" trains anew for each task, on tasks 1 ... t: row t of the accuracy matrix is the bound for a
-    learner that has seen t tasks. Mode "once" trains one model on all tasks when the first one comes, all classes
-    competing, and never again: row t is that model's accuracy on the first t tasks, read among the classes of these
-    tasks. Its final row is the usual bound; earlier rows are easier than for any learner, task-incremental forgetting
-    is 0, and class-incremental forgetting is only the growing choice of classes. Data, initial weights and all random
-    numbers of "once" are keyed by task and class ids, so that no task order can change it.
+    Mode "incremental" trains again for each task t, on tasks 1 ... t. Row t of the accuracy matrix is then the bound
+    for a method that has seen t tasks. Mode "once" trains one model on all tasks at the first task, with all classes
+    competing, and never again. Row t is then the accuracy of this model on the first t tasks, among the classes of
+    these tasks. Its last row is the usual upper bound. Earlier rows are easier than for any continual method:
+    task-incremental forgetting is 0, and class-incremental forgetting comes only from the growing number of classes.
+    Data, initial weights and all random numbers of "once" depend on task and class ids, so that its result is the same
+    in every task order.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
         mode: "incremental" or "once".
-        restart: "incremental" only: begin each task from the initial weights and a new head, else from those at hand.
+        restart: only for "incremental": start each task from the initial weights and a new head instead of the present
+            ones.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -55,8 +59,8 @@ class Joint(Method):
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         if self.mode == "once":
-            whole = _whole(ctx)
-            self.grow(self.head, whole.task.classes, whole.generator("head"))
+            union = _union(ctx)
+            self.grow(self.head, union.task.classes, union.generator("head"))
             return
         if self.restart and task.index:
             self.backbone.load_state_dict(self.initial)
@@ -68,18 +72,18 @@ class Joint(Method):
         if self.mode == "incremental":
             fit(self, concatenate([t.train for t in ctx.stream.tasks[: task.index + 1]]), ctx)
         elif task.index == 0:
-            whole = _whole(ctx)
-            fit(self, whole.task.train, whole)
+            union = _union(ctx)
+            fit(self, union.task.train, union)
 
 
 def _classes(stream: Stream, learned: int) -> torch.Tensor:
-    """Return the ids of the classes of the first `learned` tasks, ascending."""
+    """Return the ids [k] long of the classes of the first `learned` tasks, ascending."""
     return stream.candidates(learned, "cil")[0].nonzero()[:, 0]
 
 
-def _whole(ctx: Context) -> Context:
-    """Return the context of one task made of all tasks, the same in every order."""
+def _union(ctx: Context) -> Context:
+    """Return the context of a task that is the union of all tasks, the same in every task order."""
     tasks = ctx.stream.tasks
     train = concatenate([task.train for task in sorted(tasks, key=lambda task: task.id)])
-    whole = Task(len(tasks) - 1, -1, "all tasks", _classes(ctx.stream, len(tasks)), train, ctx.task.test)
-    return replace(ctx, task=whole, _generators={}, _masks={})
+    union = Task(len(tasks) - 1, -1, "all tasks", _classes(ctx.stream, len(tasks)), train, ctx.task.test)
+    return replace(ctx, task=union, _generators={}, _masks={})

@@ -1,11 +1,12 @@
 """EWC with Kronecker factors, or online structured Laplace (Ritter et al., NeurIPS 2018, arXiv 1805.07810).
 
-With forgetting about halved against EWC on text: McInerney et al., arXiv 2111.06012. Memory between tasks: for a layer
-of `in` inputs (with the constant of its bias) and `out` outputs in^2 + out^2 floats, 1 float for every other parameter,
-and the anchor, P floats, P = backbone parameters; with add=list as many factors for each task. Task id: not needed.
+McInerney et al. (arXiv 2111.06012) report that it about halves the forgetting of EWC on text. Memory between tasks: the
+two Kronecker factors of each layer, in^2 + out^2 floats for a layer of `in` inputs (including the constant of its bias)
+and `out` outputs; one float for every other parameter; and the anchor, P floats for P backbone parameters. With
+add=list there are separate factors for each task. Task id: not needed.
 
-Verified: one linear layer's factors are the exact block, a linear-Gaussian model is learned as jointly, diagonal
-factors are ewc (test_methods_curvature, test_curvature_kfac).
+Verified: the factors of one linear layer give the exact block of the curvature, a linear-Gaussian model is learned as
+by joint training, and with diagonal factors the method equals ewc (test_methods_curvature, test_curvature_kfac).
 """
 
 from typing import Literal
@@ -21,32 +22,36 @@ from clrun.system.errors import ConfigError, Fraction, NonNegative, PositiveInt
 
 
 class KfacEwc(Anchored):
-    """loss = CE + strength / 2 sum_l tr(D_l' G_l D_l A_l) on the backbone, D_l = [W, b] - [W, b]*; the head is free.
+    """loss = CE + strength / 2 sum_l tr(D_l' G_l D_l A_l), D_l = [W_l, b_l] - [W_l, b_l]* for each backbone layer l.
 
-    K-FAC for linear and convolutional layers, the diagonal for all other parameters. F is the per-sample mean; the
-    Bayesian weight of a task of N_k rows in a task of N rows is strength = N_k / N.
+    [W_l, b_l]* are the weights after the last task, and G_l and A_l are the Kronecker factors of the Fisher information
+    F of all earlier tasks (K-FAC). Parameters that are not in a linear or convolutional layer have a diagonal F. The
+    head has no penalty. F is a mean over rows: the Bayesian weight of an earlier task with N_k rows in a task with N
+    rows is strength = N_k / N.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        strength: lambda; 0 is finetuning.
-        decay: F <- decay F + F_task when a task ends.
-        labels: how the Fisher's labels are chosen: exact, sampled, empirical or predicted; see `estimate`.
-        samples: rows of the task used for the estimate; null for all.
-        top_k: with labels=exact, the most probable classes summed over; null for all.
-        sharing: what positions (tokens, patches) that share a weight are to each other: "expand": independent; the
-            safe choice, and that of class tokens. "reduce": added up; that of networks that average over positions.
-        add: how two tasks' products become one: "kl" (Kao et al., NeurIPS 2021), "additive" (up to twice too stiff),
-            "rank1" (Frobenius norm), or "list": all are kept, exact, T times the memory and the cost of a step.
-        modules: patterns of the shell; layers whose name matches one have Kronecker factors.
-        largest: most inputs or outputs of such a layer: its factors have that many numbers squared.
-        groups: convolutions with several groups: "skip" gives them a diagonal, "average" takes groups as positions.
-        prior: tau of the prior precision tau I, which joins F when the first task ends.
-        solver: "grad": the penalty is part of the loss; diverges when learning rate * strength * the largest eigenvalue
-            exceeds 2. "proximal": after the step on CE alone, the exact step on the penalty, in the eigenbases of the
-            factors: stable for any strength; needs torch.optim.SGD and add other than list.
-        norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
-            "freeze_after_first" stops after the first one.
+        strength: lambda; 0 is plain finetuning.
+        decay: factor of F when the F of a task is added: F <- decay F + F_task.
+        labels: how the labels of F are chosen: exact, sampled, empirical or predicted; see `estimate`.
+        samples: number of rows of the task for the estimate; null for all.
+        top_k: for labels=exact, the number of most probable classes that are summed over; null for all.
+        sharing: treatment of positions (tokens, patches) that share a weight. "expand": independent; use it if in doubt
+            and for networks with a class token. "reduce": aggregated; for networks that average over positions.
+        add: how the sum of two Kronecker products is approximated by one: "kl" (Kao et al., NeurIPS 2021), "additive"
+            (overestimates the trace by a factor of up to 2), "rank1" (closest in the Frobenius norm); or "list": the
+            exact sum, which stores all products and multiplies memory and cost of a step by the number of tasks.
+        modules: shell-style patterns; layers whose name matches one have Kronecker factors.
+        largest: largest number of inputs or outputs of such a layer; its factors hold the square of that many numbers.
+        groups: convolutions with several groups: "skip" estimates a diagonal, "average" treats groups as positions.
+        prior: tau; the prior precision tau I is added to F when the first task ends.
+        solver: "grad": the penalty is part of the loss; training diverges if learning rate * strength * the largest
+            eigenvalue of F exceeds 2. "proximal": a step on CE alone, and then the exact proximal step on the penalty
+            in the eigenbases of the factors; it is stable for any strength, but needs torch.optim.SGD and an add other
+            than list.
+        norm: running statistics of batch normalisation, which have no penalty: "train" updates them in every task,
+            "freeze_after_first" in the first task only.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 

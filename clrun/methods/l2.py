@@ -1,9 +1,9 @@
-"""L2: stay close to the weights of the task before, all weights alike (L2 transfer in IMM, Lee et al., NeurIPS 2017).
+"""L2: a penalty on the distance to the weights after the previous task (L2 transfer in IMM, Lee et al., NeurIPS 2017).
 
-Baseline of IMM (arXiv 1703.08475) and APD (Yoon et al., ICLR 2020, arXiv 1902.09432). Memory between tasks: P floats
-(P = backbone parameters). Task id: not needed.
+It is a baseline of IMM (arXiv 1703.08475) and APD (Yoon et al., ICLR 2020, arXiv 1902.09432). Memory between tasks: the
+anchor, P floats for P backbone parameters. Task id: not needed.
 
-Verified: it is ewc with importance 1, strength 0 is finetuning bit for bit (test_methods_curvature).
+Verified: it equals ewc with all importances 1, and strength 0 is bitwise finetuning (test_methods_curvature).
 """
 
 from torch import nn
@@ -18,19 +18,20 @@ from clrun.system.errors import NonNegative
 
 
 class L2(Anchored):
-    """loss = CE + strength / 2 |theta - theta_(t-1)|^2 on the backbone; the head is free.
+    """loss = CE + strength / 2 |theta - theta_(t-1)|^2 for the backbone parameters theta; the head has no penalty.
 
-    EWC with a Fisher of 1 everywhere. Unlike weight decay it pulls to the last weights, not to 0.
+    theta_(t-1) are the parameters after the previous task. This is EWC with a Fisher information of 1 everywhere.
+    Unlike weight decay it pulls the weights towards those of the previous task, not towards 0.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        strength: lambda; 0 is finetuning.
-        solver: "grad": the penalty is part of the loss; diverges when learning rate * strength exceeds 2. "proximal":
-            after the step on CE alone, theta <- (theta + c theta*) / (1 + c) with c = learning rate * strength: stable
-            for any strength; needs torch.optim.SGD.
-        norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
-            "freeze_after_first" stops after the first one.
+        strength: lambda; 0 is plain finetuning.
+        solver: "grad": the penalty is part of the loss; training diverges if learning rate * strength exceeds 2.
+            "proximal": a step on CE alone, and then theta <- (theta + c theta_(t-1)) / (1 + c) with
+            c = learning rate * strength; it is stable for any strength, but needs torch.optim.SGD.
+        norm: running statistics of batch normalisation, which have no penalty: "train" updates them in every task,
+            "freeze_after_first" in the first task only.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 

@@ -1,9 +1,9 @@
-"""L2P: a pool of prompts, the best of which each image finds by its query (Wang et al., CVPR 2022, arXiv 2112.08654).
+"""L2P: a pool of prompts, from which each image chooses by its query (Wang et al., CVPR 2022, arXiv 2112.08654).
 
-Memory between tasks: M L D + M D floats, and the head. Task id: not needed.
+Memory between tasks: M prompts of L tokens and their M keys, M L D + M D floats, and the head. Task id: not needed.
 
-Verified: outputs are those of the prompts, keys learn from the pull alone, all prompts chosen do not depend on keys
-(test_methods_prompts).
+Verified: the head reads the outputs of the prompts, keys have a gradient from the pull only, and if all prompts are
+chosen the logits do not depend on the keys (test_methods_prompts).
 """
 
 import copy
@@ -25,30 +25,33 @@ from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
 
 
 class L2p(Prompted):
-    """h = mean over the N L outputs of the prompts whose keys are closest to q(x); logits = W h + b.
+    """logits = W h + b, where h is the mean output of the N L tokens of the N prompts whose keys are closest to q(x).
 
-    loss = CE - pull * mean over the batch of the sum over the chosen m of cos(q, k_m). Choosing has no gradient: keys
-    learn from the pull alone, prompts from the cross-entropy alone. Everything is shared by all tasks and goes on being
-    trained. With `use_prompt_mask` test images choose among the prompts of the tasks learned so far (the published code
-    lets them choose untrained ones too).
+    The query q(x) is the feature vector of the plain backbone, and k_m is the key of prompt m. The loss is CE - pull *
+    the mean over the batch of the sum over the chosen prompts m of cos(q, k_m). The choice itself has no gradient: keys
+    are trained by the pull only, prompts by the cross-entropy only. All tasks share the pool, which is trained in every
+    task.
+
+    Deviation: with `use_prompt_mask` test images choose among the prompts of the tasks learned so far; in the published
+    code they can also choose prompts that have not been trained yet.
 
     Args:
         backbone: a timm vision transformer, frozen unless `train_backbone`.
         num_classes: C.
-        pool_size: M.
-        length: L, tokens of a prompt.
-        top: N, prompts of an image.
-        pull: weight of the pull, lambda.
+        pool_size: M, the number of prompts.
+        length: L, the number of tokens per prompt.
+        top: N, the number of prompts per image.
+        pull: lambda, the weight of the pull.
         init: distribution of initial prompts and keys; see `prompted.drawn`.
-        keys: initial keys: "random", or "queries": those of M training images of the first task, which keeps the
-            selection from collapsing onto few prompts.
-        selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
-        use_prompt_mask: task t trains the prompts t N to (t + 1) N - 1 only.
-        copy_prompts: with `use_prompt_mask`: prompts of a task begin as those of the task before.
-        diversity: divide cosines in training by the share of the choices that a prompt had so far, relative to an even
-            share (in the paper only, section 4.2).
-        train_backbone: train the backbone too, as the published configuration for CORe50 does; queries then come from a
-            frozen copy.
+        keys: initial keys: "random", or "queries": the queries of M training images of the first task, which prevents
+            the choice from collapsing onto few prompts.
+        selection: "instance", or "batch", with which predictions depend on the batch; see `blocks.selection.choose`.
+        use_prompt_mask: task t (counted from 0) trains only the prompts t N to (t + 1) N - 1.
+        copy_prompts: only with `use_prompt_mask`: the prompts of a task start as those of the previous task.
+        diversity: in training, divide the cosine of a prompt by its frequency among the choices so far, relative to the
+            mean frequency (section 4.2 of the paper; not in the published code).
+        train_backbone: train the backbone too, as in the published configuration for CORe50; queries are then computed
+            by a frozen copy.
         lr_scale: factor of the budget's learning rate.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -76,18 +79,18 @@ class L2p(Prompted):
     ) -> None:
         super().__init__(backbone, num_classes, lr_scale=lr_scale, compete=compete)
         if top > pool_size:
-            raise ConfigError(f"method.top: cannot choose {top} of {pool_size} prompts (method.pool_size)")
+            raise ConfigError(f"method.top={top}: must be at most method.pool_size={pool_size}")
         if copy_prompts and not use_prompt_mask:
-            raise ConfigError("method.copy_prompts: tasks have prompts of their own with method.use_prompt_mask only")
+            raise ConfigError("method.copy_prompts: needs method.use_prompt_mask=true, i.e. separate prompts per task")
         self.top, self.pull, self.initial_keys, self.selection = top, pull, keys, selection
         self.use_prompt_mask, self.copy_prompts, self.diversity = use_prompt_mask, copy_prompts, diversity
         self.depends_on_batch = selection == "batch"
         self.prompts = nn.Parameter(drawn(pool_size, length, self.width, init=init))
         self.keys = nn.Parameter(drawn(pool_size, self.width, init=init))
         self.register_buffer("counts", torch.zeros(pool_size, dtype=torch.long))
-        self.own = slice(0, pool_size)  # the prompts of the current task
+        self.trained = slice(0, pool_size)  # the prompts that the current task trains
         self.available = pool_size
-        self.original = nn.ModuleList()  # where queries come from when the backbone moves
+        self.original = nn.ModuleList()  # a frozen copy of the backbone for queries, if the backbone is trained
         if train_backbone:
             self.original.append(copy.deepcopy(backbone))
             backbone.requires_grad_(True)
@@ -110,32 +113,32 @@ class L2p(Prompted):
             self._start_keys(task, ctx)
         if not self.use_prompt_mask:
             return
-        before, self.own = self.own, slice(task.index * self.top, (task.index + 1) * self.top)
-        self.available = self.own.stop
+        before, self.trained = self.trained, slice(task.index * self.top, (task.index + 1) * self.top)
+        self.available = self.trained.stop
         if self.copy_prompts and task.index:
             with torch.no_grad():
-                self.prompts[self.own] = self.prompts[before]
+                self.prompts[self.trained] = self.prompts[before]
 
     def _start_keys(self, task: Task, ctx: Context) -> None:
-        """Take the queries of M rows of the task, again and again if it has fewer."""
+        """Set the keys to the queries of M rows of the task; rows are repeated if there are fewer than M."""
         order = torch.randperm(len(task.train), generator=ctx.generator("keys"))
         rows = order.repeat(-(-len(self.keys) // len(order)))[: len(self.keys)]
         batches = task.train.select(rows.to(task.train.y.device)).batches(256)
         with torch.no_grad():
             self.keys.copy_(torch.cat([self.query(batch.x) for batch in batches]))
 
-    def asks_while_training(self) -> bool:
+    def uses_training_queries(self) -> bool:
         return True
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         scores = cosines(self.training_query(batch), self.keys)
         ranked = scores.detach().clone()
         if self.diversity:
-            share = (self.counts + 1) / (self.counts + 1).sum() * len(self.counts)
-            ranked = torch.where(ranked > 0, ranked / share, ranked * share)
+            frequency = (self.counts + 1) / (self.counts + 1).sum() * len(self.counts)
+            ranked = torch.where(ranked > 0, ranked / frequency, ranked * frequency)
         if self.use_prompt_mask:
             outside = torch.ones(len(self.keys), dtype=torch.bool, device=ranked.device)
-            outside[self.own] = False
+            outside[self.trained] = False
             ranked[:, outside] = -torch.inf
         chosen = choose(ranked, self.top, self.selection)
         self.counts += torch.bincount(chosen.flatten(), minlength=len(self.counts))
@@ -156,11 +159,11 @@ class L2p(Prompted):
         return F.one_hot(chosen, len(self.keys)).sum(dim=1)
 
     def chosen(self, query: Tensor) -> Tensor:
-        """Return [B, N] long, the prompts that images with these queries [B, D] get."""
+        """Return the indices [B, N] long of the prompts for images with these queries [B, D]."""
         return choose(cosines(query, self.keys[: self.available]), self.top, self.selection)
 
     def _logits(self, x: Tensor, chosen: Tensor) -> Tensor:
-        """Return logits [B, C] with the `chosen` prompts [B, N]."""
+        """Return the logits [B, C] of images x with the `chosen` prompts [B, N]."""
         vit: Any = self.backbone
         tokens = self.prompts[chosen].flatten(1, 2)
         with self.injector.use(vit, Plan(tokens={0: tokens}, keep_tokens=True)):

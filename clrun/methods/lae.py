@@ -1,10 +1,10 @@
-"""LAE: one module learns, a slow copy accumulates, both answer (Gao et al., ICCV 2023, arXiv 2303.10070; gqk/LAE).
+"""LAE: an ensemble of an online module and its slow average (Gao et al., ICCV 2023, arXiv 2303.10070; code gqk/LAE).
 
-Memory between tasks: twice the module (for r = 5: |blocks| (2 D r + r + D + 1), |blocks| (4 D r + 2) or, for prefixes,
-|blocks| (2 L D + 2) floats), and the head. Task id: not needed.
+Memory between tasks: two copies of the modules, and the head. In each of the chosen blocks an adapter has
+2 D r + r + D + 1 floats, LoRA has 4 D r + 2, and a prefix has 2 L D + 2. Task id: not needed.
 
-Verified: the slow copy is the closed-form average, merged LoRA answers as unmerged, it begins as the plain model
-(test_methods_prompts).
+Verified: the offline module equals the closed form of the average, LoRA folded into the weights gives the same logits,
+and initial logits are those of the plain model (test_methods_prompts).
 """
 
 import copy
@@ -27,27 +27,28 @@ Kind = Literal["adapter", "lora", "prefix"]
 
 
 class Lae(Prompted):
-    """The online module learns each task; from the second task on an offline copy follows it after every step.
+    """The online module is trained on each task; from the second task on an offline copy averages it after every step.
 
-    offline <- a offline + (1 - a) online. The probability of a class is the larger one of the two; forward returns its
-    logarithm.
+    offline <- a offline + (1 - a) online. The probability of a class is the larger one of the probabilities with the
+    two modules; `forward` returns its logarithm. Also in the task-incremental setting these are probabilities over all
+    classes with initialised rows in the head: the classes seen so far, or all classes with `compete=all`.
 
-    In the first share `head_only` of each later fit only the head learns, against the module as it was. The decay is
-    per step of `decay_batch` images: the published 0.9999 at 24 images moves the copy by about 10 % a task, at other
-    batch sizes the exponent is scaled to the same horizon in images. In task-incremental reading, too, probabilities
-    are those among all classes that the head has rows for: the classes seen so far, with `compete=all` every class.
+    In the first fraction `head_only` of the steps of every task but the first only the head is trained, and the online
+    module does not change. The published decay of 0.9999 is per step of 24 images, and moves the offline module by
+    about 10 % per task; for other batch sizes the decay is raised to the power batch size / `decay_batch`, so that it
+    is the same per image.
 
     Args:
         backbone: a timm vision transformer, frozen.
         num_classes: C.
         module: "adapter" (parallel to the attention), "lora" (keys and values), "prefix" (compensated keys and values).
-        rank: r, width of adapters and of low-rank updates.
-        length: L of prefixes.
-        blocks: blocks with a module.
-        decay: a, of the offline copy.
-        decay_batch: images a step that `decay` is meant for; None takes it as it is.
-        head_only: share of the steps of each task but the first in which only the head learns.
-        compensate: divide the weight of prefixes by their share of the attention.
+        rank: r, the width of adapters and of low-rank updates.
+        length: L, the number of tokens of a prefix.
+        blocks: numbers of the blocks with a module.
+        decay: a, the decay of the offline average.
+        decay_batch: batch size to which `decay` refers; None uses `decay` for every batch size.
+        head_only: fraction of the steps of each task but the first in which only the head is trained.
+        compensate: divide the contribution of a prefix by its share of the attention; see `Prefix`.
         lr_scale: factor of the budget's learning rate.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -73,13 +74,15 @@ class Lae(Prompted):
         self.module, self.blocks, self.compensate = module, list(blocks), compensate
         self.decay, self.decay_batch, self.head_only = decay, decay_batch, head_only
         size = length if module == "prefix" else rank
-        self.online = nn.ModuleDict({str(block): inserted(module, self.width, size) for block in blocks})
+        self.online = nn.ModuleDict({str(block): new_module(module, self.width, size) for block in blocks})
         self.offline = nn.ModuleDict()  # empty until the second task
-        self.kept = decay  # the decay of this run's batch size
+        self.step_decay = decay  # the decay per step for the batch size of the run
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
-        self.kept = self.decay ** (ctx.budget.batch_size / self.decay_batch) if self.decay_batch else self.decay
+        self.step_decay = self.decay
+        if self.decay_batch:
+            self.step_decay **= ctx.budget.batch_size / self.decay_batch
         if task.index == 1:
             self.offline = copy.deepcopy(self.online)
             freeze(self.offline)
@@ -95,16 +98,16 @@ class Lae(Prompted):
     def adjust_gradients(self, ctx: Context) -> None:
         if self._head_only(ctx):
             for parameter in self.online.parameters():
-                parameter.grad = None  # averaging over processes makes zeros of missing gradients
+                parameter.grad = None  # averaging over processes replaces missing gradients by zeros
 
     def after_step(self, ctx: Context) -> None:
         super().after_step(ctx)
         with torch.no_grad():
             for slow, fast in zip(self.offline.parameters(), self.online.parameters(), strict=False):
-                slow.lerp_(fast, 1 - self.kept)
+                slow.lerp_(fast, 1 - self.step_decay)
 
     def _head_only(self, ctx: Context) -> bool:
-        """Return whether the step being taken leaves the module alone."""
+        """Return whether the present step trains the head only."""
         return ctx.task.index > 0 and ctx.progress.step < self.head_only * ctx.progress.total
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
@@ -117,12 +120,12 @@ class Lae(Prompted):
         return torch.maximum(online, offline).masked_fill(unseen, 0.0)
 
     def logits(self, x: Tensor, modules: nn.ModuleDict) -> Tensor:
-        """Return logits [B, C] of the head on the features with these modules."""
+        """Return the logits [B, C] of the head on the backbone's features of x with these modules."""
         logits: Tensor = self.head(self.features(x, self.plan(modules)))
         return logits
 
     def plan(self, modules: nn.ModuleDict) -> Plan:
-        """Return where the modules go."""
+        """Return the plan that injects these modules."""
         if self.module == "prefix":
             found: dict[int, KeysValues] = {int(block): m for block, m in modules.items()}  # type: ignore[misc]
             return Plan(prefix={block: m.prefix(compensated=self.compensate) for block, m in found.items()})
@@ -131,7 +134,7 @@ class Lae(Prompted):
 
 
 class KeysValues(nn.Module):
-    """A prefix with learned factors of keys and values.
+    """Trained keys and values of a prefix, with a trained factor for each of the two.
 
     Args:
         width: D.
@@ -144,13 +147,19 @@ class KeysValues(nn.Module):
         self.scale = nn.Parameter(torch.ones(2))
 
     def prefix(self, *, compensated: bool) -> Prefix:
-        """Return the prefix of a plan."""
+        """Return the prefix for a plan."""
         keys, values = self.scale[:, None, None] * self.pair
         return Prefix(keys, values, compensated)
 
 
-def inserted(kind: Kind, width: int, size: int) -> nn.Module:
-    """Return a new module of one block."""
+def new_module(kind: Kind, width: int, size: int) -> nn.Module:
+    """Return a new module for one block.
+
+    Args:
+        kind: see `Lae`.
+        width: D.
+        size: r, or L for a prefix.
+    """
     if kind == "adapter":
         return Adapter(width, size, activation="gelu", dropout=0.0, scale=1.0, learn_scale=True)
     return KeyValueLoRA(width, size) if kind == "lora" else KeysValues(width, size)

@@ -1,9 +1,9 @@
-"""LwF: the outputs of the former self on the new data are kept (Li & Hoiem, TPAMI 2017, arXiv 1606.09282).
+"""LwF: distillation of the previous network's outputs on the new data (Li and Hoiem, TPAMI 2017, arXiv 1606.09282).
 
-Memory between tasks: none; a frozen copy of the network during a task. Task id: not needed.
+Memory between tasks: none. During a task a frozen copy of the network. Task id: not needed.
 
-Verified: nothing is added before the network moves, distillation by hand, the first task is finetuning
-(test_methods_distillation).
+Verified: the distillation loss is 0 before the first step of a task and equals values computed by hand, and the first
+task is bitwise finetuning (test_methods_distillation).
 """
 
 import torch
@@ -23,21 +23,22 @@ from clrun.system.errors import NonNegative, Positive
 
 
 class Lwf(Method):
-    """loss = CE + strength * sum over old heads of KL(softmax(z_old / tau) || softmax(z / tau)), on the task's rows.
+    """loss = CE + strength * sum over old heads of KL(softmax(z_old / tau) || softmax(z / tau)), on rows of the task.
 
-    The teacher is the network as the task finds it, in eval mode; both see the same augmented images.
+    z are the logits of the network and z_old those of the teacher, a copy of the network from the beginning of the task
+    in eval mode. Both have the same augmented images as input.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        strength: lambda_0; 0 is finetuning.
-        tau: temperature. No factor tau^2 (the original): with one, divide by tau^2.
-        per_head: a softmax for each old task's classes, as published; false: one over all old classes together.
+        strength: lambda_0; 0 is plain finetuning.
+        tau: temperature. As in the paper there is no factor tau^2; divide a strength for a loss with it by tau^2.
+        per_head: one softmax per old task, as published; false: one softmax over all old classes.
         compete: classes that compete in the cross-entropy, see `clrun.learning.losses`. Except for "current", the
-            cross-entropy pushes down the outputs of old classes in class-incremental streams, while the distillation
-            holds them.
-        warmup: budget of a phase that comes before, from the second task on, in which only the rows of the new classes
-            learn and the rest of the network stands still; 0 epochs for none.
+            cross-entropy lowers the outputs of old classes in class-incremental streams, and the distillation
+            counteracts this.
+        warmup: budget of a phase before the training of every task but the first, in which only the rows of the new
+            classes are trained and the rest of the network is frozen; 0 epochs for no such phase.
     """
 
     knobs: tuple[Knob, ...] = (Knob("strength"),)
@@ -59,7 +60,7 @@ class Lwf(Method):
         self.groups: list[Tensor] = []
 
     def wants_teacher(self) -> bool:
-        """Whether any term asks for the former network."""
+        """Return whether any term of the loss needs the teacher."""
         return self.strength > 0
 
     def begin_task(self, task: Task, ctx: Context) -> None:
@@ -84,18 +85,18 @@ class Lwf(Method):
         return loss if self.teacher is None else loss + self.preservation(batch.x, features, logits)
 
     def preservation(self, x: Tensor, features: Tensor, logits: Tensor) -> Tensor:
-        """Return the weighted terms [] that hold features [B, D] and logits [B, C] of x to the teacher's."""
+        """Return the weighted distance [] of the features [B, D] and logits [B, C] of x from those of the teacher."""
         assert self.teacher is not None
         return self.distilled(logits, self.teacher(x)[1])
 
     def distilled(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return the weighted distance [] of logits [B, C] from the teacher's."""
+        """Return the weighted distillation loss [] of logits [B, C] for the logits `target` [B, C] of the teacher."""
         if not self.strength:
             return logits.new_zeros(())
         return self.strength * distillation_loss(logits, target, self.groups, tau=self.tau)
 
     def _warm_up(self, task: Task, ctx: Context) -> None:
-        """Train the rows of the new classes on the features as they are."""
+        """Train the rows of the new classes on frozen features."""
         new = torch.zeros(self.num_classes, dtype=torch.bool, device=ctx.hardware.device)
         new[task.classes] = True
         new &= ~ctx.stream.members[: task.index].any(dim=0).to(new.device)

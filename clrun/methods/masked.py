@@ -1,4 +1,4 @@
-"""What learners have in common that give each task its part of one network and are told the task at test time."""
+"""The base of methods that give each task a part of one network and need the task id at test time."""
 
 from collections.abc import Mapping
 from typing import Self
@@ -17,9 +17,9 @@ from clrun.learning.method import Method
 
 
 class Masked(Method):
-    """A later task cannot change what an earlier one computes: its logits stay bitwise as they were.
+    """Later tasks cannot change the logits of earlier tasks, which stay bitwise the same.
 
-    The head has rows of its own for each task; those of earlier tasks are put back after every step. Logits of a task
+    The head has separate rows for each task, and those of earlier tasks are restored after every step. Logits of a task
     that has not begun are 0.
 
     Args:
@@ -32,8 +32,8 @@ class Masked(Method):
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__(backbone, num_classes)
-        self.begun = 0  # tasks
-        self.guard: Guard | None = None  # during a fit
+        self.begun = 0  # number of tasks that have begun
+        self.guard: Guard | None = None  # restores protected weights; only during a fit
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
@@ -43,10 +43,10 @@ class Masked(Method):
         self.guard = None
 
     def protect(self, masks: Mapping[str, Tensor], task: Task) -> None:
-        """Let the fits that follow change only some entries of the backbone, and the head's rows of `task`.
+        """Restrict the following fits to some entries of the backbone and to the rows of `task` in the head.
 
         Args:
-            masks: by name in the backbone; a parameter without a mask moves freely.
+            masks: masks of `Guard` by parameter name in the backbone; a parameter without a mask is not restricted.
             task: the current task.
         """
         assert isinstance(self.head, GrowingHead)
@@ -72,7 +72,7 @@ class Masked(Method):
             self.guard.restore()
 
     def holds_statistics(self) -> bool:
-        """Whether the running statistics of batch normalisation stand still: they belong to the first task."""
+        """Return whether running statistics of batch normalisation are frozen; those of the first task are used."""
         return self.begun > 1
 
     def train(self, mode: bool = True) -> Self:
@@ -82,7 +82,7 @@ class Masked(Method):
         return self
 
     def training_features(self, x: Tensor) -> Tensor:
-        """Return the features [B, D] that the current task is trained on."""
+        """Return the features [B, D] of prepared rows x with which the current task is trained."""
         features: Tensor = self.backbone(x)
         return features
 
@@ -91,8 +91,8 @@ class Masked(Method):
         raise NotImplementedError
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        """Return logits [B, C] of prepared x, all of the task at position `task`."""
-        assert task is not None, "this learner needs the task id"
+        """Return the logits [B, C] of prepared rows x, all for the task at position `task`."""
+        assert task is not None, "this method needs the task id"
         if task >= self.begun:
             return x.new_zeros(len(x), self.num_classes)
         logits: Tensor = self.head(self.features(x, task))

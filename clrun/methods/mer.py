@@ -1,9 +1,10 @@
 """MER: Reptile on sequences of memory rows aligns the gradients of tasks (Riemer et al., ICLR 2019, arXiv 1810.11910).
 
-Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; copies of the parameters during a task.
-Task id: not needed.
+Memory between tasks: M rows, each with the s bytes of a stored input and 8 bytes for its label and task, M (s + 8)
+bytes together. During a task also copies of the parameters. Task id: not needed.
 
-Verified: all the way without memory it is online SGD, no way it does not move, steps by hand (test_methods_gradients).
+Verified: with beta = gamma = 1 and no memory it equals online SGD, with gamma = 0 the weights do not move, and steps
+equal those computed by hand (test_methods_gradients).
 """
 
 import math
@@ -26,29 +27,33 @@ from clrun.system.errors import ConfigError, Count, Fraction, PositiveInt
 
 
 class Mer(Method):
-    """For each incoming row, steps on single rows one after the other, then a step back towards where they began.
+    """For each incoming row, train on sequences of single rows, then interpolate back towards the weights before them.
 
-    Algorithm 1: s sequences of the incoming row and k rows of the memory; after each, theta <- theta_W + beta (theta -
-    theta_W), and after all of them theta <- theta_A + gamma (theta - theta_A), where W and A mark their beginnings.
-    Algorithm 6: one sequence, the incoming row last, gamma only. Algorithm 7: one sequence, the incoming row at a
-    random place and its loss times s, gamma only. One batched step instead of the sequence would be plain replay with
-    a smaller learning rate: what aligns gradients is of second order in the steps.
+    Algorithm 1: there are s sequences of the incoming row and k rows of the memory. After each sequence
+    theta <- theta_W + beta (theta - theta_W), where theta_W are the weights before the sequence, and after all of them
+    theta <- theta_A + gamma (theta - theta_A), where theta_A are the weights before the first one. Algorithm 6: one
+    sequence with the incoming row at its end, and only the step with gamma. Algorithm 7: one sequence with the incoming
+    row at a random place, whose loss is multiplied by s, and only the step with gamma. A single step on the batch of
+    these rows would be plain replay with a smaller learning rate, because the alignment of gradients is an effect of
+    second order in the steps.
 
-    The steps are the budget's optimizer's, which should be plain SGD (`budget=online`); its learning rate is alpha.
-    budget.batch_size has no effect, budget.steps counts single steps. Only parameters step back, no running statistics.
-    Each row of a task is offered to the reservoir once, after its own sequence has been drawn.
+    Steps are made by the budget's optimizer, which should be plain SGD (`budget=online`); its learning rate is alpha of
+    the paper. budget.batch_size has no effect, and budget.steps counts steps on single rows. Only parameters are
+    interpolated, and not running statistics. Each row of a task is offered to the memory once, after the rows of its
+    own sequence have been drawn.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
         capacity: M, rows in memory over all processes.
         algorithm: 1, 6 or 7.
-        sequences: s; for algorithm 7 the weight of the incoming row's loss; no effect in algorithm 6.
-        draws: k, rows of the memory in a sequence.
-        beta: step within, algorithm 1 only; 1 goes all the way.
-        gamma: step across; 1 goes all the way, 0 does not move.
-        chunk: rows that take the place of one row, incoming or drawn. 1 is MER; more is a deviation that saves time,
-            and several processes need one row each. Where fewer rows are at hand their loss counts in proportion.
+        sequences: s; for algorithm 7 the weight of the incoming row's loss; without effect for algorithm 6.
+        draws: k, the number of rows of the memory in a sequence.
+        beta: interpolation after a sequence, only for algorithm 1; with 1 the weights stay as they are.
+        gamma: interpolation after all sequences; with 1 the weights stay as they are, with 0 nothing is learned.
+        chunk: number of rows that replace each single row, incoming or drawn. 1 is MER; a larger number is a deviation
+            that saves time, and with several processes each needs at least one row. The loss of a chunk with fewer rows
+            counts in proportion.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -70,15 +75,13 @@ class Mer(Method):
         self.capacity, self.algorithm, self.sequences, self.draws = capacity, algorithm, sequences, draws
         self.beta, self.gamma, self.chunk = beta, gamma, chunk
         self.memory = ReservoirBuffer(capacity)
-        self.within: Params = {}  # theta_W and theta_A, while a task is learned
-        self.across: Params = {}
+        self.within: Params = {}  # theta_W; only while a task is learned
+        self.across: Params = {}  # theta_A; only while a task is learned
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
         if self.chunk < ctx.hardware.world:
-            raise ConfigError(
-                f"method.chunk={self.chunk}: {ctx.hardware.world} processes cannot share it; use hardware.processes=1"
-            )
+            raise ConfigError(f"method.chunk={self.chunk}: less than one row per process; use hardware.processes=1")
         self.memory.capacity = per_process(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
 
     def learn(self, task: Task, ctx: Context) -> None:
@@ -94,7 +97,7 @@ class Mer(Method):
 
     def after_step(self, ctx: Context) -> None:
         if not self.across:
-            return  # a dry run times a fit outside of `learn`
+            return  # a dry run measures a fit without `learn`
         done, last = ctx.progress.step + 1, ctx.progress.step + 1 == ctx.progress.total
         if self.algorithm == 1 and (done % self.length == 0 or last):
             self._step_back(self.within, self.beta)
@@ -105,64 +108,64 @@ class Mer(Method):
 
     @property
     def length(self) -> int:
-        """Steps of a sequence."""
+        """Number of steps of a sequence."""
         return self.draws + 1
 
     @property
     def rounds(self) -> int:
-        """Sequences of an incoming row."""
+        """Number of sequences per incoming row."""
         return self.sequences if self.algorithm == 1 else 1
 
     def steps_of(self, incoming: Batch, ctx: Context) -> list[Batch]:
-        """Return the batches of `chunk` rows that an incoming one brings about; empty where the memory has no row."""
+        """Return the batches of all sequences of an incoming batch, empty ones if the memory has too few rows."""
         rank, world = ctx.hardware.rank, ctx.hardware.world
         size = per_process(self.chunk, rank=rank, world=world)
         steps: list[Batch] = []
         for _ in range(self.rounds):
             slots = self.memory.draw(self.draws * size, ctx.generator("replay", rank))
             parts = [self.memory.read(slots[k * size : (k + 1) * size]) for k in range(self.draws)]
-            where = {1: 0, 6: self.draws}.get(self.algorithm)
-            if where is None:
-                where = int(torch.randint(self.draws + 1, (), generator=ctx.generator("place")))
-            steps += [*parts[:where], incoming, *parts[where:]]
+            place = {1: 0, 6: self.draws}.get(self.algorithm)
+            if place is None:
+                place = int(torch.randint(self.draws + 1, (), generator=ctx.generator("place")))
+            steps += [*parts[:place], incoming, *parts[place:]]
         if ctx.progress.epoch == 0:
             self.memory.add(incoming, generator=ctx.generator("reservoir", rank))
         return steps
 
     @torch.no_grad()
-    def _step_back(self, start: Params, share_: float) -> None:
-        """Put each parameter on the line from `start` to where it is."""
+    def _step_back(self, start: Params, weight: float) -> None:
+        """Set each parameter theta to start + weight * (theta - start)."""
         for name, parameter in select(self).items():
-            parameter.copy_(torch.lerp(start[name], parameter, share_))
+            parameter.copy_(torch.lerp(start[name], parameter, weight))
 
 
 @dataclass(frozen=True)
 class _Sequences:
-    """The rows of a task, each with all the steps it brings about, as `fit` reads a split: length, batches, transform.
+    """The batches of all sequences of a task's rows, with the interface of a split that `fit` uses.
 
     Attributes:
-        source: the task's rows.
-        learner: makes the steps.
+        source: the rows of the task.
+        method: makes the sequences of a row.
         ctx: context of the task.
     """
 
     source: Split
-    learner: Mer
+    method: Mer
     ctx: Context
 
     @property
     def transform(self) -> Transform:
-        """How stored rows become network input."""
+        """The transform from stored rows to network input."""
         return self.source.transform
 
     def __len__(self) -> int:
-        """Return the rows of all steps, as if none were missing."""
-        chunk = self.learner.chunk
-        return math.ceil(len(self.source) / chunk) * self.learner.rounds * self.learner.length * chunk
+        """Return the number of rows of all steps if the memory had enough rows for all of them."""
+        chunk = self.method.chunk
+        return math.ceil(len(self.source) / chunk) * self.method.rounds * self.method.length * chunk
 
     def batches(
         self, size: int, *, view: Literal["raw"], shuffle: torch.Generator, shard: tuple[int, int]
     ) -> Iterator[Batch]:
-        """Yield one batch a step, made when the rows before it have been learned."""
+        """Yield one batch per step; a sequence is drawn after the steps of the rows before it."""
         for incoming in self.source.batches(size, view=view, shuffle=shuffle, shard=shard):
-            yield from self.learner.steps_of(incoming, self.ctx)
+            yield from self.method.steps_of(incoming, self.ctx)

@@ -1,10 +1,10 @@
-"""NCL: weight regularisation and projected gradients in one (Kao et al., NeurIPS 2021, arXiv 2106.08085).
+"""NCL: natural continual learning, a penalty whose gradients are preconditioned (Kao et al., NeurIPS 2021, 2106.08085).
 
-Memory between tasks: as kfac_ewc: in^2 + out^2 floats for a layer, 1 for every other parameter, and the anchor, P
-floats, P = backbone parameters. Task id: not needed.
+Memory between tasks: the two Kronecker factors of each layer, in^2 + out^2 floats for a layer of `in` inputs and `out`
+outputs; one float for every other parameter; and the anchor, P floats for P backbone parameters. Task id: not needed.
 
-Verified: a linear-Gaussian model converges to the posterior mode, an isotropic prior is SGD with a pull
-(test_methods_curvature).
+Verified: a linear-Gaussian model converges to the mode of the posterior, and with an isotropic prior it equals SGD with
+a pull towards the anchor (test_methods_curvature).
 """
 
 from dataclasses import replace
@@ -26,31 +26,35 @@ from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 
 class Ncl(Method):
-    """theta <- theta - lr Lambda^-1 (grad CE + strength Lambda (theta - theta*)) / N0, with Lambda the prior precision.
+    """theta <- theta - lr Lambda^-1 (grad CE + strength Lambda (theta - theta*)) / N0, with the prior precision Lambda.
 
-    Online Laplace whose every gradient is multiplied by the prior covariance: large steps where earlier tasks do not
-    care, small ones where they do. Lambda = I / N0 before the first task, around 0 or the weights it begins with;
-    Lambda <- Lambda + F_task after each one, around the latest weights, F the per-sample mean. K-FAC for linear and
-    convolutional layers, the diagonal for all other parameters of the backbone; the head is free and takes plain
-    steps. Momentum works on the preconditioned gradient: the same as before it, since Lambda stands still in a task.
+    This is online Laplace approximation in which every gradient is multiplied by the prior covariance Lambda^-1: steps
+    are large in directions that do not matter for earlier tasks, and small in those that do. Before the first task
+    Lambda = I / N0 and the anchor theta* is 0 or the initial weights. After each task Lambda <- Lambda + F_task, where
+    F_task is the Fisher information as a mean over rows, and theta* <- theta. Linear and convolutional layers have
+    Kronecker factors (K-FAC), all other parameters of the backbone a diagonal. The head has no penalty and plain SGD
+    steps. Momentum is applied to the preconditioned gradient, which is equivalent because Lambda is constant during a
+    task.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        strength: lambda; 1 is the Bayesian weight, for tasks of equally many rows.
-        prior_rows: N0: the data count as much as the prior after that many rows; also turns steps into those of SGD in
-            the first task.
-        prior_mean: "zero" (published), or "initial": the weights the backbone begins with, for pre-trained ones.
-        damping: alpha: Lambda is inverted as the trace-balanced sum of its factors and (alpha I, alpha I).
-        labels: how the Fisher's labels are chosen: exact, sampled, empirical or predicted; see `estimate`.
-        samples: rows of the task used for the estimate; null for all.
-        top_k: with labels=exact, the most probable classes summed over; null for all.
-        sharing: what positions (tokens, patches) that share a weight are to each other: "expand": independent.
-            "reduce": added up; that of networks that average over positions.
-        add: how the products of prior and task become one: "kl" (published), "additive" or "rank1".
-        modules: patterns of the shell; layers whose name matches one have Kronecker factors.
-        largest: most inputs or outputs of such a layer: its factors have that many numbers squared.
-        groups: convolutions with several groups: "skip" gives them a diagonal, "average" takes groups as positions.
+        strength: lambda; 1 is the Bayesian weight if all tasks have the same number of rows.
+        prior_rows: N0, the number of rows after which the data count as much as the prior. The division by N0 also
+            makes the steps of the first task those of SGD.
+        prior_mean: anchor of the first task: "zero" as published, or "initial": the initial weights of the backbone,
+            for pre-trained backbones.
+        damping: alpha; Lambda is inverted as the trace-balanced sum of its factors and (alpha I, alpha I).
+        labels: how the labels of the Fisher information are chosen: exact, sampled, empirical or predicted; see `estimate`.
+        samples: number of rows of the task for the estimate; null for all.
+        top_k: for labels=exact, the number of most probable classes that are summed over; null for all.
+        sharing: treatment of positions (tokens, patches) that share a weight. "expand": independent. "reduce":
+            aggregated; for networks that average over positions.
+        add: how the sum of the Kronecker products of prior and task is approximated by one: "kl" as published,
+            "additive" or "rank1"; see `KroneckerFactored.add`.
+        modules: shell-style patterns; layers whose name matches one have Kronecker factors.
+        largest: largest number of inputs or outputs of such a layer; its factors hold the square of that many numbers.
+        groups: convolutions with several groups: "skip" estimates a diagonal, "average" treats groups as positions.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -80,7 +84,7 @@ class Ncl(Method):
         self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
         self.fisher.check(backbone)
         self.prior = QuadraticPenalty(1.0, how=add)
-        self.covariance: Curvature | None = None  # within a task
+        self.covariance: Curvature | None = None  # damped inverse of Lambda; only during a task
 
     def check_budget(self, budget: Budget) -> None:
         needs_sgd(budget.optimizer, "method=ncl", weight_decay=0)

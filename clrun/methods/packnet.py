@@ -1,10 +1,11 @@
-"""PackNet: each task trains the free weights, keeps the largest and frees the rest (Mallya & Lazebnik, 1711.05769).
+"""PackNet: each task trains the free weights, keeps the largest and frees the others (Mallya and Lazebnik, CVPR 2018).
 
-Memory between tasks: P bytes, P = weights of linear and convolutional layers; per task with rest=per_task, the other
-parameters and running statistics. Task id: needed.
+Source: arXiv 1711.05769. Memory between tasks: the owner of each weight, P bytes for the P weights of linear and
+convolutional layers; with rest=per_task also a copy of all other parameters and running statistics per task. Task id:
+needed.
 
-Verified: old tasks stay bit for bit, only the weights of the task move, without pruning one task is finetuning
-(test_methods_masks).
+Verified: logits of earlier tasks stay bitwise the same, a task changes its own weights only, and without pruning a
+single task equals finetuning (test_methods_masks).
 """
 
 from typing import Literal
@@ -25,19 +26,20 @@ from clrun.system.errors import ConfigError, Fraction
 
 
 class Packnet(Masked):
-    """Train the free weights, release the smallest of each layer, train the survivors again; then they are frozen.
+    """Train all free weights, free the smallest of each layer, train the remaining ones again, and freeze them.
 
-    Task k is answered by the weights that tasks 1 ... k own, exactly as at its end. A transformer's patch embedding is
-    not pruned: it belongs to the rest, with biases, normalisations, class token and positions.
+    Predictions for task k use the weights that tasks 1 ... k own, and are exactly those at the end of task k. Weights
+    are those of linear and convolutional layers except the patch embedding of a transformer. All other parameters
+    (patch embedding, biases, norms, class token, position embeddings) are the rest.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        prune: rho, share of the task's weights that is released in each layer, floor(rho n) of n; 0 releases none, so
-            that the second task finds no free weight, and skips the second phase.
-        retrain: budget of the second phase; published: a tenth of the learning rate, half of the epochs.
-        rest: what is not pruned. "freeze_after_first": trained by the first task only, as published. "per_task": each
-            task trains it on and keeps a copy.
+        prune: rho, the fraction of a task's weights that is freed in each layer: floor(rho n) of n weights. With 0
+            there are no free weights for the second task, and the second phase is left out.
+        retrain: budget of the second phase; published: a tenth of the learning rate and half of the epochs.
+        rest: treatment of the rest. "freeze_after_first": trained by the first task only, as published. "per_task":
+            trained by every task, each of which stores a copy.
     """
 
     knobs = (Knob("prune"),)
@@ -59,11 +61,11 @@ class Packnet(Masked):
                 f"backbone: packnet needs linear or convolutional layers, {type(backbone).__name__} has none"
             )
         self.others = [n for n, p in backbone.named_parameters() if p.requires_grad and n not in self.mask.shapes]
-        self.copies = nn.ModuleList()  # of the rest, one a task
+        self.copies = nn.ModuleList()  # copies of the rest, one per task
 
     def check(self, stream: Stream) -> None:
         if len(stream.tasks) > MOST_TASKS:
-            raise ConfigError(f"scenario: packnet keeps at most {MOST_TASKS} tasks apart, not {len(stream.tasks)}")
+            raise ConfigError(f"scenario: method=packnet supports at most {MOST_TASKS} tasks, not {len(stream.tasks)}")
 
     def learn(self, task: Task, ctx: Context) -> None:
         ctx.log({"phase": "capacity", "free_weights": self.mask.free()})
@@ -90,24 +92,24 @@ class Packnet(Masked):
         return features
 
     def _protect(self, task: Task) -> None:
-        """Let the next fit move the weights of `task`, and the rest where it may."""
+        """Restrict the next fit to the weights of `task`, and to the rest unless that is frozen."""
         masks = self.mask.owned(task.index)
         if self.holds_statistics():
             masks |= {name: torch.zeros_like(self.backbone.get_parameter(name)) for name in self.others}
         self.protect(masks, task)
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        """Return the weights that tasks own, by name in the backbone."""
+        """Return the weights that tasks can own, by name in the backbone."""
         return {name: self.backbone.get_parameter(name) for name in self.mask.shapes}
 
     def _rest(self) -> Params:
-        """Return the other parameters, and running statistics."""
+        """Return the rest and the running statistics, by name in the backbone."""
         rest: Params = {name: self.backbone.get_parameter(name) for name in self.others}
         return rest | {name: b for name, b in self.backbone.named_buffers() if b.is_floating_point()}
 
 
 def prunable(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable weights of linear and convolutional layers, by name; a patch embedding is left out."""
+    """Return the trainable weights of linear and convolutional layers except a patch embedding, by name."""
     layers = (
         (n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     )

@@ -1,11 +1,13 @@
 """RanPAC: ridge regression on randomly projected frozen features (McDonnell et al., NeurIPS 2023, arXiv 2307.02251).
 
-Memory between tasks: 4 D M bytes of projection, 8 M^2 + C (8 M + 8) of sums (both twice for the held-out rule), 8 C M
-of weights; kept task statistics T times the sums; after phase 1 what adapts, 4 bytes for each of L D, n L D, 22 D n + 4
-D or n (2 D r + r + D) numbers. Task id: not needed.
+Memory between tasks: the projection, 4 D M bytes; the sum of products of features, 8 M^2 bytes, and a sum of features
+and a count per class, C (8 M + 8) bytes (these sums twice for rule=heldout); and the weights, 8 C M bytes. With
+keep_task_statistics=true the sums of each task in addition. After a phase 1 also its parameters in a transformer of n
+blocks, 4 bytes each: L D for "vpt_shallow", n L D for "vpt_deep", 22 D n + 4 D for "ssf" and n (2 D r + r + D) for
+"adapter". Task id: not needed.
 
-Verified: without projection it is joint ridge regression, golden weights, AOPD 0, unlearning to 1e-9
-(test_methods_closed_form).
+Verified: without projection it equals joint ridge regression, weights equal values computed by hand, AOPD is 0, and
+unlearning a task equals never having learned it to 1e-9 (test_methods_closed_form).
 """
 
 from collections.abc import Mapping
@@ -33,34 +35,36 @@ Rule = Literal["heldout", "gcv", "fixed", "author"]
 
 
 class Ranpac(ClosedForm):
-    """h = ReLU(f W) with a fixed random W [D, M]; ridge regression of one-hot labels on h over all rows so far.
+    """Ridge regression of one-hot labels on h = ReLU(f W) over all rows so far, with a fixed random matrix W [D, M].
 
-    The published code chooses the strength on the last task alone and uses it for all (rule "author"): then the order
-    of the tasks matters. By default it is chosen on one fifth of all rows so far, which are told by a hash of their
-    place in the data set, with the squared error computed from sums; the weights are then fitted to all rows.
+    f are the features of the backbone. The published code chooses the strength of the ridge on the last task only and
+    uses it for all tasks (rule "author"), so that the result depends on the task order. By default the strength is
+    chosen on one fifth of all rows so far, which are selected by a hash of their index in the data set, with the
+    squared error computed from sums. The weights are then fitted to all rows.
 
-    In the published phase 1 the first task trains adapters, scales and shifts, or prompts with the run's budget, as
-    APER does; everything is frozen from then on, and sums and predictions are those of the adapted model. What the
-    first task holds then decides what is adapted: the order matters through it, and the first task cannot be unlearned.
+    In the published phase 1 the first task trains adapters, scales and shifts, or prompts with the budget of the run,
+    as in APER. Then they are frozen, and sums and predictions are those of the adapted model. The result then depends
+    on which task comes first, and the first task cannot be unlearned.
 
     Args:
-        backbone: identity of width D, the engine feeds features; with a phase 1, a timm vision transformer, frozen.
+        backbone: without phase 1 an identity of width D, because the inputs of this method are features; with phase 1 a
+            frozen timm vision transformer.
         num_classes: C.
-        phase1: what the first task trains; "none" leaves the backbone as it is.
-        length: prompts of "vpt_shallow", or of each block for "vpt_deep", which begin at 0.
-        bottleneck: r, width of adapters.
-        adapter_scale: factor of an adapter's output, not trained.
-        dropout: share of an adapter's activations dropped in training.
-        ssf_std: of the initial scales about 1 and shifts about 0.
+        phase1: the parameters that the first task trains; "none" for no phase 1.
+        length: L, the number of prompts for "vpt_shallow", or of prompts per block for "vpt_deep"; they start at 0.
+        bottleneck: r, the width of adapters.
+        adapter_scale: constant factor of the output of an adapter.
+        dropout: probability with which an activation of an adapter is dropped in training.
+        ssf_std: standard deviation of the initial scales around 1 and of the initial shifts around 0.
         cosine_scale: initial value of the trained factor of the cosine head.
-        m: M; 0 is ridge regression on the features themselves.
-        projection_seed: of W, independent of the seed of the run.
+        m: M, the width of the projection; 0 is ridge regression on the features themselves.
+        projection_seed: seed of W, independent of the seed of the run.
         rule: how the strength of the ridge is chosen: "heldout"; "gcv" (generalised cross-validation on all rows so
             far); "fixed" (the first of `strengths`); "author" (one fifth of the current task, drawn by the seed).
-        strengths: to choose from; they add to the diagonal of the Gram matrix.
-        held_out: share of the rows that the rules "heldout" and "author" choose on.
+        strengths: the strengths to choose from; a strength is added to the diagonal of the Gram matrix.
+        held_out: fraction of the rows on which the rules "heldout" and "author" choose the strength.
         forget_tasks: ids of tasks to unlearn at the end.
-        keep_task_statistics: keep the sums of each task as well; see `ClosedForm`.
+        keep_task_statistics: store the sums of each task as well; see `ClosedForm`.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class Ranpac(ClosedForm):
         super().learn(task, ctx)
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        assert self.adaptation is not None, "nothing else is trained"
+        assert self.adaptation is not None, "only phase 1 has a loss"
         return self.adaptation.loss(self.backbone, batch, ctx.mask(batch.t, "current"))
 
     def after_step(self, ctx: Context) -> None:
@@ -156,21 +160,21 @@ class Ranpac(ClosedForm):
         if self.rule != "heldout":
             statistics["fitted"].update(lifted, y)
             return
-        apart = uniform(rows) < self.held_out
-        statistics["fitted"].update(lifted[~apart], y[~apart])
-        statistics["held_out"].update(lifted[apart], y[apart])
+        held_out = uniform(rows) < self.held_out
+        statistics["fitted"].update(lifted[~held_out], y[~held_out])
+        statistics["held_out"].update(lifted[held_out], y[held_out])
 
     def solve(self, task: Task, ctx: Context) -> None:
         fitted = self.stats("fitted")
         if self.rule == "gcv":
             strength, weights = best_by_gcv(fitted, self.strengths)
         elif self.rule == "heldout":
-            apart = self.stats("held_out")
-            if not (fitted.total() and apart.total()):
-                total = fitted.total() + apart.total()
+            held_out = self.stats("held_out")
+            if not (fitted.total() and held_out.total()):
+                total = fitted.total() + held_out.total()
                 raise ConfigError(f"method.held_out: {total} rows cannot be split; change it, or take method.rule=gcv")
-            strength = best_held_out(fitted, apart, self.strengths)
-            weights = ridge(strength, fitted, apart)
+            strength = best_held_out(fitted, held_out, self.strengths)
+            weights = ridge(strength, fitted, held_out)
         else:
             strength = self.strengths[0] if self.rule == "fixed" else self._by_author(task, ctx)
             weights = ridge(strength, fitted)
@@ -178,7 +182,7 @@ class Ranpac(ClosedForm):
         self.head.weight.copy_(weights.t())
 
     def _by_author(self, task: Task, ctx: Context) -> float:
-        """Return the strength with the smallest squared error on a share of the current task, fitted on the rest."""
+        """Return the strength with the smallest error on some rows of the current task, fitted to its other rows."""
         parts = [(features, batch.y) for features, batch in self.read(task.train, ctx)]
         features, y = (torch.cat(part) for part in zip(*parts, strict=True))
         lifted, targets = self.lift(features).double(), F.one_hot(y, self.num_classes).double()
@@ -186,7 +190,7 @@ class Ranpac(ClosedForm):
         count = int(self.held_out * len(y))
         if not count:
             raise ConfigError(f"method.held_out: no row of the {len(y)} of task {task.id}; take a larger share")
-        rest, apart = order[count:], order[:count]
+        rest, held_out = order[count:], order[:count]
         if len(rest) < lifted.shape[1]:
             spectrum = Spectrum.dual(lifted[rest], targets[rest])
         else:
@@ -195,21 +199,21 @@ class Ranpac(ClosedForm):
             spectrum = Spectrum.of(stats)
 
         def error(strength: float) -> float:
-            return float((lifted[apart] @ spectrum.weights(strength) - targets[apart]).square().mean())
+            return float((lifted[held_out] @ spectrum.weights(strength) - targets[held_out]).square().mean())
 
         return min(self.strengths, key=error)
 
 
 def uniform(rows: Tensor) -> Tensor:
-    """Return a number in [0, 1) for each row index [N] long, the same whenever and wherever it is asked for.
+    """Return a number in [0, 1) for each row index [N] long, which depends on nothing but the index.
 
-    The finaliser of SplitMix64 (Steele et al., OOPSLA 2014).
+    It is a hash, the finaliser of SplitMix64 (Steele et al., OOPSLA 2014).
     """
 
-    def right(x: Tensor, bits: int) -> Tensor:
+    def shift_right(x: Tensor, bits: int) -> Tensor:
         return (x >> bits) & ((1 << (64 - bits)) - 1)
 
     x = (rows + 1) * -0x61C8864680B583EB
-    x = (x ^ right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ right(x, 27)) * -0x6B2FB644ECCEEE15
-    return right(x ^ right(x, 31), 11).double() / 2**53
+    x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return shift_right(x ^ shift_right(x, 31), 11).double() / 2**53

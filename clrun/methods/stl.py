@@ -1,8 +1,8 @@
-"""STL: single-task learning, a network of its own for each task (baseline of APD, Yoon et al., ICLR 2020, 1902.09432).
+"""STL: single-task learning, a separate network per task (baseline of APD, Yoon et al., ICLR 2020, arXiv 1902.09432).
 
-Memory between tasks: a whole network a task. Task id: needed.
+Memory between tasks: one whole network per task. Task id: needed.
 
-Verified: each task is learned as if it were alone (test_methods_low_rank).
+Verified: a task is learned exactly as in a stream without other tasks (test_methods_low_rank).
 """
 
 from copy import deepcopy
@@ -16,10 +16,10 @@ from clrun.methods.task_networks import TaskNetworks
 
 
 class Stl(TaskNetworks):
-    """Each task trains a copy of the initial backbone, and nothing passes from one task to another.
+    """Each task trains a copy of the initial backbone, and no information passes between tasks.
 
-    Nothing depends on the order of the tasks: what varies between orders of another method and not here is the
-    method's. All tasks begin from the same weights.
+    The result does not depend on the task order. A variation between orders with another method is therefore due to
+    that method.
 
     Args:
         backbone: maps prepared images to features [B, D].

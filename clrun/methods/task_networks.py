@@ -1,4 +1,4 @@
-"""What learners have in common that keep a network and a head for each task and are told the task at test time."""
+"""The base of methods with a network and a head per task, which need the task id at test time."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -14,9 +14,9 @@ from clrun.learning.method import Method, freeze
 
 
 class TaskNetworks(Method):
-    """The networks may share parameters with each other and with the backbone. What a task leaves is frozen at its end.
+    """One network and one head per task, which are frozen when the task ends.
 
-    Logits of a task that is not learned yet are 0.
+    Networks may share parameters with each other and with the backbone. Logits of a task that has not begun are 0.
 
     Args:
         backbone: maps prepared images to features [B, D].
@@ -28,12 +28,12 @@ class TaskNetworks(Method):
 
     def __init__(self, backbone: nn.Module, num_classes: int) -> None:
         super().__init__(backbone, num_classes)
-        self.head = nn.Identity()  # heads belong to tasks
+        self.head = nn.Identity()  # each task has its own head in `heads`
         self.networks = nn.ModuleList()
         self.heads = nn.ModuleList()
 
     def new_network(self, task: Task, ctx: Context) -> nn.Module:
-        """Return the network that `task` begins with."""
+        """Return a new network for `task`."""
         raise NotImplementedError
 
     def begin_task(self, task: Task, ctx: Context) -> None:
@@ -53,15 +53,15 @@ class TaskNetworks(Method):
         self.networks[-1].eval()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the current task's network; earlier ones, frozen, stay in eval mode."""
+        """Set the mode of the current task's network; earlier networks are frozen and stay in eval mode."""
         self.training = mode
         for network in self.networks[-1:]:
             network.train(mode and any(p.requires_grad for p in network.parameters()))
         return self
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        """Return logits [B, C] of prepared x, all of the task at position `task`."""
-        assert task is not None, "this learner needs the task id"
+        """Return the logits [B, C] of prepared rows x, all for the task at position `task`."""
+        assert task is not None, "this method needs the task id"
         if task >= len(self.networks):
             return x.new_zeros(len(x), self.num_classes)
         logits: Tensor = self.heads[task](self.networks[task](x))

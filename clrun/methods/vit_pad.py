@@ -1,9 +1,10 @@
-"""PAD: LwF on transformers that also holds the attention (Pelosin et al., CVPR-W 2022, arXiv 2203.13167).
+"""PAD: LwF for transformers with a distillation of attention maps (Pelosin et al., CVPR-W 2022, arXiv 2203.13167).
 
-Memory between tasks: none; a frozen copy of the network during a task. regularise=weight: 2 P floats, P = backbone
-parameters. Task id: not needed.
+Memory between tasks: none; with regularise=weight importance and anchor, 2 P floats for P backbone parameters. During a
+task a frozen copy of the network. Task id: not needed.
 
-Verified: without maps it is lwf, distances by hand, fused attention stays on (test_methods_distillation).
+Verified: without maps it equals lwf, distances equal values computed by hand, and attention stays fused
+(test_methods_distillation).
 """
 
 from collections.abc import Iterator
@@ -27,25 +28,26 @@ from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 
 class VitPad(Lwf):
-    """loss = LwF's + map_strength * mean over the blocks of the distance between the teacher's maps and now's.
+    """loss = loss of LwF + map_strength * mean over blocks of the distance between maps of teacher and student.
 
     Args:
         backbone: a timm vision transformer.
         num_classes: C.
-        strength: see `Lwf`; 0 leaves the maps alone to hold the network.
+        strength: see `Lwf`; with 0 only the maps are distilled.
         tau: see `Lwf`.
         per_head: see `Lwf`.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
         warmup: see `Lwf`.
-        regularise: "attention": scaled scores before the softmax, [B, H, n, n], recomputed from queries and keys, so
-            that the attention itself stays fused. "functional": what the attention adds to its block, [B, 1, n, D].
-            "weight": no maps, the penalty of EWC (1/2 sum_i F_i (theta_i - theta*_i)^2) on the backbone.
+        regularise: the maps. "attention": scaled attention scores before the softmax, [B, H, n, n], which are computed
+            again from queries and keys, so that the attention itself stays fused. "functional": the output of the
+            attention, [B, 1, n, D]. "weight": no maps, but the penalty of EWC, 1/2 sum_i F_i (theta_i - theta*_i)^2, on
+            the backbone.
         map_strength: mu; 0 is LwF.
-        symmetric: how maps differ, see `clrun.blocks.distillation.pooled_distance`; false counts only what was lost,
-            which leaves room to learn (the paper's proposal).
-        pool: what of the maps is compared; see `clrun.blocks.distillation.pooled`.
-        labels: regularise=weight: labels of the Fisher information.
-        samples: regularise=weight: rows it is estimated on; null for all.
+        symmetric: the distance, see `clrun.blocks.distillation.pooled_distance`; false, as proposed in the paper,
+            counts lost attention only and leaves the network free to attend to more.
+        pool: how maps are pooled before they are compared; see `clrun.blocks.distillation.pooled`.
+        labels: only for regularise=weight: labels of the Fisher information, see `estimate`.
+        samples: only for regularise=weight: number of rows of the task for its estimate; null for all.
     """
 
     knobs = (Knob("strength"), Knob("map_strength"))
@@ -76,7 +78,7 @@ class VitPad(Lwf):
         self.labels = labels
         self.samples = samples
         self.hooks_backbone = map_strength > 0 and regularise != "weight"
-        self.injectors = Injector(), Injector()  # of the student and of the teacher
+        self.injectors = Injector(), Injector()  # for the student and for the teacher
         self.penalty = QuadraticPenalty(decay=1.0)
 
     def wants_teacher(self) -> bool:
@@ -90,12 +92,13 @@ class VitPad(Lwf):
             return super().loss(batch, ctx) + self.map_strength * penalty
         assert self.teacher is not None
         with (
-            self._maps(self.backbone, self.injectors[0]) as now,
-            self._maps(self.teacher.backbone, self.injectors[1]) as then,
+            self._maps(self.backbone, self.injectors[0]) as student,
+            self._maps(self.teacher.backbone, self.injectors[1]) as teacher,
         ):
             loss = super().loss(batch, ctx)
         distances = [
-            pooled_distance(a, b, pool=self.pool, symmetric=self.symmetric) for a, b in zip(now, then, strict=True)
+            pooled_distance(a, b, pool=self.pool, symmetric=self.symmetric)
+            for a, b in zip(student, teacher, strict=True)
         ]
         return loss + self.map_strength * torch.stack(distances).mean()
 
@@ -107,21 +110,21 @@ class VitPad(Lwf):
 
     @contextmanager
     def _maps(self, vit: Any, injector: Injector) -> Iterator[list[Tensor]]:
-        """Yield the list that receives the map of each block, [B, H, n, -], in a pass within the block."""
+        """Yield a list to which a forward pass within the `with` block appends the map [B, H, n, ...] of each block."""
         found: list[Tensor] = []
         scores = self.regularise == "attention"
         path = "attn.qkv" if scores else "attn"
-        watches = {f"blocks.{i}.{path}": _Watch(found, b.attn if scores else None) for i, b in enumerate(vit.blocks)}
-        with injector.use(vit, Plan(scaled=watches)):
+        stores = {f"blocks.{i}.{path}": _StoreMap(found, b.attn if scores else None) for i, b in enumerate(vit.blocks)}
+        with injector.use(vit, Plan(scaled=stores)):
             yield found
 
 
-class _Watch(nn.Module):
-    """Hands on what it is given, and notes its map.
+class _StoreMap(nn.Module):
+    """The identity, which appends the map of its argument to a list.
 
     Args:
-        found: where maps are noted.
-        attention: whose scores to compute from its queries and keys; None notes what passes.
+        found: the list.
+        attention: the attention whose scores are the map; None if the argument itself is the map.
     """
 
     def __init__(self, found: list[Tensor], attention: nn.Module | None) -> None:
@@ -129,6 +132,6 @@ class _Watch(nn.Module):
         self.found, self.attention = found, attention
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x [B, n, -]."""
+        """Return x [B, n, ...]."""
         self.found.append(x[:, None] if self.attention is None else attention_scores(self.attention, x))
         return x

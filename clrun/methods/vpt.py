@@ -1,9 +1,10 @@
 """VPT: visual prompt tuning, the sequential baseline of all prompt methods (Jia et al., ECCV 2022, arXiv 2203.12119).
 
-Memory between tasks: the prompts, L D floats (deep: n L D), and the head; with `reinit` T times the prompts. Task id:
-needed with `reinit` only.
+Memory between tasks: the head and the prompts, L D floats, or n L D for depth=deep and n blocks; with reinit=true
+prompts for each task. Task id: needed with reinit=true only.
 
-Verified: no prompts are the plain model, prompts begin within the bound of the paper (test_methods_prompts).
+Verified: without prompts it equals the plain model, and initial prompts are within the bound of the paper
+(test_methods_prompts).
 """
 
 from typing import ClassVar, Literal
@@ -21,18 +22,18 @@ from clrun.system.errors import Count, Fraction, Positive, PositiveInt
 
 
 class Vpt(Prompted):
-    """Learned tokens after the class token, at the input ("shallow") or new ones at every block ("deep").
+    """Trained tokens after the class token, at the input ("shallow") or separate ones at every block ("deep").
 
-    All tasks share the prompts, which go on being trained and therefore forget.
+    All tasks train the same prompts, which therefore forget.
 
     Args:
         backbone: a timm vision transformer, frozen.
         num_classes: C.
-        depth: "shallow": the tokens enter the first block and flow on. "deep": each block has its own.
-        length: L; 0 is linear probing.
-        dropout: share of the entries of the prompts dropped in training.
-        prompt_width: width of the stored prompts, which a trained linear map takes to D; None stores D.
-        reinit: new prompts for each task, frozen after it: an upper bound that needs the task id.
+        depth: "shallow": the tokens enter the first block and pass through all others. "deep": each block has its own.
+        length: L, the number of tokens; 0 is linear probing.
+        dropout: probability with which an entry of the prompts is dropped in training.
+        prompt_width: width of the prompts before a trained linear map to D; None for prompts of width D without map.
+        reinit: new prompts for each task, which are frozen afterwards: an upper bound that needs the task id.
         lr_scale: factor of the budget's learning rate.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -70,7 +71,7 @@ class Vpt(Prompted):
 
     def end_task(self, task: Task, ctx: Context) -> None:
         if self.reinit:
-            freeze(self.projection)  # it belongs to the first task's prompts too
+            freeze(self.projection)  # a change would also change the prompts of earlier tasks
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
         prompt = self.prompts[-1 if task is None or not self.reinit else task]

@@ -181,11 +181,11 @@ FOUND_BY_METHODS = {
     ),
     "more prompts than a pool": (
         [VIT, "method=l2p", "method.top=11"],
-        "method.top: cannot choose 11 of 10 prompts (method.pool_size)",
+        "method.top=11: must be at most method.pool_size=10",
     ),
     "prompts of other tasks": (
         [VIT, "method=l2p", "method.copy_prompts=true"],
-        "method.copy_prompts: tasks have prompts of their own with method.use_prompt_mask only",
+        "method.copy_prompts: needs method.use_prompt_mask=true, i.e. separate prompts per task",
     ),
     "pool that does not divide": (
         [VIT, "method=l2p", "method.use_prompt_mask=true"],
@@ -272,7 +272,7 @@ FOUND_BY_METHODS = {
     ),
     "nothing kept": (
         ["method=progress_compress", "method.compress.epochs=0"],
-        "method.compress: what is not compressed is lost; give it at least one epoch or step",
+        "method.compress: needs at least one epoch or step; knowledge that is not compressed is lost",
     ),
     "a word for a budget": (
         ["method=progress_compress", "method.compress=adam"],

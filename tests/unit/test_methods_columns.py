@@ -172,10 +172,10 @@ def begun(index: int = 0, setting: str = "til", **options: Any) -> tuple[Any, An
 def test_progress_leaves_the_knowledge_base_bitwise_alone(column: str) -> None:
     method, stream, ctx = begun(1, column=column)
     method.compress = sgd(epochs=0)
-    before = copy_of(method.knowledge())
+    before = copy_of(method.knowledge_base())
     active = copy_of(method.active)
     method.learn(stream.tasks[1], ctx)
-    after = copy_of(method.knowledge())
+    after = copy_of(method.knowledge_base())
     assert all(torch.equal(before[name], after[name]) for name in before)
     moved = {name for name, tensor in copy_of(method.active).items() if not torch.equal(tensor, active[name])}
     assert {"column.conv.weight", "adaptors.0.alpha", "adaptors.1.down", "head.weight"} <= moved
@@ -201,7 +201,7 @@ def test_compress_without_penalty_is_pure_distillation() -> None:
     method, stream, ctx = begun(1, strength=0.0, tau=2.0)
     batch = next(iter(stream.tasks[1].train.batches(12)))
     method.eval()
-    target = method.answer(batch.x, method.backbone).detach()
+    target = method.active_logits(batch.x, method.backbone).detach()
     now = method(batch.x)
     expected = distillation_loss(now, target, [torch.tensor([2, 3])], tau=2.0)
     p, q = (z[:, 2:4].div(2.0).softmax(1) for z in (target, now))
@@ -211,7 +211,7 @@ def test_compress_without_penalty_is_pure_distillation() -> None:
     with torch.no_grad():
         held.backbone.linear.weight.add_(0.1)
     held.eval()
-    penalty = held.penalty(held.knowledge())
+    penalty = held.penalty(held.knowledge_base())
     plain = distillation_loss(held(batch.x), target, [torch.tensor([2, 3])], tau=2.0)
     assert penalty > 0
     torch.testing.assert_close(held.compress_loss(batch, target, ctx), plain + 5.0 * penalty)
@@ -219,7 +219,7 @@ def test_compress_without_penalty_is_pure_distillation() -> None:
 
 def test_compress_is_stable_for_any_strength() -> None:
     method, _, ctx = begun(1, strength=1e8)
-    base = method.knowledge()
+    base = method.knowledge_base()
     before = flatten(dict(base.named_parameters())).detach().clone()
     method.learn(ctx.task, ctx)
     importance = method.penalty.curvature.diag()
@@ -305,10 +305,10 @@ def test_active_column_reads_the_knowledge_base() -> None:
     method, stream, _ = begun(1)
     x = next(iter(stream.tasks[1].train.batches(12))).x
     method.eval()
-    before = method.answer(x, method.backbone)
+    before = method.active_logits(x, method.backbone)
     with torch.no_grad():
         method.backbone.conv.weight.add_(0.5)
-    assert not torch.allclose(before, method.answer(x, method.backbone))
+    assert not torch.allclose(before, method.active_logits(x, method.backbone))
     assert not any(module._forward_hooks for module in method.modules())
 
 

@@ -255,7 +255,7 @@ def test_mer_refuses_processes_without_a_row() -> None:
     method, stream = plain("mer")
     ctx = context(stream)
     ctx.hardware.world = 2
-    with pytest.raises(ConfigError, match=r"method.chunk=1: 2 processes cannot share it"):
+    with pytest.raises(ConfigError, match=r"method.chunk=1: less than one row per process"):
         method.begin_task(stream.tasks[0], ctx)
 
 

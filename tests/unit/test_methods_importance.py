@@ -241,13 +241,13 @@ def test_penalty_step_is_an_interpolation() -> None:
 def test_qr_share_is_free_of_scale(merge: str) -> None:
     method, _, _ = begun("ewc", merge=merge)
     method.running.importance = torch.rand(24, generator=torch.Generator().manual_seed(1))
-    share = method.kept()
+    share = method.present_weight()
     past = method.penalty.importance
     expected = (method.running.importance / (method.running.importance.sum() if merge == "normalise" else 1)).sqrt()
     torch.testing.assert_close(share, expected / (expected + past.sqrt()))
     method.running.importance = method.running.importance * 1e-4
     method.penalty.curvature = Diagonal(method.penalty.shapes, past * (1 if merge == "normalise" else 1e-4))
-    torch.testing.assert_close(method.kept(), share)
+    torch.testing.assert_close(method.present_weight(), share)
 
 
 @pytest.mark.parametrize("importance", ["ewc", "mas", "si"])

@@ -144,7 +144,7 @@ def test_packnet_does_not_prune_patch_embeddings_and_norms() -> None:
 def test_packnet_refuses_more_tasks_than_owners() -> None:
     method, stream = made("packnet")
     many = Stream(stream.tasks * 85, 6, "til", transform=stream.transform)
-    with pytest.raises(ConfigError, match="at most 254 tasks apart, not 255"):
+    with pytest.raises(ConfigError, match="supports at most 254 tasks, not 255"):
         method.check(many)
 
 

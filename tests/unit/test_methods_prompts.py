@@ -739,7 +739,7 @@ def test_lae_decay_of_one_holds_and_of_zero_follows(module: str) -> None:
 def test_lae_decay_has_its_horizon_in_images() -> None:
     method, stream = make("lae", decay=0.99, decay_batch=24)
     method.begin_task(stream.tasks[0], context(stream, budget=sgd(batch_size=48)))
-    assert method.kept == pytest.approx(0.99**2)
+    assert method.step_decay == pytest.approx(0.99**2)
 
 
 def test_lae_answers_with_the_larger_probability() -> None:
@@ -946,9 +946,9 @@ def test_training_queries_are_computed_once_when_nothing_is_augmented(name: str,
     passes = counted(method.backbone)
     method.learn(task, ctx)
     assert sum(passes) == len(task.train) * (6 if augment else 4)
-    assert method.known is None
+    assert method.stored_queries is None
     for batch in task.train.batches(7):
-        method.known = torch.cat([method.query(b.x) for b in task.train.batches(256)])
+        method.stored_queries = torch.cat([method.query(b.x) for b in task.train.batches(256)])
         torch.testing.assert_close(method.training_query(batch), method.query(batch.x), rtol=1e-5, atol=1e-5)
 
 
