@@ -45,7 +45,8 @@ class Ncl(Method):
         prior_mean: anchor of the first task: "zero" as published, or "initial": the initial weights of the backbone,
             for pre-trained backbones.
         damping: alpha; Lambda is inverted as the trace-balanced sum of its factors and (alpha I, alpha I).
-        labels: how the labels of the Fisher information are chosen: exact, sampled, empirical or predicted; see `estimate`.
+        labels: how the labels of the Fisher information are chosen: exact, sampled, empirical or predicted; see
+        `estimate`.
         samples: number of rows of the task for the estimate; null for all.
         top_k: for labels=exact, the number of most probable classes that are summed over; null for all.
         sharing: treatment of positions (tokens, patches) that share a weight. "expand": independent. "reduce":
