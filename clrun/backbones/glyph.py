@@ -1,7 +1,7 @@
 """The two small pre-trained models that ship with the package; `glyph_models/` holds their weights and model cards.
 
-Both come from `scripts/pretrain_glyphs.py`. `glyph_vit` has seen Latin letters only: no digit, no other script.
-`glyph_clip` has seen Latin letters and digits, and their names as text.
+Both were made by `scripts/pretrain_glyphs.py`. `glyph_vit` was trained on Latin letters only: on no digit and no other
+script. `glyph_clip` was trained on Latin letters and digits, and on their names as text.
 """
 
 from pathlib import Path
@@ -12,8 +12,8 @@ from torch import nn
 from clrun.system import libraries
 
 FOLDER = Path(__file__).parent / "glyph_models"
-SIZE = 28  # side of the images that the models take
-MEAN = (0.2,)  # of their training images, in [0, 1] units
+SIZE = 28  # side of the models' input images in pixels
+MEAN = (0.2,)  # of the training images, in [0, 1] units
 STD = (0.33,)
 
 Shape = tuple[int, int, int]
@@ -22,12 +22,13 @@ Shape = tuple[int, int, int]
 def glyph_vit(image_shape: Shape, *, pretrained: bool) -> nn.Module:
     """Return a tiny timm `VisionTransformer` (0.38 million parameters, 49 patches of 4x4, 4 blocks of width 96).
 
-    Its output is the class token after the last normalisation, [B, 96]. It is a plain timm model, so that anything
-    written for timm's transformers (prompts, adapters, low-rank updates) works on it.
+    Its output is the class token after the last normalisation, [B, 96]. It is a plain timm model, so that code written
+    for timm's transformers (prompts, adapters, low-rank updates) works on it. Images of any size are resized to 28x28
+    pixels, which 49 patches cover completely.
 
     Args:
-        image_shape: (C, H, W) of the stored images; the transform fits them to 28x28 grey, whatever they are.
-        pretrained: whether to load the weights that ship with the package; otherwise they are random.
+        image_shape: (C, H, W) of the stored images; the transform converts them to 28x28 pixels, grey.
+        pretrained: whether to load the weights that come with the package; false gives random weights.
     """
     model = vision_transformer(patch_drop_rate=0.0)
     if pretrained:
@@ -38,10 +39,10 @@ def glyph_vit(image_shape: Shape, *, pretrained: bool) -> nn.Module:
 
 
 def vision_transformer(*, patch_drop_rate: float) -> Any:
-    """Return the untrained transformer of both models' shape.
+    """Return the untrained transformer that both models are made of.
 
     Args:
-        patch_drop_rate: share of the patches to drop in training mode, for pre-training.
+        patch_drop_rate: fraction of the patches to drop in training mode, for pre-training.
     """
     return libraries.load("timm.models.vision_transformer").VisionTransformer(
         img_size=SIZE,
@@ -61,13 +62,13 @@ def vision_transformer(*, patch_drop_rate: float) -> Any:
 def glyph_clip(*, pretrained: bool) -> tuple[Any, Any]:
     """Return the dual encoder as an `open_clip.CLIP` in eval mode, and its tokenizer.
 
-    `encode_image` takes [B, 3, 28, 28] (grey repeated, normalised with `MEAN` and `STD`), `encode_text` takes what the
-    tokenizer returns for a list of short captions; both give [B, 64]. The folder can also be opened without clrun:
+    `encode_image` takes [B, 3, 28, 28] (grey repeated, normalised with `MEAN` and `STD`), `encode_text` takes the
+    tokenizer's output for a list of short captions; both return [B, 64]. The folder can also be opened without clrun:
     `open_clip.create_model_and_transforms("local-dir:FOLDER")` and, because its vocabulary is its own,
     `open_clip.get_tokenizer("local-dir:FOLDER", bpe_path="FOLDER/merges.txt.gz")`.
 
     Args:
-        pretrained: whether to load the weights that ship with the package; otherwise they are random.
+        pretrained: whether to load the weights that come with the package; false gives random weights.
 
     Raises:
         ConfigError: open_clip is not installed.

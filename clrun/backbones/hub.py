@@ -1,7 +1,7 @@
-"""Where the published weights of a timm model are: in the cache of the Hugging Face hub, or to be downloaded.
+"""The place of the published weights of a timm model: in the cache of the Hugging Face hub, or still to be downloaded.
 
-The hub's own client asks the network even for what it has in its cache and, without one, tries again for most of a
-minute. Here nothing is asked about what is cached, and a network that is not there shows within seconds.
+The hub's own client asks the network even about cached files, and without a network it retries for most of a minute.
+Here cached files are used without a request, and a missing network is noticed within seconds.
 """
 
 import ssl
@@ -42,7 +42,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
     if found is None or not found.hf_hub_id:
         return name, {}
     given = found.hf_hub_filename or FILES[1]
-    file = _cached(found.hf_hub_id, (given.replace(FILES[1], FILES[0]), given, *FILES))  # as timm: the safe form first
+    file = _cached(found.hf_hub_id, (given.replace(FILES[1], FILES[0]), given, *FILES))  # as in timm: safetensors first
     if file is not None:
         return name, {"file": str(file), "custom_load": False}
     _require_hub(name)
@@ -50,7 +50,7 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def missing(name: str, reason: str) -> str:
-    """Return the message for weights that cannot be had."""
+    """Return the message for weights that are neither cached nor can be downloaded."""
     return (
         f"weights of {name} are not on this machine and downloading failed; "
         f"set backbone.weights=FILE or backbone.pretrained=false ({reason})"
@@ -58,7 +58,7 @@ def missing(name: str, reason: str) -> str:
 
 
 def _cached(repository: str, files: tuple[str, ...]) -> Path | None:
-    """Return the first of the files that the cache has of a repository ("OWNER/NAME" or "OWNER/NAME@REVISION")."""
+    """Return the first of these files that is in the cache, of a repository ("OWNER/NAME" or "OWNER/NAME@REVISION")."""
     hub = libraries.load("huggingface_hub")
     owner, _, revision = repository.partition("@")
     for file in files:
@@ -69,7 +69,7 @@ def _cached(repository: str, files: tuple[str, ...]) -> Path | None:
 
 
 def _require_hub(name: str) -> None:
-    """Refuse to download the weights of `name` where the hub does not answer, or HF_HUB_OFFLINE forbids to ask."""
+    """Refuse to download the weights of `name` if the hub does not answer, or HF_HUB_OFFLINE forbids requests."""
     constants = libraries.load("huggingface_hub.constants")
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _silence(constants.ENDPOINT)
     if reason is not None:
@@ -77,7 +77,7 @@ def _require_hub(name: str) -> None:
 
 
 def _silence(url: str) -> str | None:
-    """Return why nothing answers at `url`; None when something does, whatever it says."""
+    """Return the reason why there is no answer from `url`; None if there is any answer."""
     reasons: list[str | None] = []
 
     def ask() -> None:

@@ -32,26 +32,26 @@ def timm_backbone(
 ) -> nn.Module:
     """Return a plain timm model without classifier; its output is the pooled features [B, num_features].
 
-    The model keeps its own class, so that anything written for timm models works on it. Added attributes: `input_size`,
-    `mean`, `std`, `crop` and `interpolation`; and `num_features` is the width of the output also where timm means the
-    width before the head.
+    The model keeps its own class, so that code written for timm models works on it. Added attributes: `input_size`,
+    `mean`, `std`, `crop` and `interpolation`. `num_features` is always the width of the output, where some timm models
+    have the width before the head.
 
     Args:
-        image_shape: (C, H, W) of the stored images; the transform fits them to the model, not the other way round.
+        image_shape: (C, H, W) of the stored images; the transform adapts the images to the model.
         name: timm's model name with the tag of the weights ("vit_base_patch16_224.augreg_in21k"), or a source
             ("hf-hub:...", "local-dir:...").
         pretrained: whether to load the weights of the tag, from the cache or the network.
-        weights: .safetensors or .pth file to load instead; pickled code is refused.
-        normalize: "timm" takes mean and standard deviation of the model's own configuration, "data" the data set's,
-            "imagenet" ImageNet's, "none" leaves pixels in [0, 1].
-        image_size: height and width to feed; None takes the model's own.
-        crop: share of each side of an image that the model sees, in its middle: 0.875 at 224 pixels is Resize(256),
-            CenterCrop(224); None takes that of the model's own evaluation.
-        interpolation: how images are resized; None takes the model's own.
+        weights: .safetensors, .pth, .pt or .bin file to load instead; pickled code is refused.
+        normalize: "timm" uses mean and standard deviation of the model's configuration, "data" those of the data set,
+            "imagenet" those of ImageNet, "none" leaves pixels in [0, 1].
+        image_size: height and width of the input in pixels, a multiple of the patch size; None for the model's own.
+        crop: fraction of each side of an image that the model sees, in the middle: 0.875 at 224 pixels is Resize(256),
+            CenterCrop(224); None for that of the model's own evaluation.
+        interpolation: method of resizing; None for the model's own.
 
     Raises:
         ConfigError: unknown model or tag; weights that are missing, cannot be downloaded, or do not fit; an image size
-            that the model cannot take.
+            at which the model drops pixels or that it cannot take.
     """
     timm = libraries.load("timm")
     preflight(name=name, pretrained=pretrained, weights=weights, image_size=image_size)
@@ -102,7 +102,7 @@ timm_backbone.preflight = preflight  # type: ignore[attr-defined]
 
 
 def _check_name(timm: Any, name: str, pretrained: bool) -> None:
-    """Refuse a model or a tag that timm does not know, and weights that nobody published."""
+    """Refuse a model or a tag that timm does not know, and models without published weights."""
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models())
@@ -118,7 +118,7 @@ def _check_name(timm: Any, name: str, pretrained: bool) -> None:
 
 
 def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> Any:
-    """Return the model without classifier; transformers are built for `image_size`, other models take any."""
+    """Return the model without classifier; transformers are built for `image_size`, other models take any size."""
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
     if pretrained:
         name, cached = hub.locate(name)
@@ -143,7 +143,7 @@ def _create(timm: Any, name: str, pretrained: bool, image_size: int | None) -> A
 
 
 def _check_size(model: nn.Module, name: str, size: Shape) -> None:
-    """Refuse an image size that the model cannot take: patches and windows must fit, and only a forward pass tells."""
+    """Refuse an image size that the model cannot take, for example because of its windows, by a forward pass."""
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, *size))
@@ -158,7 +158,7 @@ def _refused_size(name: str, image_size: int, error: Exception) -> str:
 
 
 def _load(model: nn.Module, name: str, path: Path) -> None:
-    """Load a file of weights; all parameters of the model must be in it, a classifier may be."""
+    """Load a file of weights, which must have all parameters of the model and may have a classifier."""
     state = read_weights(path)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's name for it
     try:
@@ -180,10 +180,10 @@ def _load(model: nn.Module, name: str, path: Path) -> None:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a .safetensors, .pth, .pt or .bin file by name; nothing in the file is executed.
 
-    The state may lie under "state_dict" or "model" in the file, and names may begin with "module.".
+    The tensors may be under "state_dict" or "model" in the file, and names may begin with "module.".
 
     Raises:
-        ConfigError: no such file, another kind of file, or more than tensors in it.
+        ConfigError: the file is missing, of another kind, or contains more than tensors.
     """
     _weights_file(path)
     try:
@@ -192,19 +192,19 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors' error has no public base class but Exception
-        kind = "holds more than tensors and is refused" if isinstance(error, pickle.UnpicklingError) else "is broken"
+        kind = "contains more than tensors and is refused" if isinstance(error, pickle.UnpicklingError) else "is broken"
         raise ConfigError(f"backbone.weights: {path} {kind} ({first_line(error)[:200]})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ConfigError(f"backbone.weights: {path} holds no tensors by name")
+        raise ConfigError(f"backbone.weights: {path} contains no named tensors")
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
 def _weights_file(path: Path) -> None:
-    """Refuse what is no file of weights by its name."""
+    """Refuse a missing file, and one whose name is not that of a file of weights."""
     if not path.is_file():
-        raise ConfigError(f"backbone.weights: there is no file {path}")
+        raise ConfigError(f"backbone.weights: there is no file {path}; set it to a file of weights, or to null")
     if path.suffix not in SUFFIXES:
-        raise ConfigError(f"backbone.weights: {path} is neither a .safetensors nor a .pth, .pt or .bin file")
+        raise ConfigError(f"backbone.weights: {path} is not a .safetensors, .pth, .pt or .bin file; set it to one")

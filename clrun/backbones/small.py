@@ -1,7 +1,7 @@
 """Small networks that adapt to the shape of the images: a convolutional net, an MLP, and those of published studies.
 
-Each function takes the stored shape (C, H, W). Images smaller than a network accepts are to be resized: `input_size`
-says to what. Initial weights come from the global generator, which the engine seeds.
+Each function takes the stored shape (C, H, W). Images that are smaller than a network accepts are resized to the
+network's `input_size`. Initial weights are drawn from the global generator, which the engine seeds.
 """
 
 from collections import OrderedDict
@@ -20,11 +20,11 @@ class Backbone(nn.Module):
 
     Args:
         layers: named layers in order.
-        input_size: (C, H, W) of the images to feed.
+        input_size: (C, H, W) of the input.
         num_features: D.
     """
 
-    mean: tuple[float, ...] | None = None  # the data set's
+    mean: tuple[float, ...] | None = None  # None: those of the data set
     std: tuple[float, ...] | None = None
 
     def __init__(self, layers: dict[str, nn.Module], *, input_size: Shape, num_features: int) -> None:
@@ -39,9 +39,9 @@ class Backbone(nn.Module):
 
 
 def mlp(image_shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
-    """Return a multi-layer perceptron on the pixels: linear and ReLU for each of the `hidden` widths.
+    """Return a multi-layer perceptron on the pixels: a linear layer and ReLU for each of the `hidden` widths.
 
-    No widths at all make the pixels the features.
+    Without widths the pixels are the features.
     """
     size = _accepted(image_shape, smallest=1)
     widths = [prod(size), *hidden]
@@ -54,8 +54,8 @@ def mlp(image_shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
 def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbone:
     """Return `depth` blocks of 3x3 convolution, group normalisation and ReLU, then an average over each quarter.
 
-    The width doubles from block to block, and 2x2 max pooling halves the map as long as it has at least 8 pixels a
-    side. Group normalisation (8 groups, or as many as divide the width) does not depend on the batch, where the running
+    The width doubles from block to block, and 2x2 max pooling halves the map as long as it has at least 8 pixels per
+    side. Group normalisation (at most 8 groups, a divisor of the width) does not depend on the batch; the running
     statistics of batch normalisation would drift from task to task.
 
     Args:
@@ -84,8 +84,9 @@ def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbo
 def lenet(image_shape: Shape) -> Backbone:
     """Return the LeNet of the order-robust studies (APD, Yoon et al., ICLR 2020; HALRP, arXiv 2311.15161).
 
-    Two 5x5 convolutions (20, 50) with batch normalisation, ReLU and pooling, then 800 and 500 units likewise; 2,995,620
-    parameters with a head of 10 classes on 3x32x32. The first linear layer grows with larger images.
+    Two 5x5 convolutions (20, 50) with batch normalisation, ReLU and pooling, then 800 and 500 units with batch
+    normalisation and ReLU; 2,995,620 parameters with a head of 10 classes on 3x32x32. The first linear layer grows with
+    larger images.
     """
     size = _accepted(image_shape, smallest=32)
     layers: dict[str, nn.Module] = {}
@@ -140,7 +141,7 @@ def alexnet(image_shape: Shape) -> Backbone:
 
 
 class BatchNormRows(nn.BatchNorm1d):
-    """Batch normalisation of [B, D] that takes the running statistics for a batch of one row, which has no variance."""
+    """Batch normalisation of [B, D] that uses the running statistics for a batch of one row, which has no variance."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x [B, D] normalised."""
@@ -157,7 +158,7 @@ def resnet18(image_shape: Shape, *, width: PositiveInt, bias: bool, pool: Positi
         width: channels of the first stage: 64 (He et al., CVPR 2016; 11,173,962 parameters with a head of 10 classes),
             20 (reduced, GEM: Lopez-Paz and Ranzato 2017), 32 (HALRP).
         bias: whether convolutions have a bias (HALRP's have: 2,807,690 parameters with width 32 and `pool` 2).
-        pool: side of the average pooling at the end, features are what remains; None averages over the whole map.
+        pool: side of the average pooling at the end, whose output is the features; None averages over the whole map.
     """
     size = _accepted(image_shape, smallest=8 * max(2, pool or 2))
     layers = _stem(size[0], width, bias=bias)
@@ -240,7 +241,7 @@ def _stem(channels: int, width: int, *, bias: bool) -> dict[str, nn.Module]:
 
 
 def _accepted(image_shape: Shape, *, smallest: int) -> Shape:
-    """Return the shape to feed: alpha dropped, sides of at least `smallest` pixels."""
+    """Return the input shape: without alpha, with sides of at least `smallest` pixels."""
     channels, height, width = image_shape
     return {2: 1, 4: 3}.get(channels, channels), max(height, smallest), max(width, smallest)
 

@@ -1,4 +1,4 @@
-"""Training augmentations: batched, each sample with parameters of its own, on the batch's device.
+"""Training augmentations: batched, with parameters drawn for each sample, on the batch's device.
 
 Shapes: `B` batch, `C` channels, `H`, `W` height and width. Images hold values in 0..255, as uint8 or float. Parameters
 are drawn on the CPU from an explicit generator.
@@ -16,14 +16,14 @@ from torch import Tensor
 from clrun.system.errors import ConfigError, did_you_mean
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601
-LARGE = 2000  # values of an image from which on the CPU handles images one by one
+LARGE = 2000  # values per image from which on a loop over the images is faster on the CPU
 
 
 class Augmentation(Protocol):
     """A random change of images."""
 
     def __call__(self, x: Tensor, size: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """Return changed images of x [B, C, H, W]; `size` is (height, width) that the network wants in the end."""
+        """Return changed images of x [B, C, H, W]; `size` is (height, width) of the network's input."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Crop:
     """Random crop after padding with black.
 
     Attributes:
-        pad: padding on each side in pixels; None takes an eighth of the shorter side (4 for 32 pixels).
+        pad: padding on each side in pixels; None: an eighth of the shorter side (4 for 32 pixels).
         size: height and width of the crop; None takes those of the stored image.
     """
 
@@ -91,14 +91,14 @@ class Flip:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Random part of the image, resized to what the network wants (Szegedy et al., CVPR 2015).
+    """Random part of the image, resized to the network's input (Szegedy et al., CVPR 2015).
 
     The box is drawn as torchvision draws it: ten attempts at an area and a log-uniform aspect ratio, then the largest
     centred box of an allowed ratio. It is cut from the stored image and resampled by a bilinear antialiasing filter.
     Large uint8 images on the CPU stay uint8, rounded as torchvision rounds them; others become float.
 
     Attributes:
-        scale: smallest and largest share of the area.
+        scale: smallest and largest fraction of the area.
         ratio: smallest and largest width / height.
     """
 
@@ -125,7 +125,7 @@ class RandomResizedCrop:
             return rows @ x.float() @ columns.transpose(-1, -2)
 
     def boxes(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        """Return [4, count] long on the CPU: top, left, height and width of one box an image."""
+        """Return [4, count] long on the CPU: top, left, height and width of one box per image."""
         draw = torch.rand(2, count, 10, generator=generator, dtype=torch.float64)
         area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * draw[0])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -144,7 +144,7 @@ class RandomResizedCrop:
 
 
 def one_by_one(x: Tensor) -> bool:
-    """Whether images are large enough, and on the CPU, that a loop over them beats an operation on the whole batch."""
+    """Return whether a loop over the images is faster than one operation on the batch: on the CPU, for large images."""
     return x.device.type == "cpu" and x.shape[1:].numel() >= LARGE
 
 
@@ -177,14 +177,14 @@ def resampling(start: Tensor, length: Tensor, stored: int, wanted: int) -> Tenso
 class Jitter:
     """Random brightness, contrast, saturation and hue, as torchvision's ColorJitter.
 
-    Factors are uniform in [max(0, 1 - v), 1 + v], the turn of the hue in [-hue, hue]. The four changes come in random
-    order: one order a batch, a deliberate deviation from one an image.
+    Factors are uniform in [max(0, 1 - v), 1 + v], the change of the hue in [-hue, hue]. The four changes are applied in
+    random order. Deliberate deviation: one order per batch, where torchvision draws one per image.
 
     Attributes:
-        brightness: v of the brightness.
-        contrast: v of the contrast, the distance to the image's mean grey.
-        saturation: v of the distance to the grey image; no effect on grey images.
-        hue: largest turn of the hue, at most 0.5 (half the circle); no effect on grey images.
+        brightness: v for the brightness.
+        contrast: v for the contrast, the distance to the image's mean grey.
+        saturation: v for the distance to the grey image; no effect on grey images.
+        hue: largest change of the hue, at most 0.5 (half the circle); no effect on grey images.
     """
 
     brightness: float = 0.4
@@ -309,6 +309,6 @@ def _augmentation(name: Any, options: Any) -> Augmentation:
 
 
 def _require(condition: bool, name: str, problem: str) -> None:
-    """Refuse a mistake in the specification of the augmentation `name`."""
+    """Raise a `ConfigError` for the augmentation `name` unless the condition holds."""
     if not condition:
         raise ConfigError(f"dataset.augment: {name}: {problem}")

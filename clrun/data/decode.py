@@ -1,4 +1,4 @@
-"""From an image file to a stored image: what is accepted, how it is turned, converted and resized, how it is refused.
+"""From an image file to a stored image: accepted formats, orientation, channels, size, and errors.
 
 Shapes: `M` files, `S` side of the stored square, `C` channels.
 """
@@ -22,7 +22,7 @@ PIXEL_LIMIT = 178_956_970  # Pillow refuses larger images by itself
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none of Pillow's formats that start other programs
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 ORIENTATION = 0x0112  # EXIF tag
-ELONGATED = 3  # images longer than so many times their shorter side lose their ends before they are resized
+ELONGATED = 3  # images longer than 3 times their shorter side lose their ends before they are resized
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Decoding:
     Attributes:
         size: S in pixels.
         fit: "crop" scales the shorter side to S and keeps the middle square; "squash" scales both sides to S.
-        interpolation: of the resizing, which is antialiased.
-        exif: turn images as their EXIF orientation asks. Published data sets are read without, as by torchvision.
-        max_pixels: images with more pixels are refused by name, before they are decoded.
-        unreadable: what becomes of files that cannot be decoded: "error" stops at the first one that is met; "skip"
-            decodes every file once before the run and leaves those out that fail.
-        memory: megabytes of decoded images that may stay in memory; a set that fits is decoded once a process.
-        cache: folder for decoded images on disk; true takes the user's cache folder, false none.
+        interpolation: method of the resizing, which is antialiased.
+        exif: rotate images as their EXIF orientation says. Published data sets are read without, as by torchvision.
+        max_pixels: images with more pixels are refused before they are decoded; the error names the file.
+        unreadable: "error" stops at the first file that cannot be decoded; "skip" decodes every file once before the
+            run and leaves out those that fail.
+        memory: megabytes of decoded images that may stay in memory; a data set that fits is decoded once per process.
+        cache: folder for decoded images on disk; true for the user's cache folder, false for no cache.
     """
 
     size: Annotated[int, Range(minimum=1, maximum=4096)]
@@ -56,21 +56,21 @@ class Decoding:
 
     @property
     def recipe(self) -> str:
-        """What decides the stored pixels, as text."""
+        """The options that determine the stored pixels, as text."""
         return f"{self.size} {self.fit} {self.interpolation} {self.exif}"
 
 
 class Files(Protocol):
-    """Encoded images, one a row; `FileList` are those of a folder."""
+    """Encoded images, one per row. `FileList` is the implementation for the files of a folder."""
 
     @property
     def place(self) -> str:
-        """Where they are, the same for every selection made from them."""
+        """Where the images are; the same for every selection of them."""
 
     def __len__(self) -> int: ...
 
     def name(self, row: int) -> str:
-        """Return what to call a file in messages and in the cache; no two are called the same."""
+        """Return the unique name of a file, for messages and the cache."""
 
     def content(self, row: int) -> Path | bytes:
         """Return a file's path or its content."""
@@ -79,7 +79,7 @@ class Files(Protocol):
         """Return size and time of the last change (ns) of a file.
 
         Raises:
-            ConfigError: it is gone.
+            ConfigError: the file no longer exists.
         """
 
 
@@ -116,7 +116,7 @@ class FileList:
         """Return size and time of the last change (ns) of a file.
 
         Raises:
-            ConfigError: it is gone.
+            ConfigError: the file no longer exists.
         """
         try:
             state = (self.root / self.names[row]).stat()
@@ -129,13 +129,13 @@ def decode(file: Path | bytes, name: str, options: Decoding, channels: int) -> P
     """Return the stored image [S, S, C] of an image file.
 
     Args:
-        file: where it lies, or its content.
-        name: what to call it in errors.
-        options: how.
+        file: path of the file, or its content.
+        name: name of the file for error messages.
+        options: how to decode it.
         channels: C, 1 or 3.
 
     Raises:
-        ConfigError: the file cannot be opened or decoded, or is too large; names it.
+        ConfigError: the file cannot be opened or decoded, or is too large; the message names it.
     """
     image_module = libraries.load("PIL.Image")
     try:
@@ -163,7 +163,7 @@ def fitted(image: Any, options: Decoding, channels: int) -> Pixels:
 
 
 def _check_size(image: Any, name: str, options: Decoding) -> None:
-    """Refuse an image, known by its header alone, that is too large."""
+    """Refuse an image that is too large, judged by its header alone."""
     width, height = image.size
     if width * height > options.max_pixels:
         raise ConfigError(
@@ -185,7 +185,7 @@ def _reason(file: Path | bytes, error: Exception) -> str:
 
 
 def _turned(image: Any, options: Decoding) -> Any:
-    """Return the image in the orientation that its EXIF data ask for, where that is wanted."""
+    """Return the image in the orientation of its EXIF data if `options.exif` is set."""
     if options.exif and image.getexif().get(ORIENTATION, 1) != 1:
         return libraries.load("PIL.ImageOps").exif_transpose(image)
     return image
@@ -195,7 +195,7 @@ def _converted(image: Any, channels: int) -> Pixels:
     """Return the pixels [H, W, C] of a loaded image of any mode."""
     module = libraries.load("PIL.Image")
     if image.mode == "F":
-        raise ValueError("32-bit values are not supported; convert the image to 8 or 16 bits a channel")
+        raise ValueError("32-bit values are not supported; convert the image to 8 or 16 bits per channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = module.fromarray(_eight_bits(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -211,7 +211,7 @@ def _converted(image: Any, channels: int) -> Pixels:
 def _eight_bits(values: NDArray[Any]) -> Pixels:
     """Return the upper 8 of 16 bits."""
     if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("32-bit values are not supported; convert the image to 8 or 16 bits a channel")
+        raise ValueError("32-bit values are not supported; convert the image to 8 or 16 bits per channel")
     return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 
@@ -234,13 +234,13 @@ def _stored(pixels: Pixels, options: Decoding) -> Pixels:
 
 def _resized(pixels: Pixels, height: int, width: int, interpolation: str) -> Pixels:
     """Return pixels [H, W, C] resized, antialiased, rounded to uint8."""
-    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, also in the eyes of torch
+    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # torch, too, sees the channels-last layout
     resized: Tensor = F.interpolate(planes, (height, width), mode=interpolation, antialias=True)
     found: Pixels = resized[0].permute(1, 2, 0).numpy()
     return found
 
 
 def _middle(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Return the middle part of pixels [H, W, C]; an odd rest is split as torchvision splits it."""
+    """Return the middle part of pixels [H, W, C]; the offset is rounded as in torchvision's CenterCrop."""
     top, left = round((pixels.shape[0] - height) / 2), round((pixels.shape[1] - width) / 2)
     return pixels[top : top + height, left : left + width]

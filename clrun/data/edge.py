@@ -1,9 +1,10 @@
-"""Orders at the extremes of difficulty, from how alike tasks are (EDGE, Lai et al. 2025, arXiv 2509.22580).
+"""Orders at the extremes of difficulty, from the similarity of tasks (EDGE, Lai et al. 2025, arXiv 2509.22580).
 
-EDGE judges learners on a hard, an easy and a random sequence, because random orders rarely meet the extremes: in a hard
-one neighbours are unlike, in an easy one alike. Two deviations: tasks are ordered, never regrouped, so that accuracies
-compare by task id (EDGE also deals classes to tasks); and classes are compared by features of the frozen backbone or by
-the letters of their names, where EDGE embeds the names with CLIP.
+EDGE judges learners on a hard, an easy and a random sequence, because random orders rarely reach the extremes. In a
+hard order neighbouring tasks are dissimilar, in an easy order they are similar. Two deviations: tasks are ordered and
+never regrouped, so that accuracies can be compared by task id (EDGE also distributes the classes over the tasks); and
+classes are compared by features of the frozen backbone or by the letters of their names, where EDGE embeds the names
+with CLIP.
 
 Shapes: T tasks, C classes, D features.
 """
@@ -26,18 +27,18 @@ def edge(
     similarity: Literal["features", "names"],
     seed: int,
 ) -> list[int]:
-    """Return the order whose neighbours are least alike (hard), most alike (easy), or a random one.
+    """Return the order whose neighbours are least similar (hard) or most similar (easy), or a random order.
 
-    The sum of the similarities of neighbours is the smallest, or largest, of all orders up to 7 tasks. Beyond it is
-    what reversing stretches of a greedy path makes of the best of its T beginnings. Either direction has the same sum;
-    the order begins with the smaller id.
+    Up to 7 tasks, the sum of the similarities of neighbours is the smallest, or largest, of all orders. Beyond that a
+    greedy path from each of the T tasks is improved by reversing stretches (2-opt), and the best result is returned. An
+    order and its reverse have the same sum; the returned one begins with the smaller id.
 
     Args:
         n_tasks: T.
-        similarities: [T, T], symmetric; None, as in a check before the run, gives ascending ids.
-        kind: which.
-        similarity: what `similarities` come from. Features of a backbone that is not pre-trained depend on the seed of
-            the run, and so does the order then.
+        similarities: [T, T], symmetric. None gives ascending ids, for checks before the run.
+        kind: the kind of order.
+        similarity: the source of `similarities`. The features of a backbone that is not pre-trained depend on the seed
+            of the run, and then the order does, too.
         seed: of the random order.
     """
     if kind == "random":
@@ -58,7 +59,7 @@ def _cost(path: Sequence[int], costs: Floats) -> float:
 
 
 def _greedy(costs: Floats, first: int) -> list[int]:
-    """Return a path from `first`, always on to the cheapest task that is left."""
+    """Return the path from `first` that always goes on to the cheapest remaining task."""
     path, left = [first], set(range(len(costs))) - {first}
     while left:
         path.append(min(left, key=lambda task: (costs[path[-1], task], task)))
@@ -67,12 +68,14 @@ def _greedy(costs: Floats, first: int) -> list[int]:
 
 
 def _improved(path: list[int], costs: Floats) -> list[int]:
-    """Return the path after reversing stretches as long as that makes it cheaper."""
+    """Return the path after reversing stretches (2-opt) until no reversal makes it cheaper."""
     better, last = True, len(path) - 1
     while better:
         better = False
         for i, j in itertools.combinations(range(len(path)), 2):
-            ends = [(path[i - 1], path[i], path[j])] if i else []  # (what stays, its neighbour before and after)
+            ends = (
+                [(path[i - 1], path[i], path[j])] if i else []
+            )  # (the fixed task, its neighbour before and after the reversal)
             ends += [(path[j + 1], path[j], path[i])] if j < last else []
             if sum(costs[stays, new] - costs[stays, old] for stays, old, new in ends) < -1e-12:
                 path[i : j + 1] = path[i : j + 1][::-1]

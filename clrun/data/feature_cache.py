@@ -1,8 +1,7 @@
-"""Features of frozen backbones on disk: a memory-mapped file an entry, found by what the features depend on.
+"""Features of frozen backbones on disk: one memory-mapped file per entry, found by everything the features depend on.
 
-An entry is KEY.npy (rows in data-set order) and KEY.json (what it is, and a checksum), which is written last: features
-without it are not read. KEY.lock keeps apart the processes that want to compute the same entry. Nothing here imports
-torch.
+An entry is KEY.npy (rows in data-set order) and KEY.json (description and checksum). KEY.json is written last: features
+without it are not read. KEY.lock prevents two processes from computing the same entry. Nothing here imports torch.
 """
 
 import errno
@@ -29,10 +28,10 @@ from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
 
 SCHEMA = 1
-ABANDONED = 3600.0  # seconds without growth after which an unfinished file is taken to be a crashed process's
+ABANDONED = 3600.0  # seconds without a write after which an unfinished file is removed as left by a crash
 HEADER = 128  # bytes of .npy before the rows
 BLOCK = 2**20  # bytes read at once for a checksum
-MAPPED = 2**25  # bytes up to which features are read through a map
+MAPPED = 2**25  # bytes up to which features are read through a memory map
 
 Floats = npt.NDArray[np.float32]
 _intact: set[tuple[str, int, int]] = set()  # (path, inode, time of change) of files that this process has checked
@@ -51,16 +50,16 @@ class Features:
         file: the open .npy file, locked against removal.
         shape: (M, D).
         key: digest of what the features depend on.
-        reused: whether they were there, and not computed just now.
-        kept: whether they stay in the cache.
-        notes: what a reader of the results should know.
+        reused: whether they were found in the cache, and not computed by this process.
+        in_cache: whether they stay in the cache; features that do not fit exist as long as the file is open.
+        notes: sentences for the readers of the results.
     """
 
     file: BinaryIO
     shape: tuple[int, int]
     key: str
     reused: bool
-    kept: bool
+    in_cache: bool
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -76,8 +75,8 @@ class Features:
     def take(self, rows: npt.NDArray[np.int64]) -> Floats:
         """Return copies of rows ([k]), in this order.
 
-        From the map while all of it is small. A large one would grow into memory with every row that is touched, by up
-        to two megabytes around each, so that larger files are read run by run.
+        Small files are read through the memory map. With a large file every access would load up to two megabytes
+        around the row, so that large files are read directly, one run of consecutive rows at a time.
         """
         if self.size <= MAPPED:
             return self.rows[rows]
@@ -94,13 +93,13 @@ class Features:
 
 @dataclass(frozen=True)
 class Entry:
-    """What lies in the cache, for lists.
+    """An entry of the cache, for listings.
 
     Attributes:
         path: the features.
         size: bytes on the disk.
-        used: when they were last used, seconds since 1970.
-        about: as given when they were computed: data set, backbone, rows, width and so on; empty when unreadable.
+        used: time of the last use, in seconds since 1970.
+        about: description from the time of computation (data set, backbone, rows, width, ...); empty if unreadable.
     """
 
     path: Path
@@ -135,11 +134,11 @@ class FeatureCache:
     """A folder of features.
 
     Attributes:
-        folder: where; made when it is first written to.
+        folder: the folder; made when features are first stored.
         limit: size limit of all entries together in bytes. The entries used least recently make room for new ones;
             entries in use are never removed.
-        about: facts recorded with new entries and not part of their key (names, versions, device).
-        opened: what was asked for so far.
+        about: facts recorded with new entries that are not part of their key (names, versions, device).
+        opened: features requested so far.
     """
 
     folder: Path
@@ -159,11 +158,11 @@ class FeatureCache:
         """Return the features of `key`, computed by the first process that asks while others wait.
 
         Args:
-            key: what the features depend on, as JSON knows it.
+            key: everything the features depend on, as plain JSON values.
             shape: (M, D).
             compute: yields the rows in order, in blocks.
-            agrees: whether stored rows are what the backbone gives here, by a look at some.
-            about: recorded with a new entry, beside `self.about`.
+            agrees: recomputes a few rows and says whether the stored ones match.
+            about: facts recorded with a new entry, in addition to `self.about`.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -197,7 +196,7 @@ class FeatureCache:
         )
 
     def entries(self) -> list[Entry]:
-        """Return what is in the cache, most recently used first."""
+        """Return the entries of the cache, most recently used first."""
         found = []
         for path in self.folder.glob("*.npy"):
             try:
@@ -209,7 +208,7 @@ class FeatureCache:
         return sorted(found, key=lambda entry: -entry.used)
 
     def make_room(self, size: int = 0) -> bool:
-        """Remove what crashed processes left, then entries until `size` more bytes fit; return whether they do."""
+        """Remove files left by crashes, then entries until `size` more bytes fit; return whether they fit."""
         total = size
         for path in [*self.folder.glob("*.tmp"), *self.folder.glob("*.lock")]:
             with _missing_is_fine():
@@ -227,7 +226,7 @@ class FeatureCache:
         return total <= self.limit
 
     def _open(self, name: str, shape: tuple[int, int], agrees: Callable[[Features], bool]) -> Features | str | None:
-        """Return the stored features; why they cannot be used; None when there are none."""
+        """Return the stored features; or the reason why they cannot be used; or None if there are none."""
         path = self.folder / f"{name}.npy"
         facts = _sidecar(path)
         file = _locked(path, "rb", fcntl.LOCK_SH) if facts else None
@@ -236,16 +235,16 @@ class FeatureCache:
         seen = _identity(path)
         if not _fits(file, shape) or (seen not in _intact and _checksum(file) != facts.get("checksum")):
             return "the stored features were damaged"
-        found = Features(file, shape, name, reused=True, kept=True, notes=self._differences(facts))
+        found = Features(file, shape, name, reused=True, in_cache=True, notes=self._differences(facts))
         if seen not in _intact and not agrees(found):
-            return "the stored features are not what the backbone gives here"
+            return "the stored features differ from those that the backbone computes here"
         _intact.add(seen)
         with _missing_is_fine():
             os.utime(path.with_suffix(".json"))
         return found
 
     def _differences(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return a note when the features were computed in other circumstances than today's."""
+        """Return a note if the features were computed with another version or on another device."""
         before, now = facts.get("about", {}).get("circumstances"), self.about.get("circumstances")
         return () if before == now else (f"features were computed with {before}, this run has {now}",)
 
@@ -257,14 +256,14 @@ class FeatureCache:
         about: Mapping[str, Any],
         damage: str | None,
     ) -> Features:
-        """Compute, store and open the features; those that do not fit stay as long as they are open."""
+        """Compute, store and open the features; those that do not fit into the cache exist as long as they are open."""
         path, start = self.folder / f"{name}.npy", time.perf_counter()
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         fits = self.make_room(HEADER + 4 * shape[0] * shape[1])
         try:
             checksum = _write(temporary, shape, compute)
             file = _locked(temporary, "rb", fcntl.LOCK_SH)
-            assert file is not None and _fits(file, shape), "nobody else knows of the file"
+            assert file is not None and _fits(file, shape), "no other process knows the file"
             if fits:
                 about = {**about, "rows": shape[0], "width": shape[1], "seconds": time.perf_counter() - start}
                 facts = {"schema": SCHEMA, "checksum": checksum, "made": datetime.now(UTC).isoformat(), "about": about}
@@ -277,17 +276,17 @@ class FeatureCache:
         finally:
             with _missing_is_fine():
                 temporary.unlink()
-        notes = [f"{damage}; computed anew"] if damage else []
+        notes = [f"{damage}; they were computed again"] if damage else []
         if not fits:
             notes.append(
                 f"features are not kept: they do not fit into the {self.limit / 1e9:g} GB of {self.folder} "
                 "(job.feature_cache_gb)"
             )
-        return Features(file, shape, name, reused=False, kept=fits, notes=tuple(notes))
+        return Features(file, shape, name, reused=False, in_cache=fits, notes=tuple(notes))
 
 
 def listing(folder: Path) -> str:
-    """Return a table of the entries in `folder`, most recently used first, and what they add up to."""
+    """Return a table of the entries in `folder`, most recently used first, and their total size."""
     entries = FeatureCache(folder).entries()
     lines = [f"{'data set':<16}{'part':<7}{'backbone':<32}{'rows x width':>16}{'MB':>10}  last used"] if entries else []
     for entry in entries:
@@ -321,7 +320,7 @@ def _write(path: Path, shape: tuple[int, int], compute: Callable[[], Iterable[Fl
 
 
 def _fits(file: BinaryIO, shape: tuple[int, int]) -> bool:
-    """Whether an open file is .npy with rows of this shape, and leave it at the first of them."""
+    """Return whether an open file is .npy with rows of this shape; the file is then positioned at the first row."""
     try:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
@@ -334,7 +333,7 @@ def _fits(file: BinaryIO, shape: tuple[int, int]) -> bool:
 
 
 def _checksum(file: BinaryIO) -> int:
-    """Return the checksum of the rest of an open file, and leave it where it was."""
+    """Return the checksum of the rest of an open file; its position is restored."""
     checksum, start = 0, file.tell()
     while block := file.read(BLOCK):
         checksum = zlib.crc32(block, checksum)
@@ -343,13 +342,13 @@ def _checksum(file: BinaryIO) -> int:
 
 
 def _identity(path: Path) -> tuple[str, int, int]:
-    """Return what changes when another file takes the place of the one at `path`, or its content changes."""
+    """Return a value that changes if the file at `path` is replaced or changed."""
     state = path.stat()
     return str(path), state.st_ino, state.st_mtime_ns
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
-    """Return what is recorded of the features at `path`; {} when nothing is, or nothing readable."""
+    """Return the record of the features at `path`; {} if there is none or it is unreadable."""
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
     except (OSError, ValueError):
@@ -358,7 +357,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def _locked(path: Path, mode: str, how: int) -> BinaryIO | None:
-    """Return the file at `path`, open and locked until it is closed; None when it is gone, taken or replaced."""
+    """Return the file at `path`, locked until it is closed; None if it is missing, locked by others or replaced."""
     try:
         file: BinaryIO = path.open(mode)  # type: ignore[assignment]
     except FileNotFoundError:
@@ -400,7 +399,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _missing_is_fine() -> Iterator[None]:
-    """Go on where another process was faster, or the cache can only be read."""
+    """Ignore files that another process has removed, and a cache without write permission."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Frozen features as a data service: every row through the frozen backbone once, as a new stream of [B, D] rows.
+"""Frozen features: every row passes through the frozen backbone once and becomes a row [D] of a new stream.
 
 Shapes: `M` stored rows, `B` batch, `D` feature width.
 """
@@ -23,8 +23,8 @@ from clrun.system.digests import tensor_digest
 from clrun.system.errors import ConfigError
 from clrun.system.hardware import Hardware
 
-FEATURE_BATCH = 256  # fixed: the last bits of a feature may depend on the batch it was computed in
-LOOKED_AT = 8  # rows that are computed again when features of an earlier process are opened
+FEATURE_BATCH = 256  # fixed, because the last bits of a feature may depend on the batch
+CHECKED_ROWS = 8  # rows that are computed again when features of an earlier process are opened
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}  # of those rows, relative to their largest entry
 
 
@@ -36,11 +36,11 @@ def open_cache(
     Args:
         option: true is the default folder.
         gigabytes: size limit of the folder, `job.feature_cache_gb`.
-        hardware: the features' last bits may depend on it.
-        about: what to record with new features.
+        hardware: recorded with new features, because their last bits may depend on it.
+        about: further facts to record with new features.
 
     Raises:
-        ConfigError: an empty name.
+        ConfigError: the name of the folder is empty.
     """
     if option is False:
         return None
@@ -74,13 +74,13 @@ class FeatureSplit(Split):
     """A split whose rows are features in the cache; batches arrive on the device of the labels.
 
     Attributes:
-        images: the stored features.
+        images: the features in the cache.
     """
 
     images: Features
 
     def to(self, device: torch.device | str, *, workers: int = 0) -> Self:
-        """Return the split with labels and batches on `device`; the features stay where they are."""
+        """Return the split with labels and batches on `device`; the features stay on the disk."""
         rows = None if self.rows is None else self.rows.to(device)
         positions = self.positions if isinstance(self.positions, int) else self.positions.to(device)
         return replace(self, labels=self.labels.to(device), rows=rows, positions=positions)
@@ -103,7 +103,7 @@ class FeatureSplit(Split):
 
 @dataclass
 class _Extractor:
-    """Finds or computes the features of stored rows in data-set order, once for each way to store and show them."""
+    """Finds or computes the features of stored rows in data-set order, once per storage and shift."""
 
     backbone: nn.Module
     hardware: Hardware
@@ -136,7 +136,7 @@ class _Extractor:
         )
 
     def _all(self, whole: Split, about: Mapping[str, Any]) -> Iterator[Floats]:
-        """Yield the features of all rows, in blocks, under a bar."""
+        """Yield the features of all rows in blocks, with a progress bar."""
         with tqdm(total=len(whole), desc=f"features, {about['part']}", leave=False, disable=not self.show) as bar:
             for block in self._blocks(whole):
                 yield block
@@ -149,20 +149,24 @@ class _Extractor:
             with torch.inference_mode(), self.hardware.autocast():
                 features = self.backbone(self.hardware.layout(batch.x)).float()
             if features.shape[1:] != (width,):
-                raise ConfigError(f"backbone: says {width} features and gives {tuple(features.shape[1:])}")
+                raise ConfigError(
+                    f"backbone: num_features is {width}, but its output is "
+                    f"[B, {', '.join(map(str, features.shape[1:]))}]; "
+                    "return features [B, num_features]"
+                )
             if not torch.isfinite(features).all():
                 raise ConfigError("backbone: gives features that are not finite; try hardware.precision=fp32")
             yield features.cpu().numpy()
 
     def _agrees(self, whole: Split, stored: Features) -> bool:
-        """Whether a few stored rows are what the backbone gives now, as far as its precision goes."""
-        rows = torch.linspace(0, len(whole) - 1, min(LOOKED_AT, len(whole))).long()
+        """Recompute a few rows and return whether the stored ones match, within the tolerance of the precision."""
+        rows = torch.linspace(0, len(whole) - 1, min(CHECKED_ROWS, len(whole))).long()
         now = np.concatenate(list(self._blocks(whole.select(rows.to(whole.labels.device)))))
         error = np.abs(now - stored.take(rows.numpy())).max(initial=0)
         return bool(error <= TOLERANCE[self.hardware.precision] * np.abs(now).max(initial=0))
 
     def _key(self, whole: Split) -> dict[str, Any]:
-        """Return what the features depend on: content of the data, weights, what is done to images, arithmetic."""
+        """Return everything the features depend on: data, weights, transform, precision, memory layout, batch size."""
         self.digest = self.digest or module_digest(self.backbone)
         return {
             "data": fingerprint(whole),
@@ -193,9 +197,9 @@ def frozen_features(
         stream: images.
         backbone: maps prepared images to features [B, D], on the device; put into eval mode and not changed.
         hardware: device and precision of the pass.
-        cache: where features are kept on the disk; None computes them and keeps them in memory.
-        digest: `module_digest(backbone)` where it is known.
-        show: a bar on the terminal while features are computed.
+        cache: stores features on the disk; None computes them and holds them in memory.
+        digest: `module_digest(backbone)` if it is known.
+        show: whether to show a progress bar while features are computed.
 
     Raises:
         ConfigError: the cache cannot be written, or the backbone's features are not finite.
@@ -214,7 +218,7 @@ def frozen_features(
 
 
 def _same_rows(a: Split, b: Split) -> bool:
-    """Whether two splits store the same rows and show them alike."""
+    """Return whether two splits store the same rows and apply the same shift and transform."""
     return a.images is b.images and a.shift is b.shift and a.transform is b.transform
 
 
@@ -225,7 +229,7 @@ _fingerprints: dict[int, tuple[Callable[[], Any], str]] = {}
 
 
 def fingerprint(split: Split) -> str:
-    """Return the fingerprint of the stored images, or features, computed once a process."""
+    """Return the fingerprint of the stored images, or features, computed once per process."""
     known = _fingerprints.get(id(split.images))
     if known is None or known[0]() is not split.images:
         known = _fingerprints[id(split.images)] = (weakref.ref(split.images), split.fingerprint())
@@ -249,9 +253,9 @@ def module_digest(module: nn.Module) -> str:
 
 
 def described(value: Any) -> Any:
-    """Return what `value` is made of, as JSON knows it: tensors by digest, objects by class and attributes.
+    """Return `value` as plain JSON values: tensors by digest, objects by class and attributes.
 
-    Attributes that an object's `train_only` names are left out.
+    Attributes whose names are in an object's `train_only` are left out.
     """
     if isinstance(value, Tensor):
         return tensor_digest(value)
@@ -270,7 +274,7 @@ def described(value: Any) -> Any:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a module's attribute is an option that `described` tells in full."""
+    """Return whether `described` represents an attribute of a module completely."""
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
     named = callable(value) and hasattr(value, "__qualname__")

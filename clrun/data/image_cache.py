@@ -1,9 +1,9 @@
 """Decoded images on disk, mapped into memory: every image is decoded once for all runs of a machine.
 
-A cache is a folder of pairs of files, one pair for each place of images, part of the data and way of decoding:
-KEY-NUMBER.bin holds the images (uint8, [R, S, S, C] without header), and KEY.json names it and says of each image the
-file's name, size, time of the last change and digest. KEY.json is replaced last, so that what it describes is complete.
-Processes that want the same pair at once wait for each other: the first builds, the others read.
+A cache is a folder with pairs of files, one pair per folder of images, part of the data and decoding. KEY-NUMBER.bin
+holds the images (uint8, [R, S, S, C], without a header). KEY.json names it and lists for each image the file's name,
+size, time of the last change and digest. KEY.json is replaced last, so that everything it describes is complete.
+Processes that need the same pair at the same time wait for each other: the first builds it, the others read it.
 
 Shapes: `M` images asked for, `R` images of a pair, `S` side, `C` channels, `B` images of a block.
 """
@@ -32,14 +32,14 @@ COLUMNS = ("name", "size", "changed", "digest")
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a stored image.
+    """The record of a stored image.
 
     Attributes:
-        row: where it is stored; -1 before it is.
-        name: of its file.
-        size: bytes of its file.
-        changed: time of the last change of its file, ns.
-        digest: of the content of its file.
+        row: row in the file of images; -1 before it is stored.
+        name: name of the image file.
+        size: size of the image file in bytes.
+        changed: time of the last change of the image file in ns.
+        digest: digest of the content of the image file.
     """
 
     row: int
@@ -55,9 +55,9 @@ class ImageCache:
 
     Attributes:
         files: M files.
-        options: how they are decoded, and the folder.
+        options: how the images are decoded, and the cache's folder.
         channels: C.
-        part: of the data set, as "train".
+        part: part of the data set, such as "train".
     """
 
     files: Files
@@ -73,18 +73,18 @@ class ImageCache:
 
     @property
     def key(self) -> str:
-        """What the files of the pair are called."""
+        """The first part of the names of the pair's files."""
         text = f"{SCHEMA} {self.files.place} {self.part} {self.channels} {self.options.recipe}"
         return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
 
     def open(self, *, workers: int) -> Callable[[NDArray[np.int64]], Pixels]:
-        """Return a function from rows [B] to images [B, S, S, C], after decoding what is missing or has changed.
+        """Return a function from rows [B] to images [B, S, S, C], after decoding missing and changed images.
 
-        A file whose size and time of change are as recorded counts as unchanged; when only the time differs, its
-        content decides.
+        A file counts as unchanged if its size and time of change are as recorded, or if only the time differs and the
+        digest of its content is the same.
 
         Args:
-            workers: threads that decode.
+            workers: number of threads that decode.
 
         Raises:
             ConfigError: the folder cannot be written, the disk is too small, or a file cannot be decoded.
@@ -105,7 +105,7 @@ class ImageCache:
         return lambda asked: images[rows[asked]]
 
     def _load(self) -> tuple[Path, dict[str, Entry]]:
-        """Return the file of images and what is in it by name; nothing when there is none or it is damaged."""
+        """Return the file of images and its entries by name; no entries if there is no such file or it is damaged."""
         empty = self.folder / f"{self.key}-0.bin"
         try:
             facts = json.loads((self.folder / f"{self.key}.json").read_bytes())
@@ -118,7 +118,7 @@ class ImageCache:
         return (data, entries) if whole else (empty, {})
 
     def _current(self, row: int, stored: dict[str, Entry]) -> Entry:
-        """Return what is stored of a file; an entry without row when nothing is, or another content."""
+        """Return the entry of a file; with row -1 if it is not stored or its content has changed."""
         name, (size, changed) = self.files.name(row), self.files.stamp(row)
         known = stored.get(name)
         if known is None or known.size != size:
@@ -151,7 +151,7 @@ class ImageCache:
         return data, entries[: len(wanted)]
 
     def _image(self, row: int, entry: Entry, source: Pixels) -> tuple[Pixels, Entry]:
-        """Return an image [S, S, C], from the old file where it is there, with its entry."""
+        """Return an image [S, S, C] with its entry, from the old file if it is there."""
         if entry.row >= 0:
             return source[entry.row], entry
         content = self._content(row)
@@ -169,7 +169,7 @@ class ImageCache:
             raise ConfigError(f"{content}: cannot be read ({first_line(error)})") from error
 
     def _make_room(self, current: Path, images: int) -> None:
-        """Remove what killed processes have left behind, and see whether the disk has room."""
+        """Remove files of processes that were killed, and refuse to build a cache that does not fit on the disk."""
         self._remove_all_but(current)
         needed, free = images * self._bytes, shutil.disk_usage(self.folder).free
         if needed > free:
@@ -179,7 +179,7 @@ class ImageCache:
             )
 
     def _describe(self, data: Path, entries: Sequence[Entry]) -> None:
-        """Write what is in the file of images, and remove the one before."""
+        """Write the description of the file of images, and remove the previous file of images."""
         facts: dict[str, Any] = {"schema": SCHEMA, "place": self.files.place, "part": self.part, "data": data.name}
         facts |= {"shape": [len(entries), *self._shape], "recipe": self.options.recipe}
         facts |= {column: [getattr(entry, column) for entry in entries] for column in COLUMNS}
@@ -188,7 +188,7 @@ class ImageCache:
         self._remove_all_but(data)
 
     def _remove_all_but(self, data: Path) -> None:
-        """Remove other files of images of this key; processes that have them open keep them as long."""
+        """Remove other files of images of this key; processes that have them open can still read them."""
         for other in self.folder.glob(f"{self.key}-*"):
             if other != data:
                 other.unlink(missing_ok=True)
@@ -199,11 +199,11 @@ class ImageCache:
 
     @property
     def _bytes(self) -> int:
-        """Bytes of an image."""
+        """Bytes per image."""
         return self.options.size**2 * self.channels
 
     def _mapped(self, data: Path) -> Pixels:
-        """Return the images [R, S, S, C] of a file; they are read when they are touched."""
+        """Return the images [R, S, S, C] of a file; pages are read from the disk on first access."""
         rows = data.stat().st_size // self._bytes
         if not rows:
             return np.empty((0, *self._shape), dtype=np.uint8)
@@ -211,7 +211,7 @@ class ImageCache:
 
 
 def _blocks(items: Sequence[tuple[int, Entry]]) -> Iterator[Sequence[tuple[int, Entry]]]:
-    """Yield the items in blocks; a bar on the terminal shows how far it is."""
+    """Yield the items in blocks, with a progress bar on the terminal."""
     with tqdm(total=len(items), desc="decoding images", unit="image", leave=False, disable=None) as bar:
         for start in range(0, len(items), BLOCK):
             yield items[start : start + BLOCK]

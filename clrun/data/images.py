@@ -1,8 +1,8 @@
-"""Images that lie in files: read in batches, decoded by threads, kept in memory or in a cache on disk where asked for.
+"""Images in files: read in batches, decoded by threads, and stored in memory or in a cache on disk if configured.
 
-Decoding releases Python's global lock, so that threads decode side by side. Unlike worker processes they start at once,
-send nothing between processes, and an error in one of them is an ordinary exception of the reader. The content of a
-batch does not depend on their number.
+Decoding releases Python's global lock, so that threads decode in parallel. Unlike worker processes, threads start at
+once and copy nothing between processes, and an error in one of them is an ordinary exception of the reader. The content
+of a batch does not depend on their number.
 
 Shapes: `M` stored rows, `B` batch, `C` channels, `S` side of the stored squares.
 """
@@ -29,12 +29,12 @@ from clrun.system.processes import core_count
 
 Rows = NDArray[np.int64]
 Take = Callable[[Rows], Pixels]  # rows [B] -> images [B, S, S, C]
-AHEAD = 2  # batches that are being decoded while one is in use; more where these are too small for the threads
+AHEAD = 2  # batches that are decoded while one is in use; more if batches are too small to occupy the threads
 CHUNK = 4  # images that a thread takes at once
 
 
 class Images(ABC):
-    """What stores the rows of an `ImageSplit`.
+    """The storage of the rows of an `ImageSplit`.
 
     Attributes:
         shape: (M, C, S, S).
@@ -48,21 +48,21 @@ class Images(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a digest of what decides the M stored images."""
+        """Return a digest that identifies the M stored images."""
 
-    def at_hand(self, workers: int) -> Take | None:
-        """Return how to take rows of which none needs decoding; None when some do. Builds what is to be cached."""
+    def decoded_reader(self, workers: int) -> Take | None:
+        """Return a function that reads rows without decoding; None if some need it. Builds the cache if configured."""
         return None
 
 
 class FileImages(Images):
-    """Images in files.
+    """Images in files, decoded when they are read.
 
     Args:
         files: M files.
         options: how they are decoded.
         channels: C, 1 or 3.
-        part: "train" or "test": which rows of the data set these are.
+        part: "train" or "test": the part of the data set.
     """
 
     def __init__(self, files: Files, options: Decoding, *, channels: int, part: str) -> None:
@@ -70,31 +70,31 @@ class FileImages(Images):
         self.shape = (len(files), channels, options.size, options.size)
         self._lock = threading.Lock()
         self._stored: Take | None = None
-        self._kept: Pixels | None = None
-        self._have = np.zeros(len(files), dtype=bool)
+        self._decoded: Pixels | None = None
+        self._is_decoded = np.zeros(len(files), dtype=bool)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what tells where the images are, without those already decoded."""
+        """Return the state without decoded images."""
         return {name: vars(self)[name] for name in ("files", "options", "channels", "part")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin anew."""
+        """Restore an object that has decoded nothing yet."""
         self.__init__(state["files"], state["options"], channels=state["channels"], part=state["part"])  # type: ignore[misc]
 
     def fill(self, rows: Rows, out: Pixels) -> None:
         """Write the images of `rows` [B] into `out` [B, S, S, C].
 
         Raises:
-            ConfigError: a file cannot be decoded; names it.
+            ConfigError: a file cannot be decoded; the message names it.
         """
         for row, slot in zip(rows.tolist(), out, strict=True):
-            if self._kept is not None and self._have[row]:
-                np.copyto(slot, self._kept[row])
+            if self._decoded is not None and self._is_decoded[row]:
+                np.copyto(slot, self._decoded[row])
                 continue
             np.copyto(slot, decode(self.files.content(row), self.files.name(row), self.options, self.channels))
-            if self._kept is not None:
-                self._kept[row] = slot
-                self._have[row] = True
+            if self._decoded is not None:
+                self._decoded[row] = slot
+                self._is_decoded[row] = True
 
     def problem(self, row: int) -> str | None:
         """Return why an image cannot be decoded; None when it can."""
@@ -108,32 +108,32 @@ class FileImages(Images):
         """Return a digest of names, sizes and times of the files, and of how they are decoded.
 
         Raises:
-            ConfigError: a file is gone.
+            ConfigError: a file no longer exists.
         """
         digest = hashlib.sha256(f"{self.channels} {self.options.recipe} {len(self.files)}".encode())
         for row in range(len(self.files)):
             digest.update(f"\n{self.files.name(row)} {self.files.stamp(row)}".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def at_hand(self, workers: int) -> Take | None:
-        """Return how to take rows from the cache, which is built when needed, or from memory once all are there."""
+    def decoded_reader(self, workers: int) -> Take | None:
+        """Return the reader of the cache on disk, built if needed; or of the memory, once all images are decoded."""
         with self._lock:
             if self._stored is None and self.options.cache is not False:
                 cache = ImageCache(self.files, self.options, self.channels, self.part)
                 self._stored = cache.open(workers=max(1, workers))
-            if self._stored is None and self._kept is None and np.prod(self.shape) <= self.options.memory * 2**20:
+            if self._stored is None and self._decoded is None and np.prod(self.shape) <= self.options.memory * 2**20:
                 count, channels, side, _ = self.shape
-                self._kept = np.empty((count, side, side, channels), dtype=np.uint8)
-        if self._stored is None and self._kept is not None and self._have.all():
-            self._stored = self._kept.__getitem__
+                self._decoded = np.empty((count, side, side, channels), dtype=np.uint8)
+        if self._stored is None and self._decoded is not None and self._is_decoded.all():
+            self._stored = self._decoded.__getitem__
         return self._stored
 
 
 class JoinedImages(Images):
-    """The rows of several splits, one after the other, as their domains show them.
+    """The rows of several splits, one after the other, with the shifts of their domains applied.
 
     Args:
-        splits: of one shape of images, in memory or in files.
+        splits: splits whose images have one shape, in memory or in files.
     """
 
     def __init__(self, splits: Sequence[Split]) -> None:
@@ -153,7 +153,7 @@ class JoinedImages(Images):
             out[own] = next(part.batches(len(part), view="raw")).x.permute(0, 2, 3, 1).numpy()
 
     def fingerprint(self) -> str:
-        """Return a digest of the images of each split, its rows, and what its domain makes of a picture."""
+        """Return a digest of the images of each split, its rows, and the effect of its shift on a picture."""
         digest = hashlib.sha256()
         picture = np.random.RandomState(0).randint(0, 256, (1, *self.shape[1:])).astype(np.uint8)
         for split in self.splits:
@@ -166,11 +166,11 @@ class JoinedImages(Images):
 
 @dataclass(frozen=True)
 class ImageSplit(Split):
-    """A split whose images lie in files; as stored they come as [B, C, S, S] uint8 in channels-last order.
+    """A split whose images are in files; its raw view yields [B, C, S, S] uint8 in channels-last order.
 
     Attributes:
-        images: stores M images.
-        workers: threads that decode ahead of the reader; 0 decodes when a batch is asked for.
+        images: the storage of M images.
+        workers: threads that decode ahead of the reader; 0 decodes each batch when it is read.
     """
 
     images: Images
@@ -188,7 +188,7 @@ class ImageSplit(Split):
 
     def _rows(self, order: Tensor | None) -> Batch:
         whole = super()._rows(order)
-        return Batch(whole.x.cpu(), whole.y, whole.t, whole.i)  # files are found by the CPU
+        return Batch(whole.x.cpu(), whole.y, whole.t, whole.i)  # row numbers of files are used on the CPU
 
     def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         for images in read_ahead(self.images, (rows.numpy() for rows in parts), self.workers):
@@ -196,7 +196,7 @@ class ImageSplit(Split):
 
     @classmethod
     def joined(cls, parts: Sequence[Split]) -> Split:
-        """Return one split with the rows of several, which stay where they are."""
+        """Return one split with the rows of several, without copying them."""
         rows = [part._rows(None) for part in parts]
         labels, positions = torch.cat([r.y for r in rows]), torch.cat([r.t for r in rows])
         workers = max(part.workers for part in parts if isinstance(part, ImageSplit))
@@ -207,14 +207,14 @@ def read_ahead(images: Images, parts: Iterable[Rows], workers: int) -> Iterator[
     """Yield the images [B, S, S, C] of each of the `parts` (rows [B]), in order.
 
     Args:
-        images: where they are stored.
-        parts: which rows; asked for some parts before they are due.
-        workers: threads; 0 reads in this one.
+        images: the storage.
+        parts: rows to read; consumed some parts ahead.
+        workers: number of threads; 0 reads in the calling thread.
 
     Raises:
         ConfigError: a file cannot be decoded, or the cache cannot be built.
     """
-    take = images.at_hand(workers)
+    take = images.decoded_reader(workers)
     if not workers:
         for rows in parts:
             if take is not None:
@@ -238,7 +238,7 @@ def read_ahead(images: Images, parts: Iterable[Rows], workers: int) -> Iterator[
 
 
 def _decoding(pool: ThreadPoolExecutor, images: Images, rows: Rows) -> Callable[[], Pixels]:
-    """Begin to decode a batch; return a function that waits for it."""
+    """Start to decode a batch; return a function that waits for it and returns it."""
     out = np.empty(_block(images, rows), dtype=np.uint8)
     chunks = [slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)]
     running = [pool.submit(images.fill, rows[chunk], out[chunk]) for chunk in chunks]
@@ -262,7 +262,7 @@ _unreadable: dict[str, dict[int, str]] = {}
 
 
 def in_memory(split: ImageSplit) -> TensorSplit:
-    """Return the rows of a split in memory, decoded now by one thread a core; once a process for the same files.
+    """Return a split in memory, decoded now by one thread per core; the same files are decoded once per process.
 
     Raises:
         ConfigError: a file cannot be decoded.
@@ -276,7 +276,7 @@ def in_memory(split: ImageSplit) -> TensorSplit:
 
 
 def unreadable(images: FileImages) -> dict[int, str]:
-    """Return what is wrong with each image that cannot be decoded, by row; every image is tried, once a process."""
+    """Return the problem of each image that cannot be decoded, by row. Every image is tried, once per process."""
     key = images.fingerprint()
     if key not in _unreadable:
         with ThreadPoolExecutor(core_count(), "clrun-decode") as pool:

@@ -1,7 +1,7 @@
-"""The search for the order of tasks with the lowest final accuracy: a design of orders, then moves chosen by a model.
+"""The search for the task order with the lowest final accuracy: first a design of orders, then moves chosen by a model.
 
-The search proposes orders and receives their accuracies; `clrun.running.worst_order` does the runs. Its path depends
-only on its seed and on the accuracies that it receives, so that it can be replayed.
+The search proposes orders and receives their accuracies; `clrun.running.worst_order` runs them. The proposals depend
+only on the seed and on the accuracies received, so that a search can be replayed.
 """
 
 import math
@@ -17,23 +17,23 @@ from clrun.system.errors import ConfigError, PositiveInt
 from clrun.system.seeding import derive
 
 Order = tuple[int, ...]
-NEAR = 500  # moves that are compared, of many tasks a random choice
+NEAR = 500  # moves that are compared; if there are more, a random choice of them
 RIDGE = 0.1  # penalty of the model, relative to the mean squared length of its inputs
-DIGITS = 9  # of a prediction that count: rounding errors choose no order
+DIGITS = 9  # decimals of a prediction that are compared, so that rounding errors do not decide
 
 
 def adversarial(
     n_tasks: int, *, budget: PositiveInt, starts: PositiveInt, patience: PositiveInt, seed: int, reuse: list[str]
 ) -> list[int]:
-    """Return the first order that the search tries; `clrun.running.worst_order` searches on.
+    """Return the first order that the search tries; `clrun.running.worst_order` continues the search.
 
     Args:
         n_tasks: T.
-        budget: runs that the search may start; finished runs that are reused cost nothing.
+        budget: number of runs that the search may start; finished runs that are reused do not count.
         starts: orders tried before the first move: rows of the Williams design, then random ones.
-        patience: moves from an order that find nothing worse before the next-worst order is moved from.
-        seed: of the search, independent of the seed of the runs.
-        reuse: folders with finished runs that differ from the search's in the order alone.
+        patience: number of moves from one order without a worse one, after which the next-worst order is changed.
+        seed: seed of the search, independent of the seed of the runs.
+        reuse: folders with finished runs that differ from those of the search in the task order alone.
 
     Raises:
         ConfigError: a folder does not exist.
@@ -53,7 +53,7 @@ class Proposal:
     Attributes:
         order: task ids by position.
         source: "design", "random" or "move".
-        move: what was moved in `parent`, positions from 1; "" for no move.
+        move: the move in words, with positions from 1; "" for no move.
         parent: the order that was changed; None for no move.
     """
 
@@ -66,42 +66,42 @@ class Proposal:
 class OrderSearch:
     """Local search, the worst order first.
 
-    Orders of a design come first. Then the worst order known is changed by one move: two tasks change places, or one
-    task is taken out and put in elsewhere. Of the orders that are one move away and were not tried, the one is taken
-    whose accuracy a ridge regression on all accuracies so far predicts to be lowest; its inputs are which task stands
-    where, which follows which, and which comes before which. An order from which `patience` moves found nothing worse
-    is left for the next-worst; when none is left, a random order follows.
+    The orders of a design come first. Then the worst known order is changed by one move: two tasks are swapped, or one
+    task is put at another position. Of all untried orders that are one move away, the one with the lowest predicted
+    accuracy is proposed. The prediction is a ridge regression on all accuracies so far; its inputs are the position
+    of each task, the pairs of adjacent tasks, and for each pair which task comes first. If `patience` moves from an
+    order find no worse one, the next-worst order is changed; if none is left, a random order follows.
 
     Args:
         n_tasks: T.
-        starts: orders of the design.
-        patience: fruitless moves from an order.
-        seed: of the search.
+        starts: number of orders of the design.
+        patience: number of moves from one order without a worse one.
+        seed: seed of the search.
     """
 
     def __init__(self, n_tasks: int, *, starts: int, patience: int, seed: int) -> None:
         self.n_tasks, self.patience, self.seed = n_tasks, patience, seed
-        self.accuracies: dict[Order, float] = {}  # NaN for a run without result
+        self.accuracies: dict[Order, float] = {}  # NaN for a failed run
         self.fruitless: Counter[Order] = Counter()
         self.design = list(_design(n_tasks, starts, seed))
 
-    def know(self, order: Order, accuracy: float) -> None:
-        """Take note of an order that was run before."""
+    def add_known(self, order: Order, accuracy: float) -> None:
+        """Record the accuracy of an order that was run before the search."""
         self.accuracies[order] = accuracy
 
-    def tell(self, proposal: Proposal, accuracy: float) -> None:
-        """Take note of the accuracy of a proposed order; NaN when there is none."""
+    def add_result(self, proposal: Proposal, accuracy: float) -> None:
+        """Record the accuracy of a proposed order; NaN if its run failed."""
         self.accuracies[proposal.order] = accuracy
         if proposal.parent is not None and not accuracy < self.accuracies[proposal.parent]:
             self.fruitless[proposal.parent] += 1
 
     def worst(self) -> Order | None:
-        """Return the order with the lowest accuracy, the first of equals; None without any."""
+        """Return the order with the lowest accuracy, the first of several; None if there is none."""
         known = [order for order, accuracy in self.accuracies.items() if not math.isnan(accuracy)]
         return min(known, key=self.accuracies.__getitem__, default=None)
 
     def propose(self) -> Proposal | None:
-        """Return the next order to try; None when all were tried."""
+        """Return the next order to try; None if all were tried."""
         if len(self.accuracies) >= math.factorial(self.n_tasks):
             return None
         while self.design:
@@ -122,7 +122,7 @@ class OrderSearch:
         return None
 
     def _predicted(self, known: Sequence[Order], asked: Sequence[Order]) -> np.ndarray:
-        """Return the predicted accuracies of the orders `asked`, less the mean of the known ones."""
+        """Return the predicted accuracies of the orders `asked`, minus the mean of the known accuracies."""
         inputs = np.stack([_inputs(order) for order in known])
         accuracies = np.array([self.accuracies[order] for order in known])
         products = inputs @ inputs.T
@@ -139,7 +139,7 @@ class OrderSearch:
 
 
 def _inputs(order: Order) -> np.ndarray:
-    """Return [3 T^2]: which task stands where, follows which, comes before which; each kind of the same length."""
+    """Return the inputs of the regression, [3 T^2]: position, successor and precedence, scaled to the same norm."""
     tasks = np.array(order)
     places = np.argsort(tasks)
     stands, follows = np.zeros((2, len(order), len(order)))
@@ -150,7 +150,7 @@ def _inputs(order: Order) -> np.ndarray:
 
 
 def moves(order: Order) -> Mapping[Order, str]:
-    """Return the orders that one move makes of `order`, each with the move in words."""
+    """Return all orders that are one move away from `order`, each with the move in words."""
     found: dict[Order, str] = {}
     places = range(len(order))
     for i in places:

@@ -13,7 +13,7 @@ import numpy as np
 from clrun.system.errors import ConfigError, Count, did_you_mean
 from clrun.system.seeding import derive
 
-MAX_EXHAUSTIVE = 8  # 8! = 40320 orders; beyond that nobody runs them all
+MAX_EXHAUSTIVE = 8  # 8! = 40320 orders; more cannot be run in practice
 
 
 def canonical(n_tasks: int) -> list[int]:
@@ -27,10 +27,10 @@ def reverse(n_tasks: int) -> list[int]:
 
 
 def listed(n_tasks: int, *, tasks: list[int]) -> list[int]:
-    """Return the order written down in the configuration.
+    """Return the order listed in the configuration.
 
     Raises:
-        ConfigError: `tasks` is no permutation of the task ids; the message says which are missing or repeated.
+        ConfigError: `tasks` is not a permutation of the task ids; the message says which are missing or repeated.
     """
     return _permutation("task_order.tasks", tasks, n_tasks)
 
@@ -41,17 +41,18 @@ def preset(n_tasks: int, *, order: str, orders: Mapping[str, list[int]]) -> list
     Args:
         n_tasks: T.
         order: name of one of the orders.
-        orders: orders by name; `conf/task_order` says of each file which tasks they permute.
+        orders: orders by name; each file in `conf/task_order` says which tasks its orders permute.
 
     Raises:
-        ConfigError: no such name, or the stream has other tasks.
+        ConfigError: there is no order of this name, or the stream has another number of tasks.
     """
     if order not in orders:
         hint = did_you_mean(order, orders)
         raise ConfigError(f"task_order.order: no order '{order}'{hint} (available: {', '.join(orders)})")
     if len(orders[order]) != n_tasks:
         raise ConfigError(
-            f"task_order.order: order '{order}' is one of {len(orders[order])} tasks, the stream has {n_tasks}"
+            f"task_order.order: order '{order}' permutes {len(orders[order])} tasks, and the stream has "
+            f"{n_tasks}; choose another order, or cut the data into {len(orders[order])} tasks (scenario)"
         )
     return _permutation(f"task_order.orders.{order}", orders[order], n_tasks)
 
@@ -81,10 +82,10 @@ def random(n_tasks: int, *, seed: int) -> list[int]:
 
 
 def rotation(n_tasks: int, *, shift: Count) -> list[int]:
-    """Return the ascending order begun at task `shift` and wrapped around.
+    """Return the ascending order that begins at task `shift` and wraps around.
 
     Raises:
-        ConfigError: `shift` is not below the number of tasks, so it would repeat another rotation.
+        ConfigError: `shift` is not smaller than the number of tasks and would repeat another rotation.
     """
     _below("task_order.shift", shift, n_tasks, f"{n_tasks} tasks have {n_tasks} rotations")
     return [(shift + position) % n_tasks for position in range(n_tasks)]

@@ -1,4 +1,4 @@
-"""Scenarios cut a data set into tasks: which classes, domain or part a task is, under an id that no order changes.
+"""Scenarios cut a data set into tasks: each task has an id that no order changes, and its own classes, domain or part.
 
 A scenario is called as `scenario(dataset, order, transform)`; `order` permutes the task ids, and nothing else about a
 task depends on its position. Randomness is keyed by `class_seed` or (`dataset.seed`, task id).
@@ -43,17 +43,19 @@ def class_split(
         dataset: the data set.
         order: permutes the task ids.
         transform: how stored images become network input.
-        n_tasks: T. Sizes that do not come out even differ by one, larger tasks first. None only with `sizes`.
-        first: classes of task 0; the others share the rest evenly. None for no such exception.
+        n_tasks: T. If T does not divide the number of classes, the sizes differ by one and larger tasks have smaller
+            ids. None only with `sizes`.
+        first: number of classes of task 0; the other classes are divided evenly among the other tasks. None to divide
+            all classes evenly.
         sizes: classes of each task by id, summing to C; None to compute them.
         class_seed: draws the order in which classes are dealt to tasks; None deals them by ascending id.
-        class_order: that order itself, all class ids; or {"numpy_seed": s}, the permutation that PyCIL, PILOT and their
-            relatives draw from NumPy's old generator; or {"python_seed": s}, Python's, as in CODA-Prompt. Class ids
-            are those of the data set, which do not change; only who is dealt first does.
+        class_order: the order itself, a list of all class ids; or {"numpy_seed": s}, the permutation that PyCIL, PILOT
+            and their relatives draw from NumPy's old generator; or {"python_seed": s}, Python's, as in CODA-Prompt.
+            The ids of the classes stay those of the data set; only their order of appearance changes.
         setting: "til" or "cil".
 
     Raises:
-        ConfigError: the sizes cannot be had, the class order is none, or another setting.
+        ConfigError: the sizes are impossible, the class order is not a permutation, or the setting is another one.
     """
     _check_setting("class_split", setting, ("til", "cil"))
     blocks = _sizes(dataset.num_classes, n_tasks, first, sizes)
@@ -87,11 +89,15 @@ def _class_order(num_classes: int, seed: int | None, order: Sequence[int] | Mapp
         classes = list(range(num_classes))
         return classes if seed is None else sorted(classes, key=lambda c: derive(seed, "class_order", c))
     if seed is not None:
-        raise ConfigError("scenario.class_seed: says what scenario.class_order says already; set one of them to null")
+        raise ConfigError(
+            "scenario.class_seed: conflicts with scenario.class_order (both fix the class order); set one of them to "
+            "null"
+        )
     if isinstance(order, Mapping):
         if len(order) != 1 or not order.keys() <= CLASS_ORDERS.keys():
             raise ConfigError(
-                f"scenario.class_order: a list of class ids or one of {', '.join(CLASS_ORDERS)}, got {dict(order)}"
+                f"scenario.class_order: must be a list of class ids, or one of {', '.join(CLASS_ORDERS)} with a seed, "
+                f"got {dict(order)}"
             )
         [(kind, value)] = order.items()
         if not 0 <= value < 2**32:
@@ -103,9 +109,11 @@ def _class_order(num_classes: int, seed: int | None, order: Sequence[int] | Mapp
 
 
 def _listed_sizes(num_classes: int, n_tasks: int | None, first: int | None, sizes: Sequence[int]) -> list[int]:
-    """Return listed sizes after checking them against everything else that is said."""
+    """Return the listed sizes after checking them against the other options and the number of classes."""
     if first is not None:
-        raise ConfigError("scenario.first: says what scenario.sizes says already; set one of them to null")
+        raise ConfigError(
+            "scenario.first: conflicts with scenario.sizes (both fix the size of task 0); set one of them to null"
+        )
     if n_tasks is not None and n_tasks != len(sizes):
         raise ConfigError(
             f"scenario.n_tasks: {n_tasks} does not match the {len(sizes)} tasks of scenario.sizes; "
@@ -155,7 +163,7 @@ def _named_groups(dataset: Dataset, name: str) -> list[list[int]]:
 
 
 def _check_groups(groups: list[list[int]], num_classes: int) -> None:
-    """Refuse what is no partition of some of the classes."""
+    """Refuse groups that are empty, overlap, or name classes that do not exist."""
     if not groups or not all(groups):
         raise ConfigError("scenario.groups: there must be at least one group and no group may be empty")
     seen: set[int] = set()
@@ -181,7 +189,7 @@ def domain_shift(
     max_angle: Annotated[float, Range(minimum=0, maximum=360)],
     setting: Literal["dil", "til"],
 ) -> Stream:
-    """Return a stream whose tasks have all classes and all rows, each with shifted images of its own.
+    """Return a stream of tasks with all classes and all rows, where each task shifts the images in its own way.
 
     Args:
         dataset: a data set of images.
@@ -192,8 +200,8 @@ def domain_shift(
             "rotated" turns images about their centre by a fixed angle, uniform in [0, max_angle) degrees.
         identity_first: whether task id 0 has the images as stored.
         max_angle: upper end of the angles, in degrees.
-        setting: "dil"; or "til", where the classes of each task are its own (class c of task id k is k * C + c), as
-            they are for learners with a head for each task.
+        setting: "dil"; or "til", where each task has its own classes (class c of task id k is k * C + c), as for
+            learners with one head per task.
 
     Permutation and angle of a task depend on (dataset.seed, task id) only.
 
@@ -202,7 +210,7 @@ def domain_shift(
     """
     _check_setting("domain_shift", setting, ("dil", "til"))
     if len(dataset.image_shape) != 3:
-        raise ConfigError(f"scenario=domain_shift: needs images, and {dataset.name} has none")
+        raise ConfigError(f"scenario=domain_shift: needs images, and {dataset.name} has none; use another scenario")
     blocks = []
     for task in range(n_tasks):
         shift: Shift | None = None
@@ -222,18 +230,18 @@ def dataset_sequence(
 ) -> Stream:
     """Return a stream whose task id k is the k-th part of a data set that consists of several.
 
-    Where the parts have normalisation constants of their own and the backbone brings none, the images of each part are
-    standardised by those of the part. They then travel as float32: a replay buffer stores four bytes a value.
+    If the parts have different normalisation constants and the backbone has none, the images of each part are
+    standardised by those of the part. They are then float32, so that a replay buffer stores four bytes per value.
 
     Args:
         dataset: consists of domains of the same classes, or of data sets with classes of their own.
         order: permutes the task ids.
         transform: how stored images become network input.
-        setting: "dil" for domains; "cil" for parts with classes of their own; "til" for both: domains then get classes
-            of their own as in `domain_shift`.
+        setting: "dil" for domains; "cil" for parts with classes of their own; "til" for both, where domains get their
+            own classes as in `domain_shift`.
 
     Raises:
-        ConfigError: the data set is no sequence, or one of the other kind.
+        ConfigError: the data set has no parts, or parts of the other kind.
     """
     if not dataset.parts:
         raise ConfigError(
@@ -245,8 +253,8 @@ def dataset_sequence(
     if len(classes) > 1 and setting != "til" and disjoint != (setting == "cil"):
         kind = "data sets with classes of their own" if disjoint else "domains of the same classes"
         raise ConfigError(
-            f"scenario.setting: {dataset.name} consists of {kind}, which cannot be '{setting}' "
-            f"(possible: {'til, cil' if disjoint else 'til, dil'})"
+            f"scenario.setting: {dataset.name} consists of {kind}, which cannot be '{setting}'; "
+            f"set it to {'til or cil' if disjoint else 'til or dil'}"
         )
     own = len({(part.mean, part.std) for part in dataset.parts}) > 1 and getattr(transform, "by_dataset", False)
     blocks = []
@@ -260,14 +268,14 @@ def dataset_sequence(
 
 @dataclass(frozen=True)
 class _Block:
-    """What a task id stands for.
+    """The classes, rows and shift of a task id.
 
     Attributes:
         name: name of the task.
         classes: ids of its classes.
         shift: change of the stored images; None for none.
-        part: the data set whose rows it has; None for the rows of its classes in the whole data set.
-        offset: what its labels are moved by.
+        part: the data set that has its rows; None for the rows of its classes in the whole data set.
+        offset: number that is added to its labels.
     """
 
     name: str
@@ -321,14 +329,17 @@ def _stream(
         train, test = (_placed(split, block, index, transform) for split in (rows.train, rows.test))
         if not train or not test:
             which = "test" if train else "training"
-            raise ConfigError(f"dataset: there are no {which} rows of task {k} ({block.name})")
+            raise ConfigError(
+                f"dataset: there are no {which} rows of task {k} ({block.name}); add images of its classes, "
+                "or cut the tasks differently (scenario)"
+            )
         val = None if rows.val is None else _placed(rows.val, block, index, transform)
         tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))
     return Stream(tuple(tasks), dataset.num_classes, setting, dataset.class_names, tuple(class_order), transform)
 
 
 def _placed(split: Split, block: _Block, index: int, transform: Transform) -> Split:
-    """Return the rows of a task, in the order of the data set, as the position `index` reads them."""
+    """Return the rows of the task at the position `index`, in the order of the data set."""
     if block.offset:
         split = replace(split, labels=split.labels + block.offset)
     rows = torch.isin(split.y, torch.tensor(block.classes)).nonzero()[:, 0]
@@ -346,6 +357,8 @@ def task_name(names: Sequence[str]) -> str:
 
 
 def _check_setting(scenario: str, setting: str, allowed: tuple[Setting, ...]) -> None:
-    """Refuse a setting that the scenario has no tasks for."""
+    """Refuse a setting that the scenario does not have."""
     if setting not in allowed:
-        raise ConfigError(f"scenario.setting: {scenario} cannot be '{setting}' (possible: {', '.join(allowed)})")
+        raise ConfigError(
+            f"scenario.setting: scenario={scenario} cannot be '{setting}'; set it to {' or '.join(allowed)}"
+        )

@@ -1,4 +1,6 @@
-"""Shifts of stored images that make a domain: picklable, applied batch by batch, one index of pixels at most in memory.
+"""Shifts of stored images that make a domain: picklable, and applied batch by batch.
+
+At most one pixel-index tensor is kept in memory.
 
 Shapes: `B` batch, `C` channels, `H`, `W` height and width.
 """
@@ -55,7 +57,7 @@ class Rotation:
         """Return rotated images of x [B, C, H, W] uint8."""
         height, width = x.shape[-2:]
         cos, sin = math.cos(math.radians(self.degrees)), math.sin(math.radians(self.degrees))
-        # The inverse map in units of half the image's sides, hence the ratios.
+        # The inverse map in units of half the image's sides; the ratios keep angles in images that are not square.
         theta = torch.tensor([[[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]]], device=x.device)
         grid = F.affine_grid(theta, [1, 1, height, width], align_corners=False).expand(len(x), -1, -1, -1)
         turned = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -71,12 +73,12 @@ def random_angle(maximum: float, seed: int, task: int) -> float:
 class Standardised:
     """Gives stored images of one data set the mean and the deviation of another, without rounding.
 
-    What a transform then subtracts and divides by undoes that, so that each data set of a sequence is normalised by
-    constants of its own although all share a transform.
+    The transform then subtracts that mean and divides by that deviation. Each data set of a sequence is thus normalised
+    by its own constants, although all of them use the same transform.
 
     Attributes:
         scale: factor of each channel.
-        offset: what is added to each channel, in units of 0..255.
+        offset: number that is added to each channel, in units of 0..255.
     """
 
     scale: tuple[float, ...]

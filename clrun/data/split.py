@@ -18,7 +18,7 @@ View = Literal["eval", "train", "raw"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples that travel together.
+    """Samples of one step or one evaluation.
 
     Attributes:
         x: [B, ...] float, prepared; or as stored (uint8 images) in the raw view.
@@ -51,7 +51,7 @@ class Batch:
 
 
 class Transform(Protocol):
-    """How stored images become network input; one object a stream, see `clrun.data.transforms`."""
+    """How stored images become network input; one object per stream, see `clrun.data.transforms`."""
 
     @property
     def augments(self) -> bool:
@@ -82,16 +82,16 @@ class Plain:
 class Split(ABC):
     """Labelled rows that can be read in batches; any number of splits share what stores the rows.
 
-    `TensorSplit` stores them in memory, `clrun.data.images.ImageSplit` in files. What reads every stored row once
-    (frozen features, a picture of the data) asks no more: two splits store the same rows when their `images` are the
-    same object and show them alike when their `shift` is the same too; `whole()` has all M of them; `fingerprint()`
-    names their content on disk.
+    `TensorSplit` stores them in memory, `clrun.data.images.ImageSplit` in files. Code that reads every stored row once
+    (frozen features, a picture of the data) relies on this: two splits store the same rows if their `images` are the
+    same object, and show them alike if their `shift` is the same too; `whole()` has all M stored rows; and
+    `fingerprint()` identifies their content.
 
     Attributes:
-        images: what stores M rows.
-        labels: [M] long; lies on the device that batches are delivered on.
+        images: the storage of M rows.
+        labels: [M] long, on the device that batches are delivered on.
         rows: [N] long, which of the M stored rows belong to this split, in order; None for all.
-        positions: position of the rows' task in the stream, one for all or [N] long.
+        positions: position in the stream of the task of each row, [N] long; or one number for all rows.
         transform: how stored rows become network input.
         shift: change of the stored images that makes a domain (permutation, rotation); None for none.
     """
@@ -127,11 +127,12 @@ class Split(ABC):
         """Yield batches of `size` rows (the last may be smaller).
 
         Args:
-            size: rows of a batch over all shards together.
+            size: rows per batch, over all shards together.
             view: "eval" for prepared rows, "train" for augmented ones (needs `shuffle`, which also drives the
                 augmentation), "raw" for rows as stored.
             shuffle: generator of the row order; None keeps the order of the split.
-            shard: (k, n) yields every n-th row of each batch beginning with the k-th, so that n readers share a batch.
+            shard: (k, n) yields every n-th row of each batch, beginning with the k-th, so that n processes share a
+                batch.
         """
         assert view != "train" or shuffle is not None, "the train view draws its augmentation from `shuffle`"
         whole = self._rows(None if shuffle is None else torch.randperm(len(self), generator=shuffle))
@@ -147,7 +148,7 @@ class Split(ABC):
             yield Batch(x, whole.y[part], whole.t[part], whole.i[part])
 
     def _rows(self, order: Tensor | None) -> Batch:
-        """Return labels, positions and rows of the whole split in `order`; x says where the images are stored."""
+        """Return labels, positions and rows of the whole split in `order`; x holds the numbers of the stored rows."""
         device = self.labels.device
         local = torch.arange(len(self), device=device) if order is None else order.to(device)
         stored = local if self.rows is None else self.rows[local]
@@ -161,7 +162,7 @@ class Split(ABC):
 
     @abstractmethod
     def to(self, device: torch.device | str, *, workers: int = 0) -> Self:
-        """Return the split with its tensors on `device`, read by `workers` where it lies in files."""
+        """Return the split with its tensors on `device`; images in files are decoded by `workers` threads."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -199,7 +200,7 @@ class TensorSplit(Split):
 
     @classmethod
     def joined(cls, parts: Sequence[Split]) -> Split:
-        """Return one split in memory with the rows of several, as their domains show them."""
+        """Return one split in memory with the rows of several, with the shifts of their domains applied."""
         reads = [(part, part._rows(None)) for part in parts]
         images = [part._shown(rows.x) for part, rows in reads if isinstance(part, TensorSplit)]
         return replace(
@@ -212,12 +213,12 @@ class TensorSplit(Split):
         )
 
     def _shown(self, rows: Tensor) -> Tensor:
-        """Return these stored rows ([k] long) as the domain shows them."""
+        """Return these stored rows ([k] long) with the shift of the domain applied."""
         return self.images[rows] if self.shift is None else self.shift(self.images[rows])
 
 
 def concatenate(splits: Sequence[Split]) -> Split:
-    """Return one split with the rows of several, in order; splits of one storage share it."""
+    """Return one split with the rows of several, in order; splits with the same storage are joined without copying."""
     first = splits[0]
     if len(splits) == 1:
         return first

@@ -26,14 +26,14 @@ class Dataset:
         num_classes: C.
         class_names: C names.
         image_shape: (channels, height, width) of the stored images, (D,) of feature rows.
-        mean: mean of each channel, in [0, 1] units; () leaves pixels in [0, 1].
-        std: standard deviation of each channel, in [0, 1] units; () likewise.
+        mean: mean of each channel, in [0, 1] units; () scales pixels to [0, 1] and no further.
+        std: standard deviation of each channel, likewise.
         augment: names of the training augmentations, in order (see `clrun.data.transforms`).
         groups: named partitions of the classes (superclasses, alphabets), for `scenario=fixed_groups`.
         seed: `dataset.seed`; drives validation split, permutations, rotations and generated images only.
         parts: the data sets that this one consists of, for `scenario=dataset_sequence`: domains of the same classes, or
             data sets with classes of their own. Their labels, `num_classes` and `class_names` are those of the whole,
-            as a rule they share its stored images, and each keeps its own `name`; () when it is not made of parts.
+            they usually share its stored images, and each has its own `name`; () for a data set without parts.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Task:
         index: position in the stream, from 0.
         id: identity, the same in every order.
         name: short text for tables and pictures.
-        classes: [k] class ids present in the task (domain-incremental: all).
+        classes: [k] class ids present in the task (all classes in the domain-incremental setting).
         train: training rows.
         test: test rows.
         val: validation rows; None without.
@@ -100,10 +100,10 @@ class Stream:
         return tuple(task.id for task in self.tasks)
 
     def candidates(self, learned: int, setting: Setting | None = None) -> Tensor:
-        """Return [T, C] bool: the classes competing for a sample of each task after `learned` tasks.
+        """Return [T, C] bool: the classes that compete for a sample of each task after `learned` tasks.
 
-        Class- and domain-incremental: every class seen so far, in every row. Task-incremental: row t keeps those of
-        them that belong to task t.
+        In the class- and domain-incremental settings each row has every class seen so far. In the task-incremental
+        setting row t has only those of them that belong to task t.
         """
         seen = self.members[:learned].any(dim=0)
         return self.members & seen if (setting or self.setting) == "til" else seen.repeat(len(self.tasks), 1)

@@ -39,19 +39,20 @@ class PerDevice:
 
 
 class ImageTransform:
-    """Turns stored images into what a network wants.
+    """Turns stored images into network input.
 
-    Alpha is laid over white, RGB becomes grey by ITU-R BT.601 and grey is repeated, as the wanted channels ask; the
-    size is fitted by antialiased resizing, of the whole image or so that the network sees its middle. Augmentation
-    happens at the stored size, before.
+    Where the network takes other channels, alpha is laid over white, RGB becomes grey by ITU-R BT.601, and grey is
+    repeated. Images are resized with antialiasing, either as a whole or so that the network sees their middle.
+    Augmentations come before that, at the stored size.
 
     Args:
         stored: (C, H, W) of the stored images, values 0..255.
         wanted: (C, H, W) of the network.
         mean: mean of each wanted channel, in [0, 1] units.
         std: standard deviation of each wanted channel, in [0, 1] units.
-        augmentations: applied in order in the train view; after one that cuts out a part, nothing more is cut off.
-        crop: share of each side that the network sees: 0.875 for 224 pixels is Resize(256), CenterCrop(224).
+        augmentations: applied in order in the train view; after one that cuts out a part, the middle is not cut out
+            again.
+        crop: fraction of each side that the network sees: 0.875 for 224 pixels is Resize(256), CenterCrop(224).
         interpolation: how images are resized.
         by_dataset: whether `mean` and `std` are the data set's.
     """
@@ -71,7 +72,7 @@ class ImageTransform:
         by_dataset: bool = False,
     ) -> None:
         self.size = wanted[1:]
-        self.around = (round(self.size[0] / crop), round(self.size[1] / crop))  # what the size is cut from
+        self.resized = (round(self.size[0] / crop), round(self.size[1] / crop))  # the middle is cut from this
         self.interpolation = interpolation
         self.by_dataset = by_dataset
         self.cuts = any(isinstance(a, RandomResizedCrop) or isinstance(a, Crop) and a.size for a in augmentations)
@@ -89,7 +90,7 @@ class ImageTransform:
 
     def eval(self, x: Tensor) -> Tensor:
         """Return stored images as prepared floats, deterministically and per sample."""
-        return self._fit(over_white(x) if self.alpha else x, self.around)
+        return self._fit(over_white(x) if self.alpha else x, self.resized)
 
     def train(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Return stored images as prepared, augmented floats; parameters are drawn from `generator`, on the CPU."""
@@ -97,20 +98,20 @@ class ImageTransform:
             x = over_white(x)
         for augmentation in self.augmentations:
             x = augmentation(x, self.size, generator)
-        return self._fit(x, self.size if self.cuts else self.around)
+        return self._fit(x, self.size if self.cuts else self.resized)
 
     def undo(self, x: Tensor) -> Tensor:
-        """Return prepared images before their normalisation, in units of 0..255, one channel or as many as wanted."""
+        """Return prepared images with their normalisation undone, values 0..255."""
         return (x - self._offset.on(x.device)) / self._scale.on(x.device)
 
-    def _fit(self, x: Tensor, around: tuple[int, int]) -> Tensor:
-        """Return the middle of images resized to `around`, of the wanted channels, normalised; x keeps its values."""
-        if x.shape[-2:] != around:
-            x = F.interpolate(x.float(), around, mode=self.interpolation, antialias=True)
+    def _fit(self, x: Tensor, resized: tuple[int, int]) -> Tensor:
+        """Resize images to `resized`, cut out the middle, convert the channels and normalise; x is not changed."""
+        if x.shape[-2:] != resized:
+            x = F.interpolate(x.float(), resized, mode=self.interpolation, antialias=True)
             if self.interpolation == "bicubic":
-                x = x.clamp_(0, 255)  # it overshoots at edges
-        if around != self.size:
-            top, left = (round((a - b) / 2) for a, b in zip(around, self.size, strict=True))  # as torchvision
+                x = x.clamp_(0, 255)  # bicubic interpolation overshoots at edges
+        if resized != self.size:
+            top, left = (round((a - b) / 2) for a, b in zip(resized, self.size, strict=True))  # as torchvision
             x = x[..., top : top + self.size[0], left : left + self.size[1]]
         if self.grey:
             x = to_grey(x)
@@ -127,13 +128,13 @@ def over_white(x: Tensor) -> Tensor:
 
 
 def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str]:
-    """Return the transform that fits a data set's images to a backbone, and one line that says what it does.
+    """Return the transform that turns a data set's images into a backbone's input, and one line that describes it.
 
-    The backbone's `mean` and `std` decide the normalisation when it has them, else the data set's; without either,
-    pixels are left in [0, 1]. Rows that are features already are passed through.
+    The backbone's `mean` and `std` are used for the normalisation if it has them, else those of the data set; without
+    either, pixels are scaled to [0, 1]. Rows that are features already are passed through.
 
     Args:
-        dataset: says the stored shape, the normalisation constants and the augmentations.
+        dataset: has the stored shape, the normalisation constants and the augmentations.
         backbone: may have `input_size` (C, H, W), `mean` and `std`, where None takes the data set's; and `crop` and
             `interpolation`, see `ImageTransform`.
 
@@ -164,8 +165,8 @@ def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str
         interpolation=interpolation,
         by_dataset=source == BY_DATASET,
     )
-    resized = ["resized" if interpolation == "bilinear" else f"resized ({interpolation})"]
-    steps = resized if transform.around != stored[1:] else []
+    resizing = ["resized" if interpolation == "bilinear" else f"resized ({interpolation})"]
+    steps = resizing if transform.resized != stored[1:] else []
     steps += [f"central {crop:g} of the sides"] if crop < 1 else []
     if source == BY_DATASET and len({(part.mean, part.std) for part in dataset.parts}) > 1:
         source = "each part normalised by its own constants"
@@ -176,7 +177,7 @@ def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str
 
 
 def _channel_steps(stored: Shape, wanted: Shape) -> list[str]:
-    """Return what is done to the channels.
+    """Return the conversions of the channels, in words.
 
     Raises:
         ConfigError: channels that cannot be converted.
@@ -185,8 +186,8 @@ def _channel_steps(stored: Shape, wanted: Shape) -> list[str]:
         return []
     if stored[0] not in (1, 2, 3, 4) or wanted[0] not in (1, 3):
         raise ConfigError(
-            f"backbone: wants {wanted[0]} channels but the images of the data set have {stored[0]}; "
-            "only grey, RGB and their forms with alpha are converted into grey or RGB"
+            f"backbone: takes images of {wanted[0]} channels, and those of the data set have {stored[0]}; "
+            "clrun converts grey and RGB images, with or without alpha, to grey or RGB; choose another backbone"
         )
     steps = ["alpha over white"] if stored[0] in (2, 4) else []
     if wanted[0] == 1 and stored[0] > 2:
@@ -199,7 +200,7 @@ def _channel_steps(stored: Shape, wanted: Shape) -> list[str]:
 def _normalisation(
     dataset: Dataset, backbone: nn.Module, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Return mean and standard deviation of each wanted channel, and the words for them."""
+    """Return mean and standard deviation of each wanted channel, and the words for where they come from."""
     mean, std = getattr(backbone, "mean", None), getattr(backbone, "std", None)
     if mean is not None and std is not None:
         return _match(tuple(mean), channels), _match(tuple(std), channels), "normalised by the backbone"
@@ -210,9 +211,9 @@ def _normalisation(
 
 
 def _match(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return one value a wanted channel: repeated from grey, or weighted from RGB by ITU-R BT.601.
+    """Return one value per wanted channel: repeated from grey, or weighted from RGB by ITU-R BT.601.
 
-    The weighted standard deviation takes the colours as fully correlated, which natural images nearly are.
+    The weighted standard deviation assumes fully correlated colours, which natural images nearly have.
     """
     if len(values) == channels:
         return values

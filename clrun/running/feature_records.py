@@ -23,7 +23,8 @@ def cache_report(cache: FeatureCache | None) -> dict[str, Any]:
     if cache is None:
         return {"folder": None, "files": [], "bytes": 0}
     files = [
-        {"key": found.key, "bytes": found.size, "reused": found.reused, "kept": found.kept} for found in cache.opened
+        {"key": found.key, "bytes": found.size, "reused": found.reused, "kept": found.in_cache}
+        for found in cache.opened
     ]
     return {"folder": str(cache.folder), "files": files, "bytes": sum(file["bytes"] for file in files)}
 

@@ -107,7 +107,7 @@ class _Searcher:
         earlier = self._earlier() if stored is None else [t for t in stored["trials"] if t["source"] == "earlier run"]
         for trial in earlier:
             self._note(trial | {"order": tuple(trial["order"])})
-            self.state.know(tuple(trial["order"]), _number(trial["accuracy"]))
+            self.state.add_known(tuple(trial["order"]), _number(trial["accuracy"]))
         self._write()
         self._say(f"search for the worst order of {self.record['n_tasks']} tasks: {self.options['budget']} runs")
         while self.record["started"] < self.options["budget"] and (proposal := self.state.propose()):
@@ -140,7 +140,7 @@ class _Searcher:
             traceback.print_exc()
             status, self.error = "failed", self.error or error
         parent = None if proposal.parent is None else self.numbers[proposal.parent]
-        self.state.tell(proposal, accuracy)
+        self.state.add_result(proposal, accuracy)
         self.record["started"] += 1
         self._note(
             {

@@ -308,14 +308,14 @@ FOUND_BY_TASKS = {
     ),
     "sizes said twice": (
         ["scenario.sizes=[1,2,3]", "scenario.first=1"],
-        "scenario.first: says what scenario.sizes says already; set one of them to null",
+        "scenario.first: conflicts with scenario.sizes (both fix the size of task 0); set one of them to null",
     ),
     "first of more classes": (["scenario.first=7"], "scenario.first: must be at most 6 (the classes of ..."),
     "too few left": (["scenario.first=5"], "scenario.n_tasks: 6 classes with 5 of them in task 0 (scenario.first) ..."),
     "no sizes at all": (["scenario.n_tasks=null"], "scenario.n_tasks: must be given unless scenario.sizes lists ..."),
     "classes dealt twice": (
         ["scenario.class_seed=1", "scenario.class_order=[0,1,2,3,4,5]"],
-        "scenario.class_seed: says what scenario.class_order says already; set one of them to null",
+        "scenario.class_seed: conflicts with scenario.class_order (both fix the class order); set one of them to null",
     ),
     "seed of no generator": (
         ["scenario.class_order={np_seed: 1}"],
@@ -340,7 +340,7 @@ FOUND_BY_TASKS = {
     ),
     "five channels": (
         [VIT, "dataset.image_shape=[5,8,8]"],
-        "backbone: wants 1 channels but the images of the data set have 5; ...",
+        "backbone: takes images of 1 channels, and those of the data set have 5; ...",
     ),
     "flat images": (["dataset.image_shape=[1,8]"], "dataset.image_shape: must be three positive integers ..."),
     "no rows to learn": (

@@ -88,7 +88,7 @@ def test_damaged_files_are_computed_again(how: str, tmp_path: Path) -> None:
     feature_cache._intact.clear()
     again = ask(cache, agrees=how != "other")
     assert not again.reused and np.array_equal(again.rows, ROWS)
-    expected = {"no sidecar": (), "torn sidecar": (), "other": ("not what the backbone gives here",)}
+    expected = {"no sidecar": (), "torn sidecar": (), "other": ("differ from those that the backbone computes here",)}
     notes = expected.get(how, ("damaged",))
     assert len(again.notes) == len(notes) and all(part in note for part, note in zip(notes, again.notes, strict=True))
     assert ask(cache).reused
@@ -188,7 +188,7 @@ def test_features_beyond_the_limit_are_used_and_not_kept(tmp_path: Path) -> None
     ask(FeatureCache(tmp_path), "small", rows=ROWS[:, :1])
     cache = FeatureCache(tmp_path, limit=128 + ROWS.nbytes - 1)
     found = ask(cache)
-    assert np.array_equal(found.rows, ROWS) and not found.kept
+    assert np.array_equal(found.rows, ROWS) and not found.in_cache
     assert "not kept" in found.notes[0]
     assert len(files(tmp_path, ".npy")) == 1, "nothing had to go for them"
     assert not files(tmp_path, ".tmp")
@@ -343,7 +343,7 @@ def test_another_backbone_behind_the_same_key_is_noticed(tmp_path: Path, monkeyp
 def test_backbones_that_lie_are_refused() -> None:
     network = net()
     network.num_features = 7
-    with pytest.raises(ConfigError, match="says 7 features and gives"):
+    with pytest.raises(ConfigError, match=r"num_features is 7, but its output is \\[B, \\d+\\]"):
         frozen_features(image_stream(), network, cpu())
     network = net()
     network.linear.weight.data.fill_(torch.inf)

@@ -27,11 +27,11 @@ def searched(accuracy, n_tasks, budget, *, known=(), **options):
     """Let a search spend its budget; return it and its proposals."""
     search = OrderSearch(n_tasks, **{"starts": 6, "patience": 5, "seed": 0} | options)
     for order in known:
-        search.know(order, accuracy(order))
+        search.add_known(order, accuracy(order))
     path = []
     while len(path) < budget and (proposal := search.propose()):
         path.append(proposal)
-        search.tell(proposal, accuracy(proposal.order))
+        search.add_result(proposal, accuracy(proposal.order))
     return search, path
 
 

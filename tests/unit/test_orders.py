@@ -77,7 +77,12 @@ def test_presets_are_named() -> None:
     assert orders.preset(3, order="B", orders=found) == [2, 0, 1]
     for tasks, order, said in (
         (3, "C", "task_order.order: no order 'C' (available: A, B)"),
-        (4, "B", "task_order.order: order 'B' is one of 3 tasks, the stream has 4"),
+        (
+            4,
+            "B",
+            "task_order.order: order 'B' permutes 3 tasks, and the stream has 4; choose another order, or cut "
+            "the data into 3 tasks (scenario)",
+        ),
     ):
         with pytest.raises(ConfigError) as error:
             orders.preset(tasks, order=order, orders=found)

@@ -66,7 +66,10 @@ DATASETS = {
         lambda: made(IMAGES, LABELS.numpy()),
         "dataset: own.part gives train rows with labels of ndarray, expected a tensor [N] of torch.int64",
     ),
-    "nothing to test": (without_test_rows_of_some_tasks, "dataset: there are no test rows of task 1 (c/d)"),
+    "nothing to test": (
+        without_test_rows_of_some_tasks,
+        "dataset: there are no test rows of task 1 (c/d); add images of its classes, ...",
+    ),
 }
 
 

@@ -101,7 +101,7 @@ def test_listed_sizes() -> None:
         ({"sizes": [0, 10], "n_tasks": 2}, "scenario.sizes: must be positive"),
         ({"sizes": [4, 6]}, "scenario.n_tasks: 5 does not match the 2 tasks of scenario.sizes"),
         ({"n_tasks": None}, "scenario.n_tasks: must be given"),
-        ({"setting": "dil"}, r"scenario.setting: class_split cannot be 'dil' \(possible: til, cil\)"),
+        ({"setting": "dil"}, r"scenario.setting: scenario=class_split cannot be 'dil'; set it to til or cil"),
     ],
 )
 def test_impossible_splits_are_refused(changes: dict, said: str) -> None:
@@ -376,8 +376,8 @@ def test_a_sequence_of_data_sets(setting: str) -> None:
     ("dataset", "setting", "said"),
     [
         (DIGITS, "cil", "scenario=dataset_sequence: digits does not consist of several data sets or domains"),
-        (DOMAINS, "cil", r"scenario.setting: whole consists of domains .* cannot be 'cil' \(possible: til, dil\)"),
-        (SETS, "dil", r"scenario.setting: whole consists of data sets .* cannot be 'dil' \(possible: til, cil\)"),
+        (DOMAINS, "cil", r"scenario.setting: whole consists of domains .* cannot be 'cil'; set it to til or dil"),
+        (SETS, "dil", r"scenario.setting: whole consists of data sets .* cannot be 'dil'; set it to til or cil"),
     ],
 )
 def test_sequences_of_the_other_kind_are_refused(dataset: Dataset, setting: str, said: str) -> None:

@@ -215,7 +215,7 @@ def test_features_pass_through() -> None:
 
 
 def test_channels_without_a_rule_are_refused() -> None:
-    with pytest.raises(ConfigError, match="^backbone: wants 3 channels but the images of the data set have 13"):
+    with pytest.raises(ConfigError, match="^backbone: takes images of 3 channels, and those of the data set have 13"):
         fitted((13, 4, 4), (3, 4, 4), (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ConfigError, match="^dataset: 2 normalisation constants do not fit 3 channels"):
         fit_transform(dataset((3, 4, 4), mean=(0.1, 0.2), std=(1.0, 1.0)), backbone(None))

@@ -1,4 +1,4 @@
-"""Archives that come from anywhere: unpacked into a new folder, and nowhere else, after their checksum was compared."""
+"""Archives from untrusted sources: unpacked into a new folder and nowhere else, after a comparison of the checksum."""
 
 import gzip
 import hashlib
@@ -27,25 +27,25 @@ class Member:
 
     Attributes:
         name: path within the archive, with slashes.
-        kind: "file", "folder", or what else it is.
-        size: bytes when unpacked.
-        handle: what the archive knows it by.
+        kind: "file", "folder", "link" or "device".
+        size: bytes after unpacking.
+        info: the archive library's own record of the member.
     """
 
     name: str
     kind: str
     size: int
-    handle: Any
+    info: Any
 
 
 class Archive(Protocol):
     """An open archive."""
 
     def members(self) -> list[Member]:
-        """Return what is in it."""
+        """Return the members of the archive."""
 
     def open(self, member: Member) -> IO[bytes]:
-        """Open a file in it."""
+        """Open a file of the archive."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Zip:
     file: zipfile.ZipFile
 
     def members(self) -> list[Member]:
-        """Return what is in it; what is a link is told by the Unix mode in the upper half of the attributes."""
+        """Return the members of the archive. The Unix mode in the upper half of the attributes marks links."""
         link = 0o120000
         found = []
         for info in self.file.infolist():
@@ -64,8 +64,8 @@ class Zip:
         return found
 
     def open(self, member: Member) -> IO[bytes]:
-        """Open a file in it."""
-        return self.file.open(member.handle)
+        """Open a file of the archive."""
+        return self.file.open(member.info)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Tar:
     file: tarfile.TarFile
 
     def members(self) -> list[Member]:
-        """Return what is in it."""
+        """Return the members of the archive."""
         found = []
         for info in self.file.getmembers():
             link = "link" if info.issym() or info.islnk() else "device"
@@ -84,26 +84,26 @@ class Tar:
         return found
 
     def open(self, member: Member) -> IO[bytes]:
-        """Open a file in it."""
-        found = self.file.extractfile(member.handle)
+        """Open a file of the archive."""
+        found = self.file.extractfile(member.info)
         assert found is not None, "only files are opened"
         return found
 
 
 def unpack(archive: Path, folder: Path, *, sha256: str | None) -> None:
-    """Unpack a zip or tar file into `folder`, which is made; do nothing when it is there already.
+    """Unpack a zip or tar file into a new folder; do nothing if the folder exists.
 
-    A single folder at the top of the archive, as most have, is left out of the paths. Processes that want the same
-    folder wait for each other, and it takes its name when all is in it.
+    If the archive has a single folder at its top, as most have, its content is unpacked without that folder. Processes
+    that unpack into the same folder wait for each other. The folder gets its name when it is complete.
 
     Args:
         archive: .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz.
-        folder: where to.
-        sha256: checksum that the archive must have, hexadecimal; None for any.
+        folder: the new folder.
+        sha256: checksum that the archive must have, hexadecimal; None to skip the comparison.
 
     Raises:
-        ConfigError: the archive is missing, damaged or has another checksum; a member would leave the folder or is a
-            link or a device; the disk is too small or cannot be written.
+        ConfigError: the archive is missing, damaged or has another checksum; a member would be written outside the
+            folder, or is a link or a device; the disk is too small or cannot be written.
     """
     if folder.exists():
         return
@@ -125,20 +125,23 @@ def unpack(archive: Path, folder: Path, *, sha256: str | None) -> None:
 
 
 def _check(archive: Path, sha256: str | None) -> None:
-    """Refuse an archive that is not there or is not the right one."""
+    """Refuse an archive that is missing or has another checksum."""
     if not archive.is_file():
-        raise ConfigError(f"dataset.archive: there is no file {archive}")
+        raise ConfigError(f"dataset.archive: there is no file {archive}; set it to a zip or tar file, or to null")
     if sha256 is None:
         return
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256.lower():
-        raise ConfigError(f"{archive}: has the sha256 {found} and not {sha256} (dataset.sha256); fetch it again")
+        raise ConfigError(
+            f"{archive}: its sha256 is {found}, not {sha256} (dataset.sha256); download the archive again, or correct "
+            "dataset.sha256"
+        )
 
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[Archive]:
-    """Open an archive by its content; turn what its library says of damage into a `ConfigError`."""
+    """Open an archive by its content; turn errors of its library about damage into a `ConfigError`."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
@@ -147,18 +150,18 @@ def _opened(archive: Path) -> Iterator[Archive]:
             with tarfile.open(archive) as tar:
                 yield Tar(tar)
         else:
-            raise ConfigError(f"{archive}: neither a zip nor a tar file")
+            raise ConfigError(f"{archive}: is neither a zip nor a tar file; dataset.archive must name one")
     except BROKEN as error:
-        raise ConfigError(f"{archive}: cannot be unpacked ({error}); fetch it again") from error
+        raise ConfigError(f"{archive}: cannot be unpacked ({error}); download it again") from error
 
 
 def _refuse_unsafe(archive: Path, members: Sequence[Member]) -> None:
-    """Refuse an archive with anything in it that could end up, or lead, outside the folder."""
+    """Refuse an archive with a member that would be written outside the folder, or leads outside of it."""
     for member in members:
         path = PurePosixPath(member.name.replace("\\", "/"))
         outside = path.is_absolute() or ".." in path.parts or ":" in (path.parts or ("",))[0]
         if outside or "\0" in member.name:
-            raise ConfigError(f"{archive}: refused, its member {member.name!r} lies outside the folder")
+            raise ConfigError(f"{archive}: refused, its member {member.name!r} would be written outside the folder")
         if member.kind not in ("file", "folder"):
             raise ConfigError(f"{archive}: refused, its member {member.name!r} is a {member.kind}")
 
@@ -168,7 +171,7 @@ def _refuse_too_large(archive: Path, folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise ConfigError(
-            f"{archive}: needs {size / 1e9:.1f} GB when unpacked, and {folder} has {free / 1e9:.1f} GB; make room"
+            f"{archive}: needs {size / 1e9:.1f} GB when unpacked, and {folder} has {free / 1e9:.1f} GB; free some space"
         )
 
 

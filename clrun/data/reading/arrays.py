@@ -28,10 +28,10 @@ class ArrayBenchmark:
 
     Attributes:
         name: as in `dataset=NAME`.
-        title: what to call it in errors.
-        read: returns training and test part, given folder and whether to download.
-        layout: what must lie under the folder.
-        published: rows and classes.
+        title: name of the data set in errors.
+        read: returns the training and the test part, given `root` and whether to download.
+        layout: the files and folders that `root` must hold, in words.
+        published: published numbers of rows and classes.
         mean: mean of each channel over the training images, in [0, 1] units.
         std: standard deviation of each channel, likewise.
         groups: named partitions of the classes.
@@ -54,7 +54,7 @@ class ArrayBenchmark:
 
 
 def halves(kind: str, **options: Any) -> Callable[[Path, bool], tuple[Any, Any]]:
-    """Return a reader of the two parts of a torchvision class that is told them by `train`."""
+    """Return a reader of the two parts of a torchvision class with the parameter `train`."""
 
     def read(folder: Path, download: bool) -> tuple[Any, Any]:
         cls = getattr(libraries.load("torchvision.datasets"), kind)
@@ -65,7 +65,7 @@ def halves(kind: str, **options: Any) -> Callable[[Path, bool], tuple[Any, Any]]
 
 
 def splits(kind: str) -> Callable[[Path, bool], tuple[Any, Any]]:
-    """Return a reader of the two parts of a torchvision class that is told them by `split`."""
+    """Return a reader of the two parts of a torchvision class with the parameter `split`."""
 
     def read(folder: Path, download: bool) -> tuple[Any, Any]:
         cls = getattr(libraries.load("torchvision.datasets"), kind)
@@ -109,13 +109,13 @@ def load(benchmark: ArrayBenchmark, reading: ArrayReading) -> Dataset:
 
 @cache
 def _load(benchmark: ArrayBenchmark, folder: Path) -> tuple[Rows, Rows, tuple[str, ...]]:
-    """Return training rows, test rows and class names, read once a process."""
+    """Return training rows, test rows and class names, read once per process."""
     train, test = benchmark.read(folder, False)
     return benchmark.fix(*_rows(train)), benchmark.fix(*_rows(test)), _class_names(train, benchmark)
 
 
 def _class_names(part: Any, benchmark: ArrayBenchmark) -> tuple[str, ...]:
-    """Return the names of the classes: torchvision's without their frills, digits where it has none."""
+    """Return the names of the classes: those of torchvision without additions, or digits if it has none."""
     names = getattr(part, "classes", None) or [str(label) for label in range(benchmark.published.classes or 0)]
     return tuple(name.split(" - ")[0] for name in names if name != "N/A")  # MNIST's are "0 - zero", ...
 

@@ -19,12 +19,12 @@ Groups = Mapping[str, tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True)
 class Domains:
-    """Where the rows of a data set come from.
+    """The domains of a data set's rows.
 
     Attributes:
-        names: D names.
+        names: names of the D domains.
         train: [N] long, the domain of each training row.
-        test: likewise; None when every domain is tested on all test rows.
+        test: likewise for the test rows; None if every domain is tested on all test rows.
     """
 
     names: Sequence[str]
@@ -34,13 +34,13 @@ class Domains:
 
 @dataclass(frozen=True)
 class Published:
-    """How many rows and classes a data set is published with; None for what is not fixed.
+    """The published numbers of rows and classes of a data set; None for a number that is not fixed.
 
     Attributes:
-        train: training rows.
-        test: test rows.
-        classes: classes.
-        total: rows of both parts.
+        train: number of training rows.
+        test: number of test rows.
+        classes: number of classes.
+        total: number of rows of both parts.
     """
 
     train: int | None = None
@@ -50,13 +50,13 @@ class Published:
 
 
 def check_counts(name: str, published: Published, dataset: Dataset, where: str) -> Dataset:
-    """Return the data set; warn when its numbers are not the published ones.
+    """Return the data set; warn if its numbers of rows and classes are not the published ones.
 
     Args:
         name: as in `dataset=NAME`.
-        published: what they should be.
-        dataset: what was read.
-        where: folder it was read from.
+        published: the published numbers.
+        dataset: the data set as read.
+        where: folder that it was read from.
     """
     train = len(dataset.train) + (0 if dataset.val is None else len(dataset.val))
     found = Published(train, len(dataset.test), dataset.num_classes, train + len(dataset.test))
@@ -64,7 +64,7 @@ def check_counts(name: str, published: Published, dataset: Dataset, where: str) 
     for key, what in words.items():
         expected, got = getattr(published, key), getattr(found, key)
         if expected is not None and got != expected:
-            warn(f"dataset={name}: {got} {what} in {where}, published with {expected}")
+            warn(f"dataset={name}: {got} {what} in {where}, published are {expected}; parts may be missing")
     return dataset
 
 
@@ -84,14 +84,14 @@ def assemble(
 
     Args:
         name: as in `dataset=NAME`.
-        train: training rows, or images and labels in memory; validation rows are cut from them.
-        test: test rows likewise.
+        train: training rows, or images and labels in memory; the validation rows are taken from them.
+        test: test rows, likewise.
         class_names: C names; the position is the class id.
         mean: mean of each channel over the training images, in [0, 1] units.
         std: standard deviation of each channel, likewise.
         reading: validation rows, seed and training augmentations.
         groups: named partitions of the classes, for `scenario=fixed_groups`.
-        domains: the domains that it consists of; validation rows are then cut from each class of each domain.
+        domains: the domains of the data set; validation rows are then taken from each class of each domain.
 
     Raises:
         ConfigError: `reading.val_fraction` leaves a class without training rows.
@@ -129,17 +129,17 @@ def cut_validation(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows to train on and those to validate on (None for fraction 0), both [k] long and ascending.
 
-    Of each class the rounded `fraction` is set aside, at least one row, drawn by (seed, class) alone (with NumPy's
-    RandomState, whose stream is frozen for all versions).
+    Of each class the rounded `fraction` is set aside, but at least one row. The rows are drawn by (seed, class) alone
+    with NumPy's RandomState, whose stream is the same in all versions.
 
     Args:
-        labels: [N] long, class ids; or domain * C + class id, where the classes of each domain count for themselves.
-        fraction: of each class.
+        labels: [N] long, class ids; or domain * C + class id to take the fraction from each class of each domain.
+        fraction: fraction of each class.
         seed: `dataset.seed`.
         class_names: C names, for the message.
 
     Raises:
-        ConfigError: a class keeps no training rows.
+        ConfigError: a class would have no training rows left.
     """
     if fraction == 0:
         return torch.arange(len(labels)), None

@@ -22,14 +22,14 @@ Download = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Content:
-    """What a published data set holds.
+    """The images and classes of a published data set.
 
     Attributes:
         train: training images.
         test: test images.
         class_names: C names by class id.
         groups: named partitions of the classes.
-        domains: the domains that it consists of; None for one.
+        domains: the domains that the data set consists of; None for a single domain.
     """
 
     train: Listing
@@ -45,14 +45,14 @@ class Benchmark:
 
     Attributes:
         name: as in `dataset=NAME`.
-        layout: what must lie in the folder of all data sets.
-        published: rows and classes.
-        read: returns the content, given the folder of all data sets.
-        download: fetches it there, with its checksum compared; None where that cannot be done.
+        layout: the files and folders that `root` must hold, in words.
+        published: published numbers of rows and classes.
+        read: returns the content, given `root`.
+        download: downloads the data set to `root` and compares checksums; None if it must be prepared by hand.
         channels: 3 for colour, 1 for grey.
-        mean: mean of each channel, in [0, 1] units; ImageNet's where the literature takes these.
+        mean: mean of each channel, in [0, 1] units; ImageNet's if the literature uses these.
         std: standard deviation of each channel, likewise.
-        memory: decode all images at once and keep them in memory.
+        memory: whether to decode all images at once and hold them in memory.
     """
 
     name: str
@@ -121,7 +121,7 @@ def _content(benchmark: Benchmark, reading: ImageReading) -> Content:
 
 
 def _in_memory(dataset: Dataset) -> Dataset:
-    """Return a data set without domains with its images decoded."""
+    """Return a data set without domains with all its images decoded and in memory."""
     train, test, val = (
         in_memory(split) if isinstance(split, ImageSplit) else split
         for split in (dataset.train, dataset.test, dataset.val)
@@ -131,8 +131,8 @@ def _in_memory(dataset: Dataset) -> Dataset:
 
 
 def _refuse_missing(name: str, listing: Listing) -> None:
-    """Refuse lists of files that are not there; each folder is read once."""
-    if listing.seen:
+    """Refuse lists that name missing files; each folder is read once."""
+    if listing.found:
         return
     there: dict[str, set[str]] = {}
     missing = []
@@ -166,12 +166,12 @@ def two_folders(name: str, folder: str, published: Published) -> Benchmark:
 
 
 def torchvision(kind: str, *calls: dict[str, Any], folder: str = "") -> Download:
-    """Return a function that lets a torchvision class download itself, which compares checksums.
+    """Return a function that downloads a data set by a class of torchvision, which compares checksums.
 
     Args:
         kind: name of the class.
-        *calls: arguments, one call each (the parts of the data set).
-        folder: where to, in the folder of all data sets.
+        *calls: arguments of the class; one call per part of the data set.
+        folder: target folder, relative to `root`.
     """
 
     def download(home: Path) -> None:
@@ -188,7 +188,7 @@ def lines(path: Path) -> list[str]:
 
 
 def grouped(keys: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Return the class ids with equal keys together; groups are in the order of their sorted keys."""
+    """Return groups of the class ids with equal keys, in the order of the sorted keys."""
     return tuple(tuple(label for label, own in enumerate(keys) if own == key) for key in sorted(set(keys)))
 
 
@@ -202,7 +202,7 @@ def matlab(path: Path) -> dict[str, Any]:
     """Return the variables of a .mat file (MATLAB 5); structures come as arrays with named fields.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file is missing.
         ValueError: it cannot be read or is damaged.
     """
     try:

@@ -14,15 +14,15 @@ from clrun.system.errors import ConfigError, warn
 
 
 def joined(listings: Sequence[Listing]) -> Listing:
-    """Return listings of one root as one."""
+    """Return several listings with the same root as one."""
     rows = [(name, label) for part in listings for name, label in zip(part.names, part.labels, strict=True)]
     skipped = tuple(name for part in listings for name in part.skipped)
     names, labels = tuple(name for name, _ in rows), tuple(label for _, label in rows)
-    return Listing(listings[0].root, names, labels, skipped, seen=all(part.seen for part in listings))
+    return Listing(listings[0].root, names, labels, skipped, found=all(part.found for part in listings))
 
 
 def numbered(listings: Sequence[Listing]) -> torch.Tensor:
-    """Return [N] long, which of the listings each row of them all is from."""
+    """Return [N] long: for each row of the joined listings, the number of the listing that it comes from."""
     return torch.arange(len(listings)).repeat_interleave(torch.tensor([len(part) for part in listings]))
 
 
@@ -53,7 +53,7 @@ def from_files(
         reading: how images are decoded, validation rows, seed and training augmentations.
         groups: named partitions of the classes.
         domains: the domains that the data set consists of.
-        complete: whether to insist on training images of every class.
+        complete: whether every class must have training images.
 
     Raises:
         ConfigError: a class has no training images; or as `assemble`.
@@ -78,44 +78,44 @@ def from_files(
 def _usable(
     name: str, train: Listing, test: Listing, domains: Domains | None, images: Decoding, channels: int
 ) -> tuple[Listing, Listing, Domains | None]:
-    """Return what can be used of the files, with a warning about the rest."""
+    """Return the usable files, with a warning about the others."""
     skipped = sorted({*train.skipped, *test.skipped})
     if skipped:
-        warn(f"{name}: {len(skipped)} files are no images by their names and are left out: {some(skipped)}")
+        warn(f"{name}: {len(skipped)} files are left out because their names are not those of images: {some(skipped)}")
     if images.unreadable == "error":
         return train, test, domains
     kept = [_readable(name, part, images, channels) for part in (train, test)]
     if domains is not None:
         tested = None if domains.test is None else domains.test[kept[1]]
         domains = Domains(domains.names, domains.train[kept[0]], tested)
-    return train.where(kept[0].tolist()), test.where(kept[1].tolist()), domains
+    return train.selected(kept[0].tolist()), test.selected(kept[1].tolist()), domains
 
 
 def _split(listing: Listing, images: Decoding, channels: int, part: str) -> ImageSplit:
-    """Return the rows of a listing."""
+    """Return the images of a listing as a split."""
     stored = FileImages(FileList(listing.root, listing.names), images, channels=channels, part=part)
     return ImageSplit(stored, torch.tensor(listing.labels, dtype=torch.long))
 
 
 def _readable(name: str, listing: Listing, images: Decoding, channels: int) -> torch.Tensor:
-    """Return [N] bool, which images can be decoded; the others are named in a warning."""
+    """Return [N] bool: whether each image can be decoded. A warning names those that cannot."""
     problems = unreadable(FileImages(FileList(listing.root, listing.names), images, channels=channels, part=""))
     if problems:
-        warn(f"{name}: {len(problems)} files cannot be decoded and are left out: {some([*problems.values()])}")
+        warn(f"{name}: {len(problems)} files are left out because they cannot be decoded: {some([*problems.values()])}")
     kept = torch.ones(len(listing), dtype=torch.bool)
     kept[list(problems)] = False
     return kept
 
 
 def check_classes(name: str, train: Sequence[int], test: Sequence[int], class_names: Sequence[str], where: str) -> None:
-    """Refuse classes without training images; warn of classes without test images.
+    """Refuse classes without training images; warn about classes without test images.
 
     Args:
         name: as in `dataset=NAME`.
         train: labels of the training images.
         test: labels of the test images.
         class_names: C names.
-        where: they come from.
+        where: folder or data set, for the message.
 
     Raises:
         ConfigError: a class has no training images.

@@ -1,4 +1,4 @@
-"""Lists of image files: folders of classes, a test part by hash of the file names, and what is left out and why."""
+"""Lists of image files: found in class folders, split by the hash of their names; hidden and other files left out."""
 
 import hashlib
 import os
@@ -18,24 +18,24 @@ class Listing:
     """Labelled image files.
 
     Attributes:
-        root: folder that the names begin in.
-        names: paths from there, with slashes.
-        labels: class id of each.
-        skipped: files that were found and are no images by their names.
-        seen: whether the files were found by looking, and not named by a list.
+        root: folder that the paths start from.
+        names: paths relative to `root`, with slashes.
+        labels: class id of each image.
+        skipped: files that were found and whose names are not those of images.
+        found: whether the files were found in their folders, and not named by a list that may name missing files.
     """
 
     root: Path
     names: tuple[str, ...]
     labels: tuple[int, ...]
     skipped: tuple[str, ...] = ()
-    seen: bool = False
+    found: bool = False
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.names)
 
-    def where(self, keep: Sequence[bool]) -> "Listing":
+    def selected(self, keep: Sequence[bool]) -> "Listing":
         """Return the images marked in `keep`."""
         kept = [row for row, wanted in enumerate(keep) if wanted]
         names, labels = tuple(self.names[k] for k in kept), tuple(self.labels[k] for k in kept)
@@ -43,30 +43,32 @@ class Listing:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders of classes in `folder`, sorted by code point; hidden ones do not count.
+    """Return the names of the class folders in `folder`, sorted by code point, without hidden ones.
 
     Raises:
-        ConfigError: the folder cannot be read, or two classes differ only in case.
+        ConfigError: the folder cannot be read, or the names of two classes differ only in case.
     """
     names = sorted(entry.name for entry in entries(folder) if entry.is_dir() and not hidden(entry.name))
     alike: dict[str, str] = {}
     for name in names:
         other = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
-            raise ConfigError(f"{folder}: the classes '{other}' and '{name}' differ only in case; rename or join them")
+            raise ConfigError(
+                f"{folder}: the classes '{other}' and '{name}' differ only in case; rename one or merge them"
+            )
     return names
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is none of the user's data: hidden, or left by an archive program."""
+    """Return whether a file or folder is hidden or was left by an archive program."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what is in a folder, sorted by name.
+    """Return the entries of a folder, sorted by name.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the folder cannot be read.
     """
     try:
         with os.scandir(folder) as found:
@@ -78,14 +80,13 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
 def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = None) -> Listing:
     """Return the images in the folders `classes` of `folder`; the position in the list is the class id.
 
-    Images in folders within a class folder count too. Links are followed; a folder that a link leads back to from
-    within is not entered again. Hidden files are passed over in silence, others that are no images are listed as
-    skipped.
+    Images in folders within a class folder belong to the class. Links are followed, except those to a folder around
+    them. Hidden files are ignored; other files whose names are not those of images are listed as skipped.
 
     Args:
         folder: holds the class folders.
-        classes: names of those that count; one may be missing.
-        root: folder that the names begin in; default `folder`.
+        classes: names of the class folders to list; some may be missing.
+        root: folder that the paths start from; default `folder`.
 
     Raises:
         ConfigError: a folder cannot be read.
@@ -104,19 +105,19 @@ def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = No
                 labels.append(label)
             else:
                 skipped.append(path)
-    return Listing(root, tuple(names), tuple(labels), tuple(skipped), seen=True)
+    return Listing(root, tuple(names), tuple(labels), tuple(skipped), found=True)
 
 
 def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the paths of the files in a folder and below, sorted within each folder.
 
     Args:
-        folder: where.
-        above: real paths of the folders that led here.
+        folder: the folder.
+        above: real paths of the folders around it.
     """
     real = os.path.realpath(folder)
     if real in above:
-        return  # a link that leads back
+        return  # a link to a folder around it
     for entry in entries(folder):
         if hidden(entry.name):
             continue
@@ -127,9 +128,9 @@ def files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def in_test(name: str, fraction: float) -> bool:
-    """Whether the hash of a file's name puts it into the test part, of which `fraction` of all names are.
+    """Return whether a file is a test image by the hash of its name; a `fraction` of all names is.
 
-    The name alone decides, so that files that are added or removed move no other one.
+    Only the name decides, so that adding or removing files moves no other file between the parts.
     """
     digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8]) < fraction * 2**64
@@ -144,15 +145,15 @@ def by_hash(listing: Listing, fraction: float, *, start: int = 0) -> tuple[Listi
         start: position in the names from which on they are hashed.
     """
     chosen = [in_test(name[start:], fraction) for name in listing.names]
-    return listing.where([not test for test in chosen]), listing.where(chosen)
+    return listing.selected([not test for test in chosen]), listing.selected(chosen)
 
 
 def printable(text: str) -> str:
-    """Return a name without bytes that are no text."""
+    """Return a name with bytes that are not valid text replaced."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
+    """Return the first names, and the number of the others."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(printable(name) for name in names[:SHOWN]) + more

@@ -1,10 +1,10 @@
-"""Pickled arrays from the internet: opened by an unpickler that builds arrays and nothing else, hence runs no code."""
+"""Pickled arrays from the internet: read by an unpickler that builds only arrays, so that no foreign code runs."""
 
 import pickle
 from pathlib import Path
 from typing import Any
 
-# What pickled NumPy arrays are made of, under the names that NumPy 1 and 2 and Python 2 wrote.
+# The functions and classes in pickled NumPy arrays, under the names that NumPy 1, NumPy 2 and Python 2 wrote.
 ARRAYS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -20,13 +20,13 @@ class ArrayUnpickler(pickle.Unpickler):
     """An unpickler of containers, numbers, texts and NumPy arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a part of arrays.
+        """Return a function or class that pickled arrays consist of.
 
         Raises:
-            pickle.UnpicklingError: anything else is named.
+            pickle.UnpicklingError: the pickle names anything else.
         """
         if (module, name) not in ARRAYS:
-            raise pickle.UnpicklingError(f"names {module}.{name}, which is no part of an array; nothing was run")
+            raise pickle.UnpicklingError(f"names {module}.{name}, which is not part of an array; nothing was run")
         return super().find_class(module, name)
 
 
@@ -35,7 +35,7 @@ def read_arrays(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        pickle.UnpicklingError: it names anything that is no part of an array.
+        pickle.UnpicklingError: the file names anything that is not part of an array.
     """
     with path.open("rb") as file:
         return ArrayUnpickler(file, encoding="latin1").load()

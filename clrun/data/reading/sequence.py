@@ -17,12 +17,12 @@ from clrun.data.stream import Dataset
 def sequence(name: str, parts: Sequence[Dataset]) -> Dataset:
     """Return data sets of equal image shape as one; the classes of each follow those of the one before.
 
-    The parts keep their normalisation constants, and the whole has the mean of them. A class name that several parts
-    have is preceded by the name of its part. Nothing is copied: the rows of the whole are read from the parts.
+    The parts keep their normalisation constants, and the whole has their mean. A class name that occurs in several
+    parts is preceded by the name of its part. Nothing is copied: the rows of the whole are read from the parts.
 
     Args:
-        name: of the whole.
-        parts: at least one; what they share otherwise (seed, augmentations) is that of the first.
+        name: name of the whole.
+        parts: at least one data set; seed and augmentations of the whole are those of the first.
     """
     assert len({part.image_shape for part in parts}) == 1
     starts = [0, *accumulate(part.num_classes for part in parts)]
@@ -50,7 +50,7 @@ def _average(constants: Sequence[tuple[float, ...]]) -> tuple[float, ...]:
 
 
 def _moved(part: Dataset, start: int) -> Dataset:
-    """Return a part with its labels moved up by `start`."""
+    """Return a part with `start` added to its labels."""
 
     def move(split: Split) -> Split:
         return replace(split, labels=split.labels + start)
@@ -59,7 +59,7 @@ def _moved(part: Dataset, start: int) -> Dataset:
 
 
 def _joined(splits: Sequence[Split]) -> Split:
-    """Return the rows of several splits, which stay where they are."""
+    """Return the rows of several splits as one, without copying them."""
     return ImageSplit(JoinedImages(splits), torch.cat([split.y for split in splits]))
 
 
@@ -67,9 +67,9 @@ def on_canvas(dataset: Dataset, *, channels: int, side: int) -> Dataset:
     """Return a data set in memory with its images in the middle of black squares; grey is repeated.
 
     Args:
-        dataset: images of at most `side` pixels.
-        channels: of the squares.
-        side: of the squares, in pixels.
+        dataset: a data set with images of at most `side` pixels.
+        channels: channels of the squares.
+        side: side of the squares in pixels.
     """
     _, height, width = dataset.image_shape
     above, left = (side - height) // 2, (side - width) // 2
@@ -96,7 +96,7 @@ def on_canvas(dataset: Dataset, *, channels: int, side: int) -> Dataset:
 def with_quarter_turns(dataset: Dataset) -> Dataset:
     """Return a data set in memory with every image four times, turned by 0, 90, 180 and 270 degrees.
 
-    Training and test images are turned apart, so that no image of a drawing is tested on that was trained on.
+    Training and test images are turned separately, so that no drawing is in both parts.
     """
 
     def turned(split: Split) -> Split:

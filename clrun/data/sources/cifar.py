@@ -66,7 +66,7 @@ def cifar100(reading: ArrayReading) -> Dataset:
 
 @dataclass(frozen=True)
 class _Batches:
-    """One part of CIFAR, as torchvision's classes show it."""
+    """One part of CIFAR, with the attributes of torchvision's classes."""
 
     data: np.ndarray[Any, Any]
     targets: list[int]
@@ -74,7 +74,7 @@ class _Batches:
 
 
 def _cifar(kind: str) -> Callable[[Path, bool], tuple[Any, Any]]:
-    """Return a reader of CIFAR's pickles that compares their checksums and runs none of their code."""
+    """Return a reader of CIFAR's pickles that compares their checksums and never runs code in them."""
 
     def read(folder: Path, download: bool) -> tuple[Any, Any]:
         cls = getattr(libraries.load("torchvision.datasets"), kind)
@@ -95,7 +95,7 @@ def _cifar(kind: str) -> Callable[[Path, bool], tuple[Any, Any]]:
 
 
 def _batches(batches: list[dict[str, Any]], names: list[str]) -> _Batches:
-    """Return the content of some of CIFAR's pickles as one part."""
+    """Return the content of several of CIFAR's pickles as one part."""
     labels = [label for batch in batches for label in batch["labels" if "labels" in batch else "fine_labels"]]
     return _Batches(np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32), labels, list(names))
 

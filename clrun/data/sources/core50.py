@@ -31,11 +31,11 @@ CORE50_CATEGORIES = (
 def core50(reading: ImageReading) -> Dataset:
     """Return CORe50 (Lomonaco and Maltoni 2017, arXiv 1705.03550): 119894 + 44972 frames of 50 objects.
 
-    Consists of eight domains, the training sessions, each tested on all test images (sessions 3, 7 and 10). Group:
-    "category", ten kinds of five objects.
+    It consists of eight domains, the training sessions, and each is tested on all test images (sessions 3, 7 and 10).
+    Group: "category", ten kinds of five objects.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = Benchmark(
         "core50", "core50_128x128/ with s1/ to s11/, each with o1/ to o50/", Published(119894, 44972, 50), _core50

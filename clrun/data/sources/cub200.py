@@ -19,7 +19,7 @@ def cub200(reading: ImageReading, *, split: Literal["official", "folders"]) -> D
             and cub200/test, which as PILOT and its relatives prepare them hold 9430 + 2358 images.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     if split == "official":
         layout = "CUB_200_2011/ with images/, images.txt, image_class_labels.txt, train_test_split.txt and classes.txt"

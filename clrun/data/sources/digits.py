@@ -34,7 +34,7 @@ def digits(reading: Reading) -> Dataset:
 
 @cache
 def _digits() -> tuple[Rows, Rows]:
-    """Return training and test rows, read once a process."""
+    """Return training and test rows, read once per process."""
     bunch = libraries.load("sklearn.datasets").load_digits()
     levels = torch.from_numpy(bunch.images).float()
     images = (levels * 255 / 16).round().to(torch.uint8).unsqueeze(1)

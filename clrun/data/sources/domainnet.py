@@ -18,10 +18,10 @@ def domainnet(reading: ImageReading, *, domains: list[str]) -> Dataset:
 
     Args:
         reading: the common options.
-        domains: which ones, by task id.
+        domains: names of the domains, by task id.
 
     Raises:
-        ConfigError: no such domain, or the files are not there.
+        ConfigError: a domain is unknown, or files are missing.
     """
     for name in domains:
         if name not in DOMAINNET:
@@ -45,7 +45,7 @@ def domainnet(reading: ImageReading, *, domains: list[str]) -> Dataset:
     whole = sorted(domains) == sorted(DOMAINNET)
     benchmark = Benchmark(
         "domainnet",
-        "domainnet/ with a folder and two lists (real_train.txt, real_test.txt) a domain",
+        "domainnet/ with one folder and two lists (real_train.txt, real_test.txt) per domain",
         Published(409832, 176743, 345) if whole else Published(classes=345),
         read,
     )

@@ -18,10 +18,10 @@ def dtd(reading: DownloadReading, *, partition: Annotated[int, Range(minimum=1, 
 
     Args:
         reading: the common options.
-        partition: which of the ten official splits.
+        partition: number of one of the ten official splits.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
 
     def read(home: Path) -> Content:

@@ -16,10 +16,10 @@ def eurosat(reading: DownloadReading, *, test_fraction: Fraction) -> Dataset:
 
     Args:
         reading: the common options.
-        test_fraction: share of test images, chosen by the hash of their names: there is no official split.
+        test_fraction: fraction of test images, chosen by the hash of their names: there is no official split.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
 
     def read(home: Path) -> Content:
@@ -28,6 +28,10 @@ def eurosat(reading: DownloadReading, *, test_fraction: Fraction) -> Dataset:
         return Content(*by_hash(list_classes(place, classes), test_fraction), classes)
 
     benchmark = Benchmark(
-        "eurosat", "eurosat/2750/ with a folder a class", Published(None, None, 10, 27000), read, torchvision("EuroSAT")
+        "eurosat",
+        "eurosat/2750/ with one folder per class",
+        Published(None, None, 10, 27000),
+        read,
+        torchvision("EuroSAT"),
     )
     return load(benchmark, reading)

@@ -15,7 +15,7 @@ def fgvc_aircraft(reading: ImageReading) -> Dataset:
     Training images are the official training and validation parts.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = Benchmark(
         "fgvc_aircraft",

@@ -16,7 +16,7 @@ def flowers102(reading: DownloadReading) -> Dataset:
     Training images are the official training and validation parts.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     benchmark = Benchmark(
         "flowers102",

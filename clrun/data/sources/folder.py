@@ -117,21 +117,21 @@ def _dataset(
 
 
 def subfolders(home: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted; hidden ones do not count.
+    """Return the names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
-        ConfigError: the folder cannot be read, or holds none.
+        ConfigError: the folder cannot be read, or contains no folders.
     """
     if not home.is_dir():
-        raise ConfigError(f"dataset.root: there is no folder {home}; expected one with a folder for each part")
+        raise ConfigError(f"dataset.root: there is no folder {home}; expected one with one folder per domain")
     found = [entry.name for entry in entries(home) if entry.is_dir() and not hidden(entry.name)]
     if not found:
-        raise ConfigError(f"dataset.root: {home} holds no folders; expected one for each part")
+        raise ConfigError(f"dataset.root: {home} contains no folders; expected one per domain")
     return found
 
 
 def _refuse_unknown(home: Path, domains: Sequence[str]) -> None:
-    """Refuse domains without folder."""
+    """Refuse domains that have no folder."""
     found = subfolders(home)
     for domain in domains:
         if domain not in found:
@@ -140,11 +140,11 @@ def _refuse_unknown(home: Path, domains: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Tree:
-    """A folder of classes, or two of them.
+    """A folder with one folder per class, or two such folders for training and test images.
 
     Attributes:
         train: folder of the classes, or of their training images.
-        test: folder of their test images; None when there is none.
+        test: folder of their test images; None if there is none.
         classes: names of the classes.
     """
 
@@ -153,7 +153,7 @@ class Tree:
     classes: list[str]
 
     def parts(self, classes: Sequence[str], root: Path, fraction: float) -> tuple[Listing, Listing]:
-        """Return training and test images; `classes` give the ids, and names begin at `root`.
+        """Return training and test images; the position in `classes` is the class id, and paths start from `root`.
 
         Raises:
             ConfigError: a folder cannot be read.
@@ -166,10 +166,10 @@ class Tree:
 
 
 def _tree(home: Path) -> Tree:
-    """Return what kind of folder `home` is.
+    """Return the class folders of `home`, which may be divided into train/ and test/.
 
     Raises:
-        ConfigError: it is neither kind, or classes are missing.
+        ConfigError: there are no class folders, or a class has no training images.
     """
     if not home.is_dir():
         raise ConfigError(f"dataset.root: there is no folder {home}; {LAYOUT}")
@@ -177,10 +177,10 @@ def _tree(home: Path) -> Tree:
     if not train.is_dir():
         classes = class_folders(home)
         if not classes:
-            raise ConfigError(f"{home}: holds no folders; {LAYOUT}")
+            raise ConfigError(f"{home}: contains no folders; {LAYOUT}")
         return Tree(home, None, classes)
     if not test.is_dir():
-        raise ConfigError(f"{home}: holds train/ but no test/; {LAYOUT}")
+        raise ConfigError(f"{home}: contains train/ but no test/; {LAYOUT}")
     classes = class_folders(train)
     alone = sorted(set(class_folders(test)) - set(classes))
     for name in alone:
@@ -190,5 +190,5 @@ def _tree(home: Path) -> Tree:
     if alone:
         raise ConfigError(f"{home}: only test/ has the classes {some(alone)}; add training images or remove them")
     if not classes:
-        raise ConfigError(f"{train}: holds no folders of classes; {LAYOUT}")
+        raise ConfigError(f"{train}: contains no class folders; {LAYOUT}")
     return Tree(train, test, classes)

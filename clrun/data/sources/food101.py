@@ -14,7 +14,7 @@ def food101(reading: DownloadReading) -> Dataset:
     """Return Food-101 (Bossard et al. 2014): 75750 + 25250 photographs of 101 dishes.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     benchmark = Benchmark(
         "food101", "food-101/ with images/ and meta/", Published(75750, 25250, 101), _food101, torchvision("Food101")

@@ -37,7 +37,7 @@ def glyphs(reading: Reading) -> Dataset:
 
 @cache
 def _glyphs() -> tuple[Rows, Rows, tuple[str, ...]]:
-    """Return training rows, test rows and class names, read once a process."""
+    """Return training rows, test rows and class names, read once per process."""
     with np.load(FILE) as stored:
         names = tuple(json.loads(stored["facts"].tobytes())["classes"])
         parts = [torch.from_numpy(stored[part]).unsqueeze(1) for part in ("train", "test")]

@@ -15,7 +15,7 @@ def gtsrb(reading: DownloadReading) -> Dataset:
     """Return the German Traffic Signs (Stallkamp et al. 2012): 26640 + 12630 photographs of 43 signs.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     benchmark = Benchmark(
         "gtsrb",

@@ -1,4 +1,4 @@
-"""Image data sets of the Hugging Face Hub, or of a folder that its library reads. None of their code is ever run."""
+"""Image data sets of the Hugging Face Hub, or of a folder that its library reads. Their own code is never run."""
 
 import hashlib
 import logging
@@ -19,8 +19,8 @@ from clrun.data.stream import Dataset
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, did_you_mean, one_line, warn
 
-OLDEST = 4  # from this version on the library refuses data sets that bring a program
-SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves
+OLDEST = 4  # from this version on the library refuses data sets with a program
+SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class HubFiles:
     Attributes:
         table: a split of `datasets`, its images not decoded.
         column: name of the column.
-        title: what to call the table.
-        rows: which rows of it.
+        title: name of the table in messages.
+        rows: row numbers in the table.
     """
 
     table: Any
@@ -60,7 +60,7 @@ class HubFiles:
         return Path(cell["path"]) if cell["bytes"] is None else bytes(cell["bytes"])
 
     def stamp(self, row: int) -> tuple[int, int]:
-        """Return no size, and for the time what tells the content of the table."""
+        """Return 0 for the size, and a digest of the table in place of the time."""
         return 0, int.from_bytes(hashlib.sha256(self.table._fingerprint.encode()).digest()[:7])
 
 
@@ -81,16 +81,16 @@ def hf(
     Args:
         reading: the common options; the hash of a row's number decides whether it is a test row.
         path: a name on the Hub ("owner/name"), or a folder: of images, of Parquet files, or made by `save_to_disk`.
-        config: which of several configurations; None for the only one.
+        config: name of the configuration; None if there is only one.
         revision: commit or tag on the Hub; None for the newest.
         train: split with the training images.
         test: split with the test images; None to cut them from the training images.
-        image: column of the images; None for the only one.
-        label: column of the classes; None for the only one of the kind ClassLabel.
+        image: column of the images; None if there is only one.
+        label: column of the classes; None for the only column of the type ClassLabel.
 
     Raises:
-        ConfigError: the library is missing or too old; the data set cannot be had or brings a program; no such split or
-            column; images without class.
+        ConfigError: the library is missing or too old; the data set cannot be loaded or contains a program; there is no
+            such split or column; an image has no class.
     """
     columns = _Columns(path, _tables(path, config, revision), image, label)
     parts, names = columns.parts(train, test, reading.test_fraction)
@@ -110,12 +110,12 @@ def hf(
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where the images and classes of a data set are.
+    """The columns of a data set with its images and classes.
 
     Attributes:
-        path: of the data set.
+        path: path of the data set.
         tables: its splits by name.
-        image: column of the images; None for the only one.
+        image: column of the images; None if there is only one.
         label: column of the classes; None for the only ClassLabel.
     """
 
@@ -151,13 +151,13 @@ class _Columns:
 
 
 def _split(files: HubFiles, labels: Sequence[int], reading: OwnReading, part: str) -> ImageSplit:
-    """Return the rows of a table, without those that cannot be decoded where these are to be skipped."""
+    """Return the rows of a table; with `unreadable=skip` without those that cannot be decoded."""
     images, channels = reading.images, reading.channels
     if images.unreadable == "skip":
         problems = unreadable(FileImages(files, images, channels=channels, part=""))
         if problems:
             named = some([*problems.values()])
-            warn(f"dataset=hf: {len(problems)} images cannot be decoded and are left out: {named}")
+            warn(f"dataset=hf: {len(problems)} images are left out because they cannot be decoded: {named}")
         kept = tuple(row for k, row in enumerate(files.rows) if k not in problems)
         files = HubFiles(files.table, files.column, files.title, kept)
     stored = FileImages(files, images, channels=channels, part=part)
@@ -174,7 +174,7 @@ def _tables(path: str, config: str | None, revision: str | None) -> Any:
         )
     if not sys.stderr.isatty():
         library.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # failed attempts are told by the one error below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below reports failed attempts
     home = Path(path).expanduser()
     try:
         if any((home / name).is_file() for name in SAVED):
@@ -184,8 +184,8 @@ def _tables(path: str, config: str | None, revision: str | None) -> Any:
     except Exception as error:  # the library and the network below it have many kinds
         reason = one_line(error)[:300]
         raise ConfigError(
-            f"dataset.path: {path} cannot be loaded ({reason}); give a name on the Hub that this machine can reach or "
-            "has loaded before, or a folder"
+            f"dataset.path: {path} cannot be loaded ({reason}); set it to a name on the Hub that this machine can "
+            "reach or has loaded before, or to a folder"
         ) from error
 
 

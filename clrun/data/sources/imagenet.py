@@ -13,14 +13,14 @@ from clrun.data.stream import Dataset
 def imagenet(reading: ImageReading) -> Dataset:
     """Return ILSVRC 2012 (Russakovsky et al. 2015, arXiv 1409.0575): 1281167 + 50000 photographs of 1000 classes.
 
-    The official validation images are the test images. Class ids follow the sorted WordNet ids, as everywhere.
+    The official validation images are the test images. Class ids follow the sorted WordNet ids, as in other libraries.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = Benchmark(
         "imagenet",
-        "imagenet/train/ and imagenet/val/ with a folder a class",
+        "imagenet/train/ and imagenet/val/ with one folder per class",
         Published(1281167, 50000, 1000),
         _imagenet,
     )
@@ -39,7 +39,7 @@ def imagenet_r(reading: ImageReading) -> Dataset:
     """Return ImageNet-R (Hendrycks et al. 2021, arXiv 2006.16241): 24000 + 6000 renditions of 200 classes of ImageNet.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = two_folders("imagenet_r", "imagenet-r", Published(24000, 6000, 200))
     return load(benchmark, reading)
@@ -47,10 +47,10 @@ def imagenet_r(reading: ImageReading) -> Dataset:
 
 @loader
 def imagenet_a(reading: ImageReading) -> Dataset:
-    """Return ImageNet-A (Hendrycks et al. 2021, arXiv 1907.07174): 5981 + 1519 photographs that models mistake.
+    """Return ImageNet-A (Hendrycks et al. 2021, arXiv 1907.07174): 5981 + 1519 photographs that models misclassify.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = two_folders("imagenet_a", "imagenet-a", Published(5981, 1519, 200))
     return load(benchmark, reading)
@@ -63,7 +63,7 @@ def tiny_imagenet(reading: ImageReading) -> Dataset:
     The official validation images are the test images: the labels of the official test images are not public.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = Benchmark(
         "tiny_imagenet",

@@ -16,9 +16,9 @@ RANKS_2021 = {"kingdom": 1, "class": 3}  # position in the folder names of iNatu
 
 @loader
 def inaturalist(reading: DownloadReading, *, version: Literal[2018, 2021, "2021_mini"]) -> Dataset:
-    """Return iNaturalist (Van Horn et al. 2018, arXiv 1707.06642): photographs of thousands of species, unevenly many.
+    """Return iNaturalist (Van Horn et al. 2018, arXiv 1707.06642): photographs of thousands of species.
 
-    The official validation images are the test images.
+    The numbers of images per species are uneven. The official validation images are the test images.
 
     Args:
         reading: the common options.
@@ -26,7 +26,7 @@ def inaturalist(reading: DownloadReading, *, version: Literal[2018, 2021, "2021_
             10000 species, groups "kingdom" and "class"; "2021_mini", 50 training images of each of these.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     if version == 2018:
         layout = "inaturalist/ with 2018/ (its supercategories), train2018.json and val2018.json"
@@ -35,7 +35,7 @@ def inaturalist(reading: DownloadReading, *, version: Literal[2018, 2021, "2021_
     else:
         train, images_of_it = ("2021_train", 2686843) if version == 2021 else ("2021_train_mini", 500000)
         published = Published(images_of_it, 100000, 10000)
-        layout = f"inaturalist/{train}/ and inaturalist/2021_valid/ with a folder a species"
+        layout = f"inaturalist/{train}/ and inaturalist/2021_valid/ with one folder per species"
         fetch = torchvision("INaturalist", {"version": train}, {"version": "2021_valid"}, folder="inaturalist")
         benchmark = Benchmark("inaturalist", layout, published, lambda home: _inaturalist_2021(home, train), fetch)
     return load(benchmark, reading)

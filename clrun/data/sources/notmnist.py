@@ -16,11 +16,11 @@ def notmnist(reading: ImageReading, *, test_fraction: Fraction) -> Dataset:
 
     Args:
         reading: the common options.
-        test_fraction: share of test images, chosen by the hash of their names, of notMNIST_small/; notmnist/train and
-            notmnist/test, 16853 + 1873 images, come first where they are there.
+        test_fraction: fraction of test images in notMNIST_small/, chosen by the hash of their names. If notmnist/train
+            and notmnist/test (16853 + 1873 images) exist, they are used instead.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     home = reading.home
     two = two_folders("notmnist", "notmnist", Published(16853, 1873, 10))

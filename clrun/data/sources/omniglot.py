@@ -21,15 +21,15 @@ CHARACTERS = 1200  # in the stream of rotations: 100 tasks of 12
 def omniglot(reading: DownloadReading, *, test_drawings: Annotated[int, Range(minimum=1, maximum=19)]) -> Dataset:
     """Return Omniglot (Lake et al. 2015): 1623 characters of 50 alphabets, black on white, 20 drawings each, in memory.
 
-    The background and the evaluation set together; the published split into these two has other classes in each, so
-    training and test images are told apart by the person who drew them. Group: "alphabet".
+    The background and the evaluation set together. Their classes differ, so that this published split cannot be used:
+    training and test images are separated by the person who drew them. Group: "alphabet".
 
     Args:
         reading: the common options.
         test_drawings: drawings of each character that are test images, the last ones.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = Benchmark(
         "omniglot",
@@ -46,7 +46,7 @@ def omniglot(reading: DownloadReading, *, test_drawings: Annotated[int, Range(mi
 
 
 def _omniglot(home: Path, last: int) -> Content:
-    """Return the drawings of every character; those after the `last` training one are test images."""
+    """Return the drawings of every character; those with a number above `last` are test images."""
     place = home / "omniglot-py"
     found = sorted(
         (alphabet, character, part)
@@ -71,15 +71,16 @@ def omniglot_rotation(
 ) -> Dataset:
     """Return the first 1200 characters of Omniglot, each drawing in four rotations (APD, Yoon et al. 2020; WSN).
 
-    Deviations: characters are numbered by alphabet, where the public code takes them as the file system lists them;
-    and drawings are told apart before they are turned, where WSN tests on turned copies of training images.
+    Deviations: characters are numbered by alphabet, where the public code uses the order of the file system; and
+    drawings are divided into training and test images before they are turned, where WSN tests on turned copies of
+    training images.
 
     Args:
         reading: the common options.
         test_drawings: drawings of each character that are test images, the last of the 20.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     whole = omniglot(test_drawings=test_drawings, **vars(reading))
 

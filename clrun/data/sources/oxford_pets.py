@@ -13,7 +13,7 @@ def oxford_pets(reading: DownloadReading) -> Dataset:
     """Return the Oxford-IIIT Pets (Parkhi et al. 2012): 3680 + 3669 photographs of 37 breeds. Group: "species".
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     benchmark = Benchmark(
         "oxford_pets",

@@ -15,7 +15,7 @@ def places365(reading: DownloadReading) -> Dataset:
     The official validation images are the test images: the labels of the official test images are not public.
 
     Raises:
-        ConfigError: the files are not there, or downloading failed.
+        ConfigError: the files are missing, or downloading failed.
     """
     benchmark = Benchmark(
         "places365",

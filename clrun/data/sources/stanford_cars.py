@@ -13,7 +13,7 @@ def stanford_cars(reading: ImageReading) -> Dataset:
     """Return Stanford Cars (Krause et al. 2013): 8144 + 8041 photographs of 196 models.
 
     Raises:
-        ConfigError: the files are not there.
+        ConfigError: files are missing.
     """
     benchmark = Benchmark(
         "stanford_cars",

@@ -28,9 +28,9 @@ def synthetic(
     similarity: Fraction,
     period: PositiveInt,
 ) -> Dataset:
-    """Return images of smooth random patterns: one prototype a class plus noise of the same kind.
+    """Return images of smooth random patterns: one prototype per class plus noise of the same kind.
 
-    Prototype and noise are Gaussian on a grid of C x 4 x 4 values (less for smaller images), enlarged to the image by
+    Prototype and noise are Gaussian on a grid of C x 4 x 4 values (fewer for smaller images), enlarged to the image by
     bilinear interpolation. The prototypes of classes c and c + k * period have the correlation similarity^k: with tasks
     of `period` classes, the tasks resemble each other the more the closer their ids are, which plants an order effect.
 
@@ -76,7 +76,7 @@ def _generate(
     period: int,
     seed: int,
 ) -> tuple[Rows, Rows]:
-    """Return training and test rows, made once a process."""
+    """Return training and test rows, made once per process."""
     means = prototypes(num_classes, shape, similarity=similarity, period=period, seed=seed)
     parts = []
     for part, count in zip(("train", "test"), counts, strict=True):
