@@ -319,7 +319,7 @@ FOUND_BY_TASKS = {
     ),
     "seed of no generator": (
         ["scenario.class_order={np_seed: 1}"],
-        "scenario.class_order: a list of class ids or one of numpy_seed, python_seed, got {'np_seed': 1}",
+        "scenario.class_order: must be a list of class ids, or one of numpy_seed, python_seed, got {'np_seed': 1}",
     ),
     "negative seed of NumPy": (
         ["scenario.class_order={numpy_seed: -1}"],

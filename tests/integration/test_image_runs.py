@@ -90,7 +90,7 @@ def test_what_the_data_said_is_kept_in_the_results(rows: Callable[..., bytes], p
     (photos / "sun" / "train" / "a" / "notes.txt").touch()
     rows("noted")
     [note] = json.loads((tmp_path / "noted" / "run.json").read_text())["notes"]
-    assert note.startswith("sun: 1 files are no images by their names and are left out: ")
+    assert note.startswith("sun: 1 files are left out because their names are not those of images: ")
 
 
 def test_warnings_about_data_are_printed_on_one_line() -> None:

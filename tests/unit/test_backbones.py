@@ -270,7 +270,7 @@ class Payload:
 def test_weight_files_run_no_code_and_broken_ones_are_named(tmp_path: Path) -> None:
     crafted, mark = tmp_path / "crafted.pth", tmp_path / "mark"
     torch.save({"a": torch.zeros(1), "b": Payload(mark)}, crafted)
-    with pytest.raises(ConfigError, match="crafted.pth holds more than tensors and is refused"):
+    with pytest.raises(ConfigError, match="crafted.pth contains more than tensors and is refused"):
         read_weights(crafted)
     assert not mark.exists()
     for name, content in (("a.pth", b"nonsense"), ("a.safetensors", b"nonsense"), ("a.npz", b"")):
@@ -280,7 +280,7 @@ def test_weight_files_run_no_code_and_broken_ones_are_named(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="^backbone.weights: there is no file .*missing.pth"):
         read_weights(tmp_path / "missing.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ConfigError, match="list.pth holds no tensors by name"):
+    with pytest.raises(ConfigError, match="list.pth contains no named tensors"):
         read_weights(tmp_path / "list.pth")
 
 

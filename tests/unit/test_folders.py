@@ -122,8 +122,8 @@ def test_files_that_are_no_images_are_left_out_with_a_warning(two: Path) -> None
     data, notes = noted(two)
     assert len(data.train) == 8
     assert notes == [
-        f"data: 5 files are no images by their names and are left out: {two}/train/cat/0.txt, {two}/train/cat/1.txt, "
-        f"{two}/train/cat/2.txt and 2 more"
+        f"data: 5 files are left out because their names are not those of images: {two}/train/cat/0.txt, "
+        f"{two}/train/cat/1.txt, {two}/train/cat/2.txt and 2 more"
     ]
 
 
@@ -155,7 +155,7 @@ def test_grey_images(two: Path) -> None:
         (lambda two: (two / "train" / "cow").mkdir(), "data: no training images of cow; add some, remove the class"),
         (
             lambda two: (two / "test").rename(two / "valid"),
-            "data: holds train/ but no test/; expected train/",
+            "data: contains train/ but no test/; expected train/",
         ),
         (lambda two: (two / "train").rename(two / "training"), "no training images of test, training"),
         (lambda two: two.rename(two.parent / "moved"), "dataset.root: there is no folder"),
@@ -170,7 +170,7 @@ def test_folders_that_cannot_be_meant(two: Path, change: Callable[[Path], Any], 
 
 def test_a_folder_without_folders(tmp_path: Path) -> None:
     write(tmp_path / "lonely.png")
-    with pytest.raises(ConfigError, match="holds no folders; expected train/ and test/ with one folder per class"):
+    with pytest.raises(ConfigError, match="contains no folders; expected train/ and test/ with one folder per class"):
         load(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_damaged_images_stop_the_reader_or_are_left_out(two: Path, workers: int)
     assert len(data.train) == 7 and len(data.test) == 3 and len(data.train.images.files) == 7
     assert len(Batch.cat(*data.train.to("cpu", workers=workers).batches(3, view="raw"))) == 7
     assert [note.partition(":")[2].partition(":")[0] for note in notes] == [
-        " 1 files cannot be decoded and are left out"
+        " 1 files are left out because they cannot be decoded"
     ] * 2 and "train/dog/2.png" in notes[0]
 
 
@@ -309,7 +309,9 @@ def test_members_outside_the_folder_are_refused(tmp_path: Path, name: str) -> No
     ):
         with pytest.raises(ConfigError) as error:
             unpack(archive, tmp_path / "out", sha256=None)
-        assert f"{archive}: refused, its member" in str(error.value) and "lies outside the folder" in str(error.value)
+        assert f"{archive}: refused, its member" in str(error.value) and "would be written outside the folder" in str(
+            error.value
+        )
         assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("evil*"))
 
 
@@ -349,16 +351,18 @@ def test_archives_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "text.zip").write_text("no archive")
     said = {
         "missing.zip": "dataset.archive: there is no file",
-        "cut.zip": "cut.zip: neither a zip nor a tar file",
+        "cut.zip": "cut.zip: is neither a zip nor a tar file",
         "flipped.zip": "flipped.zip: cannot be unpacked (Bad CRC-32",
         "cut.tgz": "cut.tgz: cannot be unpacked (",
-        "text.zip": "text.zip: neither a zip nor a tar file",
+        "text.zip": "text.zip: is neither a zip nor a tar file",
     }
     for name, text in said.items():
         with pytest.raises(ConfigError) as error:
             unpack(tmp_path / name, tmp_path / "out", sha256=None)
         assert text in str(error.value) and not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match=r"has the sha256 \w{64} and not 00 \(dataset.sha256\); fetch it again"):
+    with pytest.raises(
+        ConfigError, match=r"its sha256 is \w{64}, not 00 \(dataset.sha256\); download the archive again"
+    ):
         unpack(good, tmp_path / "out", sha256="00")
     bomb = zipped(tmp_path / "bomb.zip", {"a/1.png": b""})
     monkeypatch.setattr("clrun.data.reading.archives.Zip.members", lambda self: [_Bomb()])

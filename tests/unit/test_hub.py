@@ -118,7 +118,7 @@ def test_hidden_labels_and_damaged_images(tmp_path: Path) -> None:
     with noting(notes := []):
         data = load(tmp_path / "b", images=decoding(unreadable="skip"))
     assert data.train.y.tolist() == [0, 1] and len(images(data.train)) == 2
-    assert notes[0].startswith("dataset=hf: 2 images cannot be decoded and are left out: ")
+    assert notes[0].startswith("dataset=hf: 2 images are left out because they cannot be decoded: ")
 
 
 def test_a_data_set_that_brings_a_program_is_refused(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ def test_imagenet(tmp_path: Path) -> None:
     assert [Path(file).parts[-3] for file, _ in rows(data.test)] == ["val", "val"]
     for file in (tmp_path / "imagenet" / "val").rglob("*.JPEG"):
         file.rename(tmp_path / "imagenet" / "val" / f"{file.parent.name}_{file.name}")  # as they come
-    with pytest.raises(ConfigError, match="^dataset=imagenet: no test images in .*with a folder a class$"):
+    with pytest.raises(ConfigError, match="^dataset=imagenet: no test images in .*with one folder per class$"):
         load(source("imagenet"), tmp_path)
 
 

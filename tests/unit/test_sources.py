@@ -317,7 +317,7 @@ def test_cifar_pickles_run_no_code(tmp_path: Path, unchecked: None) -> None:
     for file in ("test_batch", "batches.meta"):
         (tmp_path / "cifar-10-batches-py" / file).write_bytes(pickle.dumps({"data": Malice(tmp_path / "run")}))
         with pytest.raises(
-            ConfigError, match=r"^dataset.root: CIFAR10 .*which is no part of an array; nothing was run"
+            ConfigError, match=r"^dataset.root: CIFAR10 .*which is not part of an array; nothing was run"
         ):
             cifar10(root=str(tmp_path), download=False, **COMMON)
     assert not (tmp_path / "run").exists()

@@ -64,7 +64,7 @@ def check_counts(name: str, published: Published, dataset: Dataset, where: str) 
     for key, what in words.items():
         expected, got = getattr(published, key), getattr(found, key)
         if expected is not None and got != expected:
-            warn(f"dataset={name}: {got} {what} in {where}, published are {expected}; parts may be missing")
+            warn(f"dataset={name}: {got} {what} in {where}, published with {expected}")
     return dataset
 
 
