@@ -343,7 +343,7 @@ def test_another_backbone_behind_the_same_key_is_noticed(tmp_path: Path, monkeyp
 def test_backbones_that_lie_are_refused() -> None:
     network = net()
     network.num_features = 7
-    with pytest.raises(ConfigError, match=r"num_features is 7, but its output is \\[B, \\d+\\]"):
+    with pytest.raises(ConfigError, match=r"num_features is 7, but its output is \[B, \d+\]"):
         frozen_features(image_stream(), network, cpu())
     network = net()
     network.linear.weight.data.fill_(torch.inf)

@@ -366,7 +366,7 @@ def test_archives_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         unpack(good, tmp_path / "out", sha256="00")
     bomb = zipped(tmp_path / "bomb.zip", {"a/1.png": b""})
     monkeypatch.setattr("clrun.data.reading.archives.Zip.members", lambda self: [_Bomb()])
-    with pytest.raises(ConfigError, match=r"bomb.zip: needs 1000000000.0 GB when unpacked, and .* GB; make room"):
+    with pytest.raises(ConfigError, match=r"bomb.zip: needs 1000000000.0 GB when unpacked, and .* GB; free some space"):
         unpack(bomb, tmp_path / "out", sha256=None)
     assert not list(tmp_path.glob("out*")) or [p.name for p in tmp_path.glob("out*")] == ["out.lock"]
 
