@@ -1,7 +1,7 @@
-"""The command `clrun`: Hydra overrides, or list, report, features, --version; what runs start and how they end.
+"""The command `clrun`: runs and sweeps from Hydra overrides, and the commands list, report, features and --version.
 
-Exit codes: 0 done; 1 failed jobs of a sweep, training that diverged or ran out of memory (one line), or a bug (a
-traceback); 2 a mistake of the user, one line each; 130 Ctrl-C.
+Exit codes: 0 success; 1 failed jobs of a sweep, diverged training or lack of memory (one line), or a bug (traceback);
+2 a mistake of the user (one line per problem); 130 Ctrl-C.
 """
 
 import os
@@ -22,34 +22,34 @@ from clrun import __version__
 from clrun.config.compose import Composer
 from clrun.running.jobs import run, task
 from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
-from clrun.system.failures import told
-from clrun.system.yaml_files import conf_dir
+from clrun.system.failures import failure_lines
+from clrun.system.yaml_files import conf_dir, description
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit.
 
     Args:
-        argv: arguments without the program's name; default `sys.argv[1:]`.
+        argv: arguments without the name of the program; by default `sys.argv[1:]`.
 
     Raises:
         SystemExit: always, with the exit code; the exception itself when HYDRA_FULL_ERROR=1 is set.
     """
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that a stray torch.py shadows nothing
+        sys.path.append(os.getcwd())  # last, so that a file torch.py there does not hide the library
     warnings.formatwarning = _warning
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of a pipe left, as in `clrun --help | head`
+    except BrokenPipeError:  # the reader of the pipe has ended, as in `clrun --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        if lines := told(error):
+        if lines := failure_lines(error):
             print("\n".join(f"clrun: {line}" for line in lines), file=sys.stderr)
         else:
             traceback.print_exc()
@@ -60,17 +60,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Return a warning as it is printed: one line where it is about the user's data."""
+    """Return the text of a warning; one line for a warning about the user's data."""
     if issubclass(category, DataWarning):
         return f"clrun: warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _command(argv: list[str]) -> int:
-    """Do what the command line asks for; return the exit code."""
+    """Run the command line and return the exit code."""
     commands = {"list": _list, "report": _report, "features": _features}
-    if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    before = _config_dir_words(argv)
+    if len(argv) > before and argv[before] in commands:
+        return commands[argv[before]]([*argv[:before], *argv[before + 1 :]])
     if "--version" in argv:
         print(f"clrun {__version__}")
         return 0
@@ -89,12 +90,20 @@ def _command(argv: list[str]) -> int:
             for line in failed:
                 print(f"clrun: failed: {line}", file=sys.stderr)
             return 1 if failed else 0
-        composer.compose(args.overrides, sweep=args.multirun)  # for its clear errors
+        composer.compose(
+            args.overrides, sweep=args.multirun
+        )  # raises a ConfigError where Hydra would print a traceback
     return _hydra(args, parser)
 
 
+def _config_dir_words(argv: Sequence[str]) -> int:
+    """Return how many of the first words are the option --config-dir with its value, which may precede a command."""
+    option, joined, _ = argv[0].partition("=") if argv else ("", "", "")
+    return 0 if option not in ("--config-dir", "-cd") else 1 if joined else 2
+
+
 def _refusing(parser: ArgumentParser) -> ArgumentParser:
-    """Make a parser raise where it would print its usage and exit."""
+    """Return `parser` changed to raise a `ConfigError` where it would print its usage and exit."""
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(f"{message}; see clrun --help")
@@ -104,16 +113,16 @@ def _refusing(parser: ArgumentParser) -> ArgumentParser:
 
 
 def _folder(text: str) -> Path:
-    """Return an argument that names a folder."""
+    """Return the path of an existing folder."""
     if not os.path.isdir(text):
         raise ArgumentTypeError(f"no such folder: {text}")
     return Path(text)
 
 
 def _hydra(args: Namespace, parser: ArgumentParser) -> int:
-    """Let Hydra do what it can do alone: help, completion, showing configurations."""
+    """Run the features that Hydra has itself: help, shell completion, printing configurations."""
     try:
-        with env_override({"HYDRA_FULL_ERROR": "1"}):  # else it prints and exits by itself
+        with env_override({"HYDRA_FULL_ERROR": "1"}):  # otherwise Hydra prints the error and exits
             _run_hydra(args, parser, task, str(conf_dir()), "config")
     except SystemExit as end:
         return 2 if end.code else 0
@@ -123,7 +132,7 @@ def _hydra(args: Namespace, parser: ArgumentParser) -> int:
 
 
 def _list(words: list[str]) -> int:
-    """Print the members of a group, each with the first comment of its file."""
+    """Print the choices of a group, each with the description in its YAML file."""
     parser = _refusing(ArgumentParser("clrun list", add_help=False))
     parser.add_argument("--config-dir", "-cd", type=_folder)
     parser.add_argument("group", nargs="?", default="")
@@ -133,32 +142,31 @@ def _list(words: list[str]) -> int:
     group = next((g for g in groups if args.group in (g, f"{g}s")), None)
     if group is None:
         close = did_you_mean(args.group, groups)
-        wrong = f"no group '{args.group}'{close}" if args.group else "give a group"
+        wrong = f"there is no group '{args.group}'{close}" if args.group else "name a group"
         raise ConfigError(f"list: {wrong} (available: {', '.join(sorted(groups))})")
     files = {f.relative_to(d / group): f for d in folders for f in (d / group).rglob("*.yaml")}
     files = {member: file for member, file in files.items() if not member.as_posix().startswith("_")}  # only included
     for member, file in sorted(files.items()):
-        comments = (x.removeprefix("#").strip() for x in file.read_text().splitlines() if x.startswith("#"))
-        print(f"{member.with_suffix('').as_posix():24} {next((c for c in comments if c and c[0] != '@'), '')}".rstrip())
+        print(f"{member.with_suffix('').as_posix():24} {description(file)}".rstrip())
     return 0
 
 
 def _report(words: list[str]) -> int:
-    """Rebuild the tables of folders of runs."""
+    """Rebuild the tables and the report of folders of runs, and print the comparison table."""
     from clrun.reporting import report
 
     parser = _refusing(ArgumentParser("clrun report", add_help=False))
     parser.add_argument("dirs", nargs="+", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--pictures", action="store_true")  # of every single run, however many
+    parser.add_argument("--pictures", action="store_true")  # draw the figure of every single run, even of more than 50
     args = parser.parse_intermixed_args(words)
     result = report(args.dirs, out=args.out, every_picture=args.pictures)
-    print(f"{result.text}\n\nreport: {result.page or 'none of several folders; add --out FOLDER'}")
+    print(f"{result.text}\n\nreport: {result.page or 'no report is written for several folders; pass --out FOLDER'}")
     return 0
 
 
 def _features(words: list[str]) -> int:
-    """List the cached features of frozen backbones, or remove those that nobody uses."""
+    """List the cached features of frozen backbones, or remove those that no running process uses."""
     from clrun.data.feature_cache import FeatureCache, default_folder, listing
 
     parser = _refusing(ArgumentParser("clrun features", add_help=False))
@@ -167,7 +175,7 @@ def _features(words: list[str]) -> int:
     parser.add_argument("--keep", type=float, default=0.0, metavar="GB")
     args = parser.parse_args(words)
     if not 0 <= args.keep < 1e9:
-        raise ConfigError(f"features: --keep must be a number of gigabytes from 0, got {args.keep:g}")
+        raise ConfigError(f"features: --keep must be a number of gigabytes of at least 0, got {args.keep:g}")
     if args.action == "prune":
         FeatureCache(args.dir, limit=int(args.keep * 1e9)).make_room()
     print(listing(args.dir))

@@ -1,6 +1,6 @@
-"""Every node of a configuration against the signature of what it names; the options of a run; the configuration's hash.
+"""Checks every node of a configuration against the signature of the class or function that it names.
 
-Importing this module is cheap: only `check` imports the targets, and with them torch.
+Importing this module is fast: only `check` imports the targets, and torch with them.
 """
 
 import re
@@ -16,17 +16,17 @@ PLAIN: dict[str, Any] = {"name": str, "seed": Count}
 
 
 def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
-    """Compare a resolved configuration with the signatures of everything it names, and import it.
+    """Import every target of a resolved configuration and compare the options with its signature.
 
-    Keys, plain types and declared ranges are compared for each node with a `_target_`, at any depth. Data classes that
-    need no run-time argument are built once, so that `__post_init__` can refuse combinations.
+    For each node with a `_target_`, at any depth, keys, plain types and declared ranges are checked. Data classes that
+    need no argument at run time are instantiated, so that `__post_init__` can refuse combinations of options.
 
     Args:
         config: plain containers, interpolations resolved, without the `hydra` node.
-        choices: chosen member of each group, for the messages.
+        choices: choice in each configuration group, named in the messages.
 
     Raises:
-        ConfigError: one line for each problem.
+        ConfigError: one line per problem.
     """
     problems: list[str] = []
     for key, value in config.items():
@@ -37,9 +37,11 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
         elif wrong := mismatch(value, PLAIN[key]):
             problems.append(f"{key}: {wrong}, got {value!r}")
         elif key == "name" and not re.fullmatch(r"[^./\\\s][^/\\\n]*", value):
-            problems.append(f"name: must be usable as the name of a folder, got {value!r}")
-    problems += [f"{key}: missing; choose one (clrun list {key})" for key in GROUPS if key not in config]
-    problems += [f"{key}: missing" for key in PLAIN if key not in config]
+            problems.append(
+                f"name: must be a valid folder name (not empty, no slash, no leading dot or space), got {value!r}"
+            )
+    problems += [f"{key}: is missing; set {key}=CHOICE (see clrun list {key})" for key in GROUPS if key not in config]
+    problems += [f"{key}: is missing; set {key}=..." for key in PLAIN if key not in config]
     if not problems:
         problems += _setting_problems(config)
     if problems:
@@ -55,7 +57,7 @@ def forget() -> None:
 
 
 def _known_problems(group: str, node: Any, choice: str | None) -> list[str]:
-    """Return the problems of a top-level node, looked for once a process: runs of a sweep share most nodes."""
+    """Return the problems of a top-level node; cached, because the runs of a sweep share most nodes."""
     key = (group, repr(node), choice)
     if key not in _known:
         _known[key] = list(_group_problems(group, node, choice))
@@ -65,13 +67,13 @@ def _known_problems(group: str, node: Any, choice: str | None) -> list[str]:
 def _group_problems(group: str, node: Any, choice: str | None) -> Iterator[str]:
     """Yield the problems of a top-level node."""
     if not isinstance(node, Mapping) or "_target_" not in node:
-        yield f"{group}: expected a node with a _target_, got {node!r}; choose one (clrun list {group})"
+        yield f"{group}: expected a node with a _target_, got {node!r}; set {group}=CHOICE (see clrun list {group})"
     else:
         yield from _node_problems(node, group, f"{group}={choice}" if choice else group)
 
 
 def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the problem of a method that cannot live in the scenario's setting."""
+    """Yield a problem when the method does not support the setting of the scenario."""
     method, setting = locate(config["method"]["_target_"]), config["scenario"].get("setting")
     settings = getattr(method, "settings", None)
     if setting is None or settings is None or setting in settings:
@@ -82,7 +84,7 @@ def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _node_problems(node: Mapping[str, Any], path: str, label: str) -> Iterator[str]:
-    """Yield the problems of a node with a `_target_` and of the nodes within."""
+    """Yield the problems of a node with a `_target_` and of the nodes inside it."""
     try:
         target = locate(str(node["_target_"]))
     except ConfigError as error:
@@ -97,7 +99,7 @@ def _node_problems(node: Mapping[str, Any], path: str, label: str) -> Iterator[s
 
 
 def _nested_problems(value: Any, path: str) -> Iterator[str]:
-    """Yield the problems of the nodes with a `_target_` within a value."""
+    """Yield the problems of the nodes with a `_target_` inside a value."""
     if isinstance(value, Mapping):
         if "_target_" in value:
             yield from _node_problems(value, path, str(value["_target_"]).rpartition(".")[2])
@@ -112,7 +114,7 @@ def _nested_problems(value: Any, path: str) -> Iterator[str]:
 def _option_problems(
     target: Callable[..., Any], options: Mapping[str, Any], path: str, label: str, *, partial: bool
 ) -> Iterator[str]:
-    """Yield unknown, missing and unfitting options; the positional parameters of a partial node come at run time."""
+    """Yield unknown, missing and invalid options; a partial node gets its positional parameters at run time."""
     takes = parameters(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     for key, value in options.items():
@@ -127,13 +129,13 @@ def _option_problems(
         variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         at_run_time = partial and parameter.kind is not parameter.KEYWORD_ONLY
         if key not in options and parameter.default is parameter.empty and not (variadic or at_run_time):
-            yield f"{path}.{key}: missing; {label} needs it"
+            yield f"{path}.{key}: is missing; {label} needs it, set {path}.{key}=..."
 
 
 def _construction_problems(
     target: Callable[..., Any], options: Mapping[str, Any], path: str, *, partial: bool
 ) -> Iterator[str]:
-    """Yield what the target itself refuses, where trying costs nothing."""
+    """Yield the problems that the target itself reports, where instantiating it is cheap."""
     try:
         if is_dataclass(target) and not partial:
             target(**options)
@@ -143,8 +145,12 @@ def _construction_problems(
             optimizer: Any = target([weight := torch.nn.Parameter(torch.zeros(1))], **options)
             weight.grad = torch.ones(1)
             if not hasattr(optimizer, "watch"):
-                optimizer.step()  # some want more than gradients, or other ones
+                optimizer.step()  # an optimizer with `watch` also needs statistics of a model
     except ConfigError as error:
         yield str(error)
-    except (ValueError, TypeError, RuntimeError) as error:  # torch's own checks, as "Invalid learning rate: -1"
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # checks of torch itself, such as "Invalid learning rate: -1"
         yield f"{path}: {error}"

@@ -1,4 +1,4 @@
-"""Composition of configurations by Hydra, with every mistake told in one line. Nothing here imports torch."""
+"""Composes configurations with Hydra and reports every mistake in one line. Nothing here imports torch."""
 
 import hashlib
 import os
@@ -29,20 +29,21 @@ from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
 from clrun.system.yaml_files import conf_dir
 
-SLUG_LENGTH = 100  # of the readable part; file systems allow 255 bytes
+COMMANDS = ("list", "report", "features")
+SLUG_LENGTH = 100  # characters of the readable part; file systems allow 255 bytes in a name
 
 
 def slug(overrides: Sequence[str]) -> str:
-    """Return a file name for a job of a sweep: its overrides, shortened, and a hash of them.
+    """Return the folder name of a job in a sweep: its overrides, shortened, and a hash of them.
 
-    Order does not matter, and overrides outside the configuration hash do not count: a sweep started again finds its
-    folders, whatever was changed in how it shows and stores. The root of the data counts: for the user's own it is how
-    a sweep goes over several of them.
+    The order of the overrides does not matter, and overrides that cannot change a result are left out: a sweep that is
+    started again with other options for display and storage finds its folders. The root of the data is included,
+    because a sweep over data sets of the user's own varies it.
     """
     keys = {o: re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in overrides}
-    kept = sorted(o for o, key in keys.items() if inside_hash(key) or key == "dataset.root")
-    text = re.sub(r"[^\w.-]+", "-", "_".join(kept)).strip(".-_")[:SLUG_LENGTH]
-    return f"{text or 'default'}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+    identifying = sorted(o for o, key in keys.items() if inside_hash(key) or key == "dataset.root")
+    text = re.sub(r"[^\w.-]+", "-", "_".join(identifying)).strip(".-_")[:SLUG_LENGTH]
+    return f"{text or 'default'}-{hashlib.sha256(repr(identifying).encode()).hexdigest()[:8]}"
 
 
 def _slug_of_job(*, _root_: DictConfig) -> str:
@@ -58,10 +59,10 @@ OmegaConf.register_new_resolver("clrun.slug", _slug_of_job, replace=True)
 
 @dataclass(frozen=True)
 class Composer:
-    """Composes configurations from clrun's files and the user's.
+    """Composes configurations from the YAML files of clrun and of the user.
 
     Attributes:
-        hydra: Hydra with the search path set.
+        hydra: Hydra with its search path.
         name: name of the primary configuration file.
     """
 
@@ -74,7 +75,7 @@ class Composer:
         """Yield a composer for Hydra's options of these names; Hydra's global state is restored after the block.
 
         Raises:
-            ConfigError: no such folder.
+            ConfigError: the folder of --config-dir does not exist.
         """
         search_path = create_config_search_path(os.path.abspath(config_path) if config_path else str(conf_dir()))
         if config_dir is not None:
@@ -90,14 +91,14 @@ class Composer:
             GlobalHydra.instance().hydra, HydraConfig.instance().cfg = initialized, composed
 
     def compose(self, overrides: Sequence[str], *, sweep: bool = False) -> DictConfig:
-        """Compose a configuration, the `hydra` node included, in which `hydra.mode` says whether it is a sweep.
+        """Compose a configuration with its `hydra` node, in which `hydra.mode` says whether it is a sweep.
 
         Args:
-            overrides: of the command line; several values for a key in sweeps only.
-            sweep: compose the configuration of a sweep; a configuration can also say itself that it is one.
+            overrides: overrides of the command line; several values for a key are allowed in sweeps only.
+            sweep: compose the configuration of a sweep; a configuration can also set hydra.mode=MULTIRUN itself.
 
         Raises:
-            ConfigError: the mistake in the overrides or in a YAML file, in one line.
+            ConfigError: one line about the mistake in the overrides or in a YAML file.
         """
         loader: Any = self.hydra.config_loader
         try:
@@ -112,14 +113,14 @@ class Composer:
                     return cfg
             cfg = loader.load_configuration(self.name, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
             return cfg
-        except Exception as error:  # composing reads overrides and files and does nothing else
+        except Exception as error:  # composing only reads overrides and files, so that every error is about them
             raise ConfigError(self._problem(error, overrides)) from error
 
     def compose_job(self, sweep: DictConfig, overrides: Sequence[str]) -> DictConfig:
         """Compose the configuration of one job of a sweep as Hydra's launchers do.
 
         Raises:
-            ConfigError: the mistake, in one line.
+            ConfigError: one line about the mistake.
         """
         try:
             return self.hydra.config_loader.load_sweep_config(sweep, list(overrides))
@@ -127,7 +128,7 @@ class Composer:
             raise ConfigError(self._problem(error, overrides)) from error
 
     def _problem(self, error: Exception, overrides: Sequence[str]) -> str:
-        """Return what is wrong, where, and what to do."""
+        """Return the message for a mistake: where it is, what is wrong, what to do."""
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
             return self._unknown_key(cause, overrides)
@@ -140,13 +141,13 @@ class Composer:
         if isinstance(error, ConfigCompositionException) and cause is error:
             lines = [line for line in str(error).splitlines() if line]
             several = "Ambiguous value" in lines[0]
-            return f"{lines[0]}; to run them all add -m, a list is written [a,b]" if several else "; ".join(lines)
+            return f"{lines[0]}; add -m to run all of them, or write a list as [a,b]" if several else "; ".join(lines)
         if file := self._unreadable_file():
             return f"{file}: not a readable configuration file: {_omegaconf_line(cause)}"
         return f"{' '.join(overrides)}: {_omegaconf_line(cause)}"
 
     def _unknown_key(self, error: Any, overrides: Sequence[str]) -> str:
-        """Return the message for a key that the composed configuration lacks."""
+        """Return the message for a key that does not exist in the composed configuration."""
         key = str(error.full_key)
         group, _, inner = key.partition(".")
         choices = self.hydra.config_loader.compute_defaults_list(
@@ -161,18 +162,18 @@ class Composer:
         """Return the message for a file that does not exist."""
         group, _, member = str(error.missing_cfg_file).rpartition("/")
         if not group:
-            return f"no configuration file '{member}' (--config-name)"
+            return f"there is no configuration file '{member}' (--config-name)"
         known = self.hydra.config_loader.get_group_options(group)
         available = ", ".join(known) or "none"
         if group == "hydra/launcher":
             joblib, slurm = (pip_install(f"hydra_plugins.hydra_{name}_launcher") for name in ("joblib", "submitit"))
             available += f"; joblib: {joblib}; submitit_slurm and submitit_local: {slurm}"
         where = re.match("In '(.*?)'", str(error))
-        inside = "" if where is None or where[1] in (self.name, "hydra/config") else f"{where[1]}: "
-        return f"{inside}no {group} named '{member}'{did_you_mean(member, known)} (available: {available})"
+        file = "" if where is None or where[1] in (self.name, "hydra/config") else f"{where[1]}: "
+        return f"{file}no {group} named '{member}'{did_you_mean(member, known)} (available: {available})"
 
     def _unreadable_file(self) -> str | None:
-        """Return the first of the YAML files on the search path that cannot be read on its own."""
+        """Return the first YAML file on the search path that cannot be read; None when all can."""
         for source in self.hydra.config_loader.get_sources():
             if source.scheme() == "file":
                 for file in sorted(Path(source.path).rglob("*.yaml")):
@@ -186,7 +187,9 @@ class Composer:
 def _unreadable_override(error: OverrideParseException) -> str:
     """Return the message for an override that Hydra's grammar does not accept."""
     if "=" not in str(error.override):
-        commands = did_you_mean(str(error.override), ("list", "report", "features"))
+        if str(error.override) in COMMANDS:
+            return f"'{error.override}': a command is the first word, as in: clrun {error.override} ..."
+        commands = did_you_mean(str(error.override), COMMANDS)
         return f"'{error.override}': neither a command nor KEY=VALUE{commands or '; see clrun --help'}"
     lines = [x for x in str(error).splitlines() if not x.startswith(("Error parsing override", "See https"))]
     reason = " ".join(lines).partition(" expecting {")[0]
@@ -194,12 +197,12 @@ def _unreadable_override(error: OverrideParseException) -> str:
 
 
 def _omegaconf_line(error: BaseException) -> str:
-    """Return the message of an exception without OmegaConf's further lines, led by the key that it is about."""
+    """Return the first line of an exception of OmegaConf, after the key that it is about; of others the message."""
     if not isinstance(error, OmegaConfBaseException):
         return one_line(error)
     text = first_line(error)
     if (missing := text.partition("Missing mandatory value: ")[2]) and error.full_key:
-        return f"{missing}: needs a value; set {missing}=..."  # asked for by the interpolation of another key
+        return f"{missing}: needs a value; set {missing}=..."  # the interpolation of another key needs it
     return f"{error.full_key}: {text}" if error.full_key else text
 
 

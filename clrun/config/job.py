@@ -11,7 +11,7 @@ When = Literal["none", "final", "each_task"]
 
 @dataclass(frozen=True)
 class Job:
-    """Limits, evaluation cadence and files of a run.
+    """Limits, evaluation and files of a run.
 
     Attributes:
         resume: continue from the checkpoint found in the run's folder. Without it the run begins anew, and a method
@@ -19,7 +19,7 @@ class Job:
         keep_checkpoint: keep the checkpoint of a completed run.
         progress: show bars and lines on the terminal.
         picture: draw accuracy_matrix.png.
-        save_model: write the final weights as safetensors.
+        save_model: write the final weights to model.safetensors.
         save_predictions: write the prediction for every evaluated row to predictions.csv: never, after the last task,
             or after each task for all tasks learned so far. `clrun.running.predictions` describes the file.
         save_logits: the same for logits, in the files logits/after_N.npz (N tasks learned).
@@ -61,7 +61,7 @@ class Job:
     tuning: Callable[..., Any] | None
 
     def __post_init__(self) -> None:
-        """Check combinations."""
+        """Refuse options that exclude each other."""
         if self.tuning is not None and self.eval_every is not None:
             raise ConfigError(
                 "job.eval_every: excludes job.tuning, which learns each task several times; set one of them to null"

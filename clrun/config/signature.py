@@ -1,4 +1,4 @@
-"""What a dotted path names, which parameters it takes, and whether a plain value fits an annotation."""
+"""The callable behind a dotted path, its parameters, and whether a value fits an annotation."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ def locate(target: str) -> Callable[..., Any]:
     """Import the callable at a dotted path.
 
     Raises:
-        ConfigError: there is none, or its module cannot be imported; one line, whatever the module raised.
+        ConfigError: it does not exist, or its module cannot be imported; one line, whatever the module raised.
     """
     module, _, name = target.rpartition(".")
     try:
@@ -32,7 +32,7 @@ def locate(target: str) -> Callable[..., Any]:
         raise ConfigError(f"cannot import '{target}': '{module}' has no '{name}'{did_you_mean(name, dir(owner))}")
     found = getattr(owner, name)
     if not callable(found):
-        raise ConfigError(f"'{target}' cannot be called; name a class or a function")
+        raise ConfigError(f"'{target}' is not callable; name a class or a function")
     return found  # type: ignore[no-any-return]
 
 
@@ -45,19 +45,19 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         hints = {}
     try:
         found = inspect.signature(target).parameters
-    except ValueError:  # some built-in callables publish no signature: nothing to compare with
+    except ValueError:  # some built-in callables have no signature: accept every argument
         found = inspect.signature(lambda *args, **kwargs: None).parameters
     return {name: p.replace(annotation=hints.get(name, Any)) for name, p in found.items()}
 
 
 def mismatch(value: Any, hint: Any) -> str | None:
-    """Return what is wrong with `value` ("expected float", "must be at least 0"), or None when it fits.
+    """Return the problem of `value` ("expected float", "must be at least 0"), or None when it fits the annotation.
 
     Args:
         value: None, bool, int, float, str, or lists and mappings of these; a mapping with a `_target_` stands for the
-            object that it will become and fits every annotation but plain ones.
+            object that it will become and fits every annotation except those of plain types.
         hint: an evaluated annotation; plain types, Literal, Union, Annotated with `Range`, and collections of these.
-            A float takes an int; an int takes neither a bool nor 1.0 nor "1". What is not understood fits.
+            An int fits a float; a bool, 1.0 and "1" do not fit an int. Every value fits an annotation of another kind.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -82,7 +82,7 @@ def mismatch(value: Any, hint: Any) -> str | None:
 
 
 def _union_mismatch(problems: list[str | None]) -> str | None:
-    """Return the message for a value given the problem that each member of the union has with it."""
+    """Return the problem of a value with a union, given its problem with each member of the union."""
     if None in problems:
         return None
     texts = [p for p in dict.fromkeys(problems) if p]
@@ -93,7 +93,7 @@ def _union_mismatch(problems: list[str | None]) -> str | None:
 
 
 def _collection_mismatch(value: Any, kind: type, args: tuple[Any, ...]) -> str | None:
-    """Return what is wrong with a list or a mapping, or with the first of its items that does not fit."""
+    """Return the problem of a list or a mapping, or of its first item that does not fit."""
     if issubclass(kind, Mapping):
         if not isinstance(value, Mapping):
             return "expected a mapping"

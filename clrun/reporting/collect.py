@@ -12,7 +12,7 @@ from clrun.results.identity import flatten
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
 from clrun.results.records import RunRecord
 from clrun.system.errors import ConfigError
-from clrun.system.files import holder
+from clrun.system.files import lock_holder
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def collect(roots: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
 def _reduced(record: RunRecord, label: str) -> Run:
     """Return the part of a record that the report needs."""
     config = record.config
-    interrupted = record.status == "running" and holder(record.folder / "lock") is None
+    interrupted = record.status == "running" and lock_holder(record.folder / "lock") is None
     matrices = dict(_evaluated(record))
     parameters, state_bytes, train_seconds = cost_totals(record.cost)
     return Run(

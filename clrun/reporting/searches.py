@@ -1,6 +1,5 @@
 """A search for the worst order (order_search.json): reading it, its result in words, and its section of report.html."""
 
-import json
 import os
 import shlex
 import textwrap
@@ -12,6 +11,7 @@ from clrun.reporting.charts import path_of_search, text
 from clrun.reporting.markup import Cell, details, figure, number, order_text, section, table
 from clrun.reporting.tables import SETTINGS, WIDTH, points, printable
 from clrun.system.errors import ConfigError
+from clrun.system.files import read_json
 
 RECORD = "order_search.json"
 SCHEMA = 1
@@ -27,10 +27,7 @@ def read_search(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read or was not written by this version of clrun.
     """
-    try:
-        search = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); remove the file to start a new search") from error
+    search = read_json(path, remedy="remove the file to start a new search")
     sound = isinstance(search, dict) and search.get("schema") == SCHEMA and search.keys() >= KEYS
     if not sound or not all(isinstance(trial, dict) and trial.keys() >= TRIAL for trial in search["trials"]):
         raise ConfigError(f"{path}: was not written by this version of clrun; remove the file to start a new search")

@@ -1,9 +1,10 @@
-"""The files of one run: written so that a kill or a full disk at any moment leaves the earlier ones whole.
+"""The files of one run, written so that a kill or a full disk never damages the content that was there before.
 
-Columns of accuracy.csv: `step` (optimizer steps so far), `position` (tasks learned at this evaluation; 0 = untrained),
-`after` (id of the task learned last; -1 at 0), `task` (id of the evaluated task), `task_position` (its position, from
-0), `split`, `setting`, `correct`, `total`, `task_correct` (rows whose predicted class belongs to the right task), `nll`
-(mean), `phase` ("end" of a task, or "during" it).
+Columns of accuracy.csv: `step` (optimizer steps so far), `position` (number of tasks learned at this evaluation; 0 =
+untrained), `after` (id of the last learned task; -1 at position 0), `task` (id of the evaluated task), `task_position`
+(its position, from 0), `split`, `setting`, `correct` and `total` (numbers of samples), `task_correct` (number of
+samples whose predicted class belongs to their task), `nll` (mean negative log-likelihood), `phase` ("end" of a task or
+"during").
 """
 
 import csv
@@ -18,7 +19,18 @@ import yaml
 
 from clrun.results.metrics import AccuracyMatrix, Row
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import append, csv_text, json_text, locked, missing_folders, remove_empty, replacing, writing
+from clrun.system.files import (
+    append_text,
+    csv_text,
+    json_text,
+    locked,
+    missing_folders,
+    read_json,
+    read_regular,
+    remove_empty,
+    replacing,
+    writing,
+)
 
 SCHEMA = 1
 COLUMNS = (
@@ -41,24 +53,24 @@ INTEGERS = ("step", "position", "after", "task", "task_position", "correct", "to
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Writes the files of one run. Every failure to write is a `ConfigError` that names the file and the reason.
+    """Writes the files of one run. A file that cannot be written raises a `ConfigError` with its path and the reason.
 
     Attributes:
-        path: the folder.
+        path: folder of the run.
     """
 
     path: Path
 
     def create(self) -> None:
-        """Make the folder and its parents."""
+        """Create the folder and its parents."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold it for this process while the block runs (see `clrun.system.files.locked`).
+        """Create the folder and lock it for this process while the block runs (see `clrun.system.files.locked`).
 
-        Folders that were made for this and are empty at the end are removed.
+        Folders that were created for this and are empty at the end are removed.
 
         Raises:
             ConfigError: another living process holds the folder, or it cannot be written.
@@ -72,37 +84,37 @@ class RunFolder:
             remove_empty(missing)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write config.yaml: the resolved configuration, plain types."""
+        """Write config.yaml: the resolved configuration in plain types."""
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
         self._replace("config.yaml", text, flush=False)
 
     def write_run(self, run: Mapping[str, Any]) -> None:
-        """Write run.json; how the run ended survives a loss of power."""
+        """Write run.json; the content of an ended run also survives a loss of power."""
         self._replace("run.json", json_text(run, indent=1), flush=run["status"] != "running")
 
     def read_run(self) -> dict[str, Any] | None:
-        """Return the content of run.json, None without one.
+        """Return the content of run.json; None when there is none.
 
         Raises:
-            ConfigError: it cannot be read or was not written by this version of clrun.
+            ConfigError: the file cannot be read or was not written by this version of clrun.
         """
         return read_run(self.path) if (self.path / "run.json").exists() else None
 
     def append_rows(self, rows: Iterable[Row]) -> None:
-        """Append rows to accuracy.csv, sorted by (position, task_position, setting); its header comes first."""
+        """Append rows to accuracy.csv, sorted by (position, task_position, setting); a new file gets a header."""
         path = self.path / "accuracy.csv"
-        append(path, ("" if _size(path) else _header()) + _lines(rows))
+        append_text(path, ("" if _size(path) else _header()) + _lines(rows))
 
     def write_rows(self, rows: Iterable[Row]) -> None:
-        """Write accuracy.csv anew; `rows` keep the order in which they were appended."""
+        """Replace accuracy.csv; `rows` are in the order in which they were appended."""
         self._replace("accuracy.csv", _header() + csv_text(map(_cells, rows)), flush=False)
 
     def append_log(self, record: Mapping[str, Any]) -> None:
         """Append one record to metrics.jsonl."""
-        append(self.path / "metrics.jsonl", json_text(record))
+        append_text(self.path / "metrics.jsonl", json_text(record))
 
     def truncate_log(self, learned: int) -> None:
-        """Cut metrics.jsonl before the first record of the task at position `learned`, or before a torn line."""
+        """Cut metrics.jsonl before the first record of the task at position `learned`, or before an incomplete line."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -125,22 +137,22 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says, read without unpickling or importing anything.
+    """The content of a run folder, read without unpickling or importing anything.
 
     Attributes:
-        folder: where it was read.
+        folder: folder of the run.
         name: `name` of the configuration.
-        config: resolved configuration, plain types.
+        config: resolved configuration in plain types.
         status: "running", "completed", "failed" or "interrupted", as stored.
-        error: what ended the run; "" for nothing.
-        choices: member chosen in each config group, e.g. {"method": "er"}.
+        error: the error that ended the run; "" without one.
+        choices: choice in each configuration group, e.g. {"method": "er"}.
         seed: seed of the run.
         order: task ids by position; () when the run ended before its stream was built.
         matrices: counts by (split, setting).
-        cost: what it cost, as stored.
+        cost: parameters, state bytes and times, as stored.
         versions: versions and device, as stored.
         stored: all of run.json.
-        logme: LogME of the frozen features over all training rows; None when not recorded.
+        logme: LogME of the frozen features over all training samples; None when not recorded.
     """
 
     folder: Path
@@ -162,7 +174,7 @@ class RunRecord:
         """Read run.json and accuracy.csv of `run_dir`.
 
         Raises:
-            ConfigError: a file is damaged, foreign or contradicts the other.
+            ConfigError: a file is damaged, was not written by clrun, or the files contradict each other.
         """
         run = read_run(run_dir)
         order = tuple(run["task_order"] or ())
@@ -196,16 +208,13 @@ class RunRecord:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Return the content of run.json, its types checked as far as readers rely on them.
+    """Return the content of run.json after checking the types that its readers rely on.
 
     Raises:
-        ConfigError: it cannot be read or was not written by this version of clrun.
+        ConfigError: the file cannot be read or was not written by this version of clrun.
     """
     path = run_dir / "run.json"
-    try:
-        run = json.loads(_regular(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({first_line(error)}); remove it to run again") from error
+    run = read_json(path, remedy="remove it to run again")
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA}); remove it to run again")
     order = run.get("task_order") or []
@@ -217,15 +226,16 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:
-    """Return the columns of an accuracy.csv: a report reads a million lines, too many for a mapping each.
+    """Return the columns of an accuracy.csv by name.
 
-    A torn last line, as a kill leaves it, is left out.
+    Columns and not one mapping per row, because a report reads a million rows. An incomplete last line, which a kill
+    may leave, is left out.
 
     Raises:
         ConfigError: the file cannot be read or has other columns.
     """
     try:
-        text = _regular(path).read_bytes().decode()
+        text = read_regular(path).decode()
         lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
         if not lines or tuple(lines[0]) != COLUMNS:
             raise ValueError("its first line is not the header of accuracy.csv")
@@ -250,13 +260,6 @@ def _cells(row: Row) -> list[Any]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _regular(path: Path) -> Path:
-    """Return `path`; a pipe or device of that name would block its reader for ever."""
-    if not path.is_file():
-        raise FileNotFoundError(None, "no such file" if not path.exists() else "not a regular file")
-    return path
 
 
 def _number(value: Any) -> float | None:

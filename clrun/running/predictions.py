@@ -21,7 +21,7 @@ from clrun.config.job import When
 from clrun.data.stream import Stream
 from clrun.learning.method import Method
 from clrun.running.evaluation import Evaluation
-from clrun.system.files import append, csv_text, replacing, writing
+from clrun.system.files import append_text, csv_text, replacing, writing
 
 CSV = "predictions.csv"
 
@@ -94,7 +94,7 @@ class Predictions:
         if csv:
             path = self.folder / CSV
             header = [] if path.exists() else [list(rows[0])]
-            append(path, csv_text([*header, *(row.values() for row in rows)]))
+            append_text(path, csv_text([*header, *(row.values() for row in rows)]))
             self._in_csv.add(learned)
         if logits:
             self._save_logits(stream, learned, rows, outputs)

@@ -36,7 +36,7 @@ from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
 from clrun.system.errors import ConfigError
-from clrun.system.files import plain, replacing
+from clrun.system.files import json_value, replacing
 
 UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
 
@@ -83,7 +83,7 @@ class Recorder:
             "versions": versions(self.hardware),
             "started": _now(),
             "finished": None,
-            "config": plain(parts.config),
+            "config": json_value(parts.config),
         }
 
     # --- around the run

@@ -11,7 +11,7 @@ from clrun.running.build import Built, build, check_without_building
 from clrun.running.engine import Engine
 from clrun.running.parts import Config, Parts, function_of
 from clrun.running.recorder import Recorder, average_accuracy
-from clrun.system.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, collecting_warnings
 from clrun.system.hardware import launch
 
 
@@ -87,7 +87,7 @@ def _work(parts: Parts, out: Path, job: JobInfo, rank: int, world: int) -> float
     parts.hardware.setup(rank=rank, world=world, job=job.number or 0, parallel=job.parallel)
     recorder = Recorder(parts, RunFolder(out), job)
     with recorder.recording(), parts.naming_foreign():
-        with noting(recorder.run["notes"]):  # the command line has shown them
+        with collecting_warnings(recorder.run["notes"]):  # the command line has shown them
             built = build(parts)
         return _learn(parts, built, recorder)
 

@@ -1,1 +1,1 @@
-"""What touches the machine: files and locks, devices and processes, random seeds, errors, optional libraries."""
+"""Access to the machine: files and locks, devices and processes, random seeds, errors, third-party libraries."""

@@ -1,4 +1,4 @@
-"""The exceptions for user mistakes and diverged training, the one warning, spelling, declared ranges of options."""
+"""Exceptions for user mistakes and diverged training, the warning about data, ranges of options, spelling hints."""
 
 import difflib
 import warnings
@@ -9,29 +9,32 @@ from typing import Annotated
 
 
 class ConfigError(Exception):
-    """A mistake of the user: reported as one line per problem, exit code 2, no traceback.
+    """A mistake of the user: reported as one line per problem, with exit code 2 and without traceback.
 
-    The message says what is wrong, where (full dotted key or file) and what to do.
+    The message says where the problem is (full dotted key or file), what is wrong and what to do.
     """
 
 
 class NumericalError(ArithmeticError):
-    """Training produced numbers that are not finite: reported as one line, exit code 1, no traceback."""
+    """A loss or a parameter became NaN or infinite: reported as one line, with exit code 1 and without traceback."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception on one line, its type where it has no message."""
+    """Return the whole message of an exception on one line; the name of its type when it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the message of an exception; the bare reason of an OSError; the type without message."""
+    """Return the first line of the message of an exception; the name of its type when it has no message.
+
+    For an OSError it is the reason without error number and file name.
+    """
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 class DataWarning(UserWarning):
-    """Something about the data that the user should know: shown once, and kept in run.json."""
+    """A warning about the user's data: shown once and stored in run.json."""
 
 
 def warn(text: str) -> None:
@@ -40,8 +43,8 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def noting(notes: list[str]) -> Iterator[None]:
-    """Put the `DataWarning`s of the block into `notes` instead of showing them."""
+def collecting_warnings(notes: list[str]) -> Iterator[None]:
+    """Append the messages of every `DataWarning` in the block to `notes` instead of showing them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
         yield
@@ -54,12 +57,12 @@ def noting(notes: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, declared in a signature as `Annotated[int, Range(minimum=0)]` and checked by `config.check`.
+    """Bounds of a number, declared as `Annotated[int, Range(minimum=0)]` and checked by `clrun.config.check`.
 
     Args:
         minimum: smallest value allowed; None for no bound.
         maximum: largest value allowed; None for no bound.
-        above: value that must be exceeded (exclusive bound); None for no bound.
+        above: largest value that is too small (exclusive bound); None for no bound.
     """
 
     minimum: float | None = None
@@ -67,7 +70,7 @@ class Range:
     above: float | None = None
 
     def problem(self, value: float) -> str | None:
-        """Return what is wrong with `value` ("must be at least 0"), or None."""
+        """Return the problem of `value` ("must be at least 0"), or None when it is within the bounds."""
         if value != value:
             return "must be a number"
         if self.minimum is not None and value < self.minimum:

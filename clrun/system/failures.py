@@ -1,15 +1,15 @@
-"""How a failed run is told: in one line where its cause is known, and a traceback would help nobody."""
+"""One-line messages for failures with a known cause."""
 
 from clrun.system.errors import ConfigError, NumericalError, one_line
 
-# What torch says where the memory of the machine does not suffice, or the address space.
+# Parts of the messages that torch raises when the memory of the machine or its address space is too small.
 NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "numel: integer multiplication overflow")
 
 
-def told(error: BaseException) -> list[str]:
-    """Return the lines that tell why a run failed; none for a bug, which wants a traceback.
+def failure_lines(error: BaseException) -> list[str]:
+    """Return the lines to print for a failure with a known cause, or none for a bug, which needs a traceback.
 
-    The traceback of what has begun is in the run's clrun.log in any case.
+    Once a run has begun, its clrun.log has the traceback in both cases.
     """
     if isinstance(error, ConfigError):
         return str(error).splitlines()
@@ -17,5 +17,5 @@ def told(error: BaseException) -> list[str]:
         return [one_line(error)]
     text, on_gpu = one_line(error), type(error).__name__ == "OutOfMemoryError"
     if isinstance(error, MemoryError) or on_gpu or any(x in text for x in NO_MEMORY):
-        return [f"out of memory ({text}); make batches, memories or the network smaller"]
+        return [f"out of memory ({text}); use smaller batches, a smaller memory or a smaller network"]
     return []

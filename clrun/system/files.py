@@ -1,4 +1,4 @@
-"""Files that survive a kill and a full disk: replacing, appending, locking, and text that is safe in a spreadsheet."""
+"""Files that stay whole after a kill or on a full disk: replacing, appending, locking; JSON and CSV text."""
 
 import csv
 import errno
@@ -19,15 +19,15 @@ from typing import IO, Any, BinaryIO
 
 from clrun.system.errors import ConfigError, first_line
 
-BEAT = 30.0  # seconds between two signs of life of a lock
-SILENCE = 120.0  # seconds without a sign of life after which a lock of another machine is taken over
+BEAT = 30.0  # seconds after which the holder of a lock touches it again
+SILENCE = 120.0  # a lock of another machine that was not touched for this number of seconds is taken over
 FORMULA = re.compile(r"[=+\-@\t\r]")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def cache_folder(kind: str) -> Path:
-    """Return the folder for what can be computed again: `kind` under $CLRUN_CACHE, else in the user's cache folder."""
+    """Return the cache folder of this `kind`: under $CLRUN_CACHE if it is set, else in the user's cache folder."""
     if home := os.environ.get("CLRUN_CACHE"):
         return Path(home).expanduser() / kind
     if os.uname().sysname == "Darwin":
@@ -51,7 +51,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write `path` (disk full, no permission) into a `ConfigError`."""
+    """Turn an OSError about writing `path` (disk full, no permission) into a `ConfigError`."""
     try:
         yield
     except OSError as error:
@@ -62,14 +62,14 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
-    """Yield a temporary file beside `path` that takes its place when the block ends well.
+    """Yield a temporary file beside `path` that replaces it when the block ends without an exception.
 
     Args:
-        path: what to replace.
-        flush: wait until the disk has it, so that it survives a loss of power as well.
+        path: file to replace.
+        flush: wait until the content is on the disk, so that it also survives a loss of power.
 
     Raises:
-        ConfigError: it cannot be written; `path` is untouched.
+        ConfigError: the file cannot be written; then `path` is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -85,11 +85,11 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
             raise
 
 
-def append(path: Path, text: str) -> None:
-    """Append all of `text` to the file at `path` or, when that fails, nothing of it.
+def append_text(path: Path, text: str) -> None:
+    """Append `text` to the file at `path`, completely or not at all.
 
     Raises:
-        ConfigError: it cannot be written; what it held is untouched.
+        ConfigError: the file cannot be written; then its content is unchanged.
     """
     with writing(path), path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -102,35 +102,36 @@ def append(path: Path, text: str) -> None:
             raise
 
 
-def plain(value: Any) -> Any:
-    """Return `value` as JSON knows it: numpy numbers and arrays, tuples and paths converted, NaN and infinity null."""
+def json_value(value: Any) -> Any:
+    """Return `value` in the types of JSON: numpy values, tuples and paths are converted, NaN and infinity are None."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return json_value(value.tolist())
     return str(value) if isinstance(value, Path) else value
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Return `plain(value)` as JSON with a line end."""
-    return json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+    """Return `value` as JSON text with a line end; see `json_value`."""
+    return json.dumps(json_value(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Return `rows` as CSV with LF line ends, every cell through `cell`."""
+    """Return `rows` as CSV text with LF line ends; cells are written by `csv_cell`."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([cell(value) for value in row] for row in rows)
+    csv.writer(buffer, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
     return buffer.getvalue()
 
 
-def cell(value: Any) -> str:
-    """Return the text of one CSV cell: floats in full, None empty, and strings that a spreadsheet would run disarmed.
+def csv_cell(value: Any) -> str:
+    """Return the text of one CSV cell: floats in full precision, None as an empty cell.
 
-    A string that begins with = + - @, tab or carriage return and is no plain number gets a leading apostrophe.
+    A spreadsheet would run a text that begins with = + - @, tab or carriage return as a formula. Such a text gets a
+    leading apostrophe unless it is a number.
     """
     if value is None:
         return ""
@@ -140,9 +141,9 @@ def cell(value: Any) -> str:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the operating system's lock on the file `path` while the block runs; wait for whoever holds it now.
+    """Hold the operating system's lock on the file `path` while the block runs; wait while another process holds it.
 
-    The file stays. The lock ends with the process, whatever ends it.
+    The file is not removed. The lock ends with the process, however that ends.
     """
     with writing(path):
         file = path.open("a")
@@ -153,17 +154,17 @@ def exclusive(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Own the lock file `path` while the block runs, for hours if need be; never wait.
+    """Hold the lock file `path` while the block runs, for hours if necessary; never wait for it.
 
-    The file names its holder: process id, host and the start time of the process, which tells it from a later process
-    of the same id. A lock whose holder is dead is taken over. On the same host that is certain and immediate. Another
-    host cannot be asked, so a holder touches its lock every 30 seconds, and one from elsewhere counts as dead after
-    120 seconds of silence. Two processes that look at the same stale lock are kept apart by the operating system's
-    lock on the file, held only while it is read and written; a file system without such locks leaves a gap of
-    microseconds.
+    The file names its holder by process id, host and start time of the process; the start time distinguishes it from a
+    later process with the same id. A lock whose holder has ended is taken over. On the same host this is certain and
+    immediate. Processes on another host cannot be looked up: a holder touches its lock every 30 seconds, and a lock
+    from another host counts as abandoned after 120 seconds without a touch. Two processes that find the same abandoned
+    lock are kept apart by the operating system's lock on the file, which is held only while the file is read and
+    written. On a file system without such locks both could take it within microseconds.
 
     Raises:
-        ConfigError: a living process holds the lock, or it cannot be written.
+        ConfigError: a running process holds the lock, or the file cannot be written.
     """
     with writing(path):
         own = _acquire(path)
@@ -178,13 +179,40 @@ def locked(path: Path) -> Iterator[None]:
         _release(path, own)
 
 
-def holder(path: Path) -> str | None:
-    """Return who holds the lock file `path` ("process 12 on host"), or None when nobody alive does."""
+def lock_holder(path: Path) -> str | None:
+    """Return the holder of the lock file `path` ("process 12 on host"), or None when no running process holds it."""
     try:
         with path.open() as file:
             return _living(file)
     except OSError:
         return None
+
+
+def read_json(path: Path, *, remedy: str) -> Any:
+    """Return the content of a JSON file.
+
+    Args:
+        path: a regular file; a pipe or device of that name is refused because reading it could block for ever.
+        remedy: end of the error message, which says what to do.
+
+    Raises:
+        ConfigError: the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from error
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: the file does not exist, cannot be read, or is a pipe or device, which could block its reader for ever.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(None, "not a regular file" if path.exists() else "no such file")
+    return path.read_bytes()
 
 
 def _acquire(path: Path) -> str:
@@ -203,7 +231,7 @@ def _acquire(path: Path) -> str:
 
 
 def _release(path: Path, own: str) -> None:
-    """Remove the lock file unless it is another's by now; a folder removed meanwhile is nobody's."""
+    """Remove the lock file if it still names this process; do nothing when the folder is gone."""
     try:
         with path.open("r+") as file:
             _flock(file)
@@ -223,7 +251,7 @@ def _beat(path: Path, stop: threading.Event) -> None:
 
 
 def _living(file: IO[str]) -> str | None:
-    """Return the holder named in an open lock file if it may be alive; an empty or foreign file has none."""
+    """Return the holder named in an open lock file if it may still run; an empty or foreign file has none."""
     file.seek(0)
     try:
         content = json.loads(file.read())
@@ -235,11 +263,11 @@ def _living(file: IO[str]) -> str | None:
     silent = time.time() - os.fstat(file.fileno()).st_mtime
     if silent >= SILENCE:
         return None
-    return f"process {pid} on {host}, last seen {max(0.0, silent):.0f} s ago (dead after {SILENCE:.0f} s)"
+    return f"process {pid} on {host}, last seen {max(0.0, silent):.0f} s ago (abandoned after {SILENCE:.0f} s)"
 
 
 def _started(pid: int) -> str | None:
-    """Return when process `pid` started, in the words of the system; None when it is dead or a zombie."""
+    """Return the start time of process `pid` as the system prints it; None when it has ended or is a zombie."""
     if Path("/proc/self/stat").exists():
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -251,7 +279,7 @@ def _started(pid: int) -> str | None:
 
 
 def _flock(file: IO[str]) -> None:
-    """Lock an open file exclusively until it is closed; file systems that know no locks go without."""
+    """Lock an open file exclusively until it is closed; do nothing on file systems without locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
@@ -260,7 +288,7 @@ def _flock(file: IO[str]) -> None:
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether `path` still names the open file."""
+    """Return whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

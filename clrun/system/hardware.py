@@ -1,7 +1,7 @@
 """Device, precision, threads and processes of a run; starting processes and averaging their gradients.
 
-Data parallelism is explicit: after backward, one all-reduce over the gradients. No wrapper module, hence no prefixes
-in parameter names, and growing heads and several backward passes need no care.
+Data parallelism is one explicit all-reduce of the gradients after backward. There is no wrapper module, so that
+parameter names have no prefix and methods may grow heads or call backward several times.
 """
 
 import json
@@ -28,20 +28,20 @@ GROUP_TIMEOUT = timedelta(minutes=5)
 
 @dataclass
 class Hardware:
-    """What one process of a run computes on.
+    """The hardware that one process of a run uses.
 
     Attributes:
         device: "auto" (a GPU when there is one), "cpu", "cuda", "cuda:1"; after `setup` the device in use.
-        processes: processes on this machine that share each batch; under torchrun its world size counts instead.
+        processes: number of processes on this machine that share each batch; torchrun's world size replaces it.
         precision: "fp32"; "tf32" (fp32 with TF32 matrix products on the GPU); "bf16" (autocast of forward passes).
-        threads: CPU threads of each process; null divides the cores among the processes and jobs running at once.
-        workers: threads of each process that decode images of data sets read from files, ahead of what uses them; 0
-            decodes when they are asked for; null has one a core shared as for `threads`.
-        deterministic: refuse operations whose result may differ between two runs.
-        channels_last: keep images and convolution weights in channels-last order, which convolutions prefer.
+        threads: CPU threads of each process; null divides the cores among the processes and jobs that run together.
+        workers: threads of each process that decode image files in advance; 0 decodes each image when it is needed;
+            null uses one per core of this process, as for `threads`.
+        deterministic: raise an error for operations whose result may differ between two runs.
+        channels_last: store images and convolution weights in channels-last order, in which convolutions are faster.
         compile: compile the backbone with torch.compile.
-        rank: this process among `world`.
-        world: processes of the run.
+        rank: number of this process, from 0.
+        world: number of processes of the run.
     """
 
     device: str
@@ -56,16 +56,16 @@ class Hardware:
     world: int = field(default=1, init=False)
 
     def setup(self, *, rank: int = 0, world: int = 1, job: int = 0, parallel: int = 1) -> None:
-        """Claim the device and set the process-wide switches of torch, so that no earlier job's setting stays.
+        """Select the device and set all process-wide options of torch, so that no option of an earlier job remains.
 
         Args:
-            rank: this process among `world`.
-            world: processes of the run.
-            job: number of the job in a sweep; chooses the GPU of a job that runs beside others.
-            parallel: jobs running at once on this machine.
+            rank: number of this process, from 0.
+            world: number of processes of the run.
+            job: number of the job in a sweep; selects the GPU of a job that runs together with others.
+            parallel: number of jobs that run at the same time on this machine.
 
         Raises:
-            ConfigError: no such device here, or the precision is not available on it.
+            ConfigError: the device does not exist, or it does not support the precision.
         """
         self.rank, self.world = rank, world
         self.device = _pick_device(self.device, int(os.environ.get("LOCAL_RANK", rank)), job if parallel > 1 else 0)
@@ -87,12 +87,12 @@ class Hardware:
         if self.deterministic and cuda:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(self.deterministic)
-        # Filling fresh memory guards against reading it unwritten; it changes no result and costs time.
+        # Filling new memory only guards against reading it before it is written; it changes no result and costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Return whether this process writes files and prints."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -102,21 +102,21 @@ class Hardware:
         return nullcontext()
 
     def place(self, module: nn.Module) -> None:
-        """Move `module` to the device, its convolution weights in the order that images have here."""
+        """Move `module` to the device, with its convolution weights in the memory format of the images."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         module.to(device=self.device, memory_format=memory_format)  # type: ignore[call-overload]
 
     def layout(self, x: Tensor) -> Tensor:
-        """Return images [B, C, H, W] in the order chosen by `channels_last`; other tensors as they are."""
+        """Return images [B, C, H, W] in the memory format chosen by `channels_last`; other tensors unchanged."""
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next counts finished work."""
+        """Wait until the device has finished its work, so that a time measured next includes it."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
 
     def sum(self, value: Tensor) -> Tensor:
-        """Return the sum of `value` over the processes (in place)."""
+        """Replace `value` by its sum over the processes and return it."""
         if self.world > 1:
             distributed.all_reduce(value)
         return value
@@ -153,14 +153,14 @@ class Hardware:
 
 
 def _pick_device(wanted: str, local_rank: int, job: int) -> str:
-    """Return the device string of this process; GPUs are dealt out by process and by job."""
+    """Return the device of this process as a string; processes and jobs get different GPUs."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
         wanted = "cuda" if gpus else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ConfigError(f"hardware.device: no device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
+        raise ConfigError(f"hardware.device: there is no device '{wanted}'; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cpu":
         return "cpu"
     if device.type != "cuda":
@@ -177,27 +177,31 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
     """Call `work(*arguments, rank, world)` in one process, in `processes` new ones, or as one of torchrun's.
 
     Args:
-        work: importable by name (new processes import it); its result on the main process is returned.
-        arguments: picklable.
-        processes: how many; 1 calls `work` here.
-        device: `hardware.device`; decides between gloo and nccl.
+        work: a function at module level, because new processes import it; the result of the main process is returned.
+        arguments: arguments that can be pickled.
+        processes: number of processes; 1 calls `work` in this process.
+        device: `hardware.device`; selects the backend gloo or nccl.
 
     Raises:
-        ConfigError: a process found a mistake of the user, or this torch lacks the backend.
+        ConfigError: a process found a mistake of the user, or this build of torch has no such backend.
         NumericalError: training diverged in a process.
-        RuntimeError: a process failed; the others were stopped. The message holds its traceback.
+        RuntimeError: a process failed and the others were stopped; the message has its traceback.
     """
     if not (processes > 1 or under_torchrun()):
         return work(*arguments, 0, 1)
     cuda = torch.cuda.is_available() and device != "cpu"
     backend = "nccl" if cuda else "gloo"
     if not distributed.is_available() or not distributed.is_backend_available(backend):
-        raise ConfigError(f"hardware.processes={processes}: this torch has no {backend} backend; use 1")
+        raise ConfigError(
+            f"hardware.processes={processes}: this build of torch has no {backend} backend; set hardware.processes=1"
+        )
     if under_torchrun():
         return _join("env://", work, arguments, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), backend)
     if cuda and processes > torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ConfigError(f"hardware.processes={processes}: this machine has {count} GPU(s), one process each")
+        raise ConfigError(
+            f"hardware.processes={processes}: this machine has {count} GPU(s) and each process needs one; use at most {count}"
+        )
     with tempfile.TemporaryDirectory(prefix="clrun-") as folder:
         meeting = (Path(folder), work, arguments, processes, backend)
         try:
@@ -213,7 +217,7 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
 def _worker(
     rank: int, folder: Path, work: Callable[..., float], arguments: tuple[Any, ...], world: int, backend: str
 ) -> None:
-    """Run one spawned process; leaves its result, or how it failed, as a file in `folder`."""
+    """Run one spawned process; it writes its result, or its error, into a file in `folder`."""
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         result = _join(f"file://{folder}/rendezvous", work, arguments, rank, world, backend)
@@ -236,7 +240,7 @@ def _join(
 
 
 def _die_with_parent(parent: int) -> None:
-    """End this process when its parent is gone: an orphan would wait for its peers until the group's timeout."""
+    """End this process when its parent has ended; it would otherwise wait for the others until the timeout."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

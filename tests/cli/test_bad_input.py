@@ -70,7 +70,7 @@ FOUND_BY_CHECK = {
     "forced option": (["++job.resum=1"], "job.resum: unknown option of job=default; did you mean 'resume'?"),
     "added key": (["+sede=1"], "sede: unknown option; did you mean 'seed'?"),
     "added group": (["+optimizer/x=1"], "optimizer/x: unknown option..."),
-    "deleted group": (["~method"], "method: missing; choose one (clrun list method)"),
+    "deleted group": (["~method"], "method: is missing; set method=CHOICE (see clrun list method)"),
     "seed of text": (["seed=abc"], "seed: expected int, got 'abc'"),
     "seed of 1.5": (["seed=1.5"], "seed: expected int, got 1.5"),
     "negative seed": (["seed=-1"], "seed: must be at least 0, got -1"),

@@ -14,7 +14,7 @@ import pytest
 
 from clrun.system import files
 from clrun.system.errors import ConfigError
-from clrun.system.files import append, cell, csv_text, exclusive, holder, json_text, locked, replacing
+from clrun.system.files import append_text, csv_cell, csv_text, exclusive, json_text, lock_holder, locked, replacing
 
 HOLD = """
 import sys, time
@@ -72,12 +72,12 @@ def test_replacing_leaves_nothing_behind_when_the_block_fails(tmp_path):
 def test_a_full_disk_is_one_clear_line_and_touches_nothing(tmp_path):
     replaced, appended = tmp_path / "a", tmp_path / "b"
     replaced.write_text("old")
-    append(appended, "old\n")
+    append_text(appended, "old\n")
     with full_disk(10):
         with pytest.raises(ConfigError, match=r"a: cannot be written \(File too large\)"), replacing(replaced) as file:
             file.write(b"x" * 100)
         with pytest.raises(ConfigError, match=r"b: cannot be written \(File too large\)"):
-            append(appended, "x" * 100)
+            append_text(appended, "x" * 100)
     assert replaced.read_text() == "old"
     assert appended.read_text() == "old\n"
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
     ],
 )
 def test_cells_are_safe_in_a_spreadsheet_and_floats_complete(value, text):
-    assert cell(value) == text
+    assert csv_cell(value) == text
 
 
 def test_csv_quotes_what_would_break_it():
@@ -126,11 +126,11 @@ def test_json_has_no_nan():
 def test_a_lock_is_held_and_released(tmp_path):
     path = tmp_path / "lock"
     with locked(path):
-        assert holder(path) == f"process {os.getpid()} on {socket.gethostname()}"
+        assert lock_holder(path) == f"process {os.getpid()} on {socket.gethostname()}"
         with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"), locked(path):
             pass
     assert not path.exists()
-    assert holder(path) is None
+    assert lock_holder(path) is None
 
 
 def test_a_lock_is_released_by_an_error(tmp_path):
@@ -145,10 +145,10 @@ def test_a_living_process_keeps_its_lock_and_a_killed_one_does_not(elsewhere):
         pass
     process.kill()  # not waited for: a zombie is dead too
     deadline = time.monotonic() + 10
-    while holder(path) and time.monotonic() < deadline:
+    while lock_holder(path) and time.monotonic() < deadline:
         time.sleep(0.01)
     with locked(path):
-        assert f"process {os.getpid()} " in holder(path)
+        assert f"process {os.getpid()} " in lock_holder(path)
 
 
 def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path):

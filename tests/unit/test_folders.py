@@ -16,7 +16,7 @@ from clrun.data.reading.listing import in_test
 from clrun.data.sources.folder import folder, folder_domains
 from clrun.data.split import Batch
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, collecting_warnings
 
 pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")  # none but those that a test notes
 
@@ -32,7 +32,7 @@ def load(root: Path, **changes: Any) -> Dataset:
 def noted(root: Path, **changes: Any) -> tuple[Dataset, list[str]]:
     """Return a data set and the warnings on the way."""
     notes: list[str] = []
-    with noting(notes):
+    with collecting_warnings(notes):
         found = load(root, **changes)
     return found, notes
 

@@ -10,7 +10,7 @@ from PIL import Image
 from clrun.data.sources.hf import hf
 from clrun.data.split import Batch
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, collecting_warnings
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")
@@ -60,7 +60,7 @@ def test_what_save_to_disk_leaves(tmp_path: Path) -> None:
     classes = datasets.ClassLabel(names=["no", "yes", "maybe"])
     whole = datasets.DatasetDict({"train": table([1, 0, 2, 1], classes), "validation": table([2, 0], classes)})
     whole.save_to_disk(tmp_path / "saved")
-    with noting(notes := []):
+    with collecting_warnings(notes := []):
         data = load(tmp_path / "saved", test="validation", channels=1)
     assert data.class_names == ("no", "yes", "maybe") and data.train.y.tolist() == [1, 0, 2, 1]
     assert data.image_shape == (1, 6, 6) and images(data.test).shape == (2, 1, 6, 6)
@@ -115,7 +115,7 @@ def test_hidden_labels_and_damaged_images(tmp_path: Path) -> None:
         images(load(tmp_path / "b").train)
     with pytest.raises(ConfigError, match="b train, row 3: there is no image; remove the row"):
         images(load(tmp_path / "b").train.select(torch.tensor([3])))
-    with noting(notes := []):
+    with collecting_warnings(notes := []):
         data = load(tmp_path / "b", images=decoding(unreadable="skip"))
     assert data.train.y.tolist() == [0, 1] and len(images(data.train)) == 2
     assert notes[0].startswith("dataset=hf: 2 images are left out because they cannot be decoded: ")

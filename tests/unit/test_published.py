@@ -15,7 +15,7 @@ from running import source
 from clrun.data.decode import Decoding
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, collecting_warnings
 
 Write = Callable[[Path], None]
 
@@ -24,7 +24,7 @@ def load(loader: Callable[..., Dataset], root: Path, **changes: Any) -> tuple[Da
     """Return a data set and the warnings on the way."""
     options: dict[str, Any] = {"images": decoding(), "val_fraction": 0.0, "seed": 0, "augment": []}
     notes: list[str] = []
-    with noting(notes):
+    with collecting_warnings(notes):
         data = loader(root=str(root), **(options | changes))
     return data, notes
 
@@ -523,7 +523,7 @@ def test_published_counts_are_silent_when_they_fit(tmp_path: Path) -> None:
 
     food101(tmp_path)
     data, _ = load(source("food101"), tmp_path, download=False)
-    with noting(notes := []):
+    with collecting_warnings(notes := []):
         check_counts("food101", Published(3, 3, 2, 6), data, "here")
     assert (
         notes == [] and isinstance(data.train.images.options, Decoding) and torch.equal(data.train.y, data.train.labels)

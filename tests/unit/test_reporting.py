@@ -17,7 +17,7 @@ from clrun.reporting.tables import Line, Standing, comparison_table, final_table
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import RunFolder
 from clrun.system.errors import ConfigError
-from clrun.system.files import plain
+from clrun.system.files import json_value
 
 ORDERS = [(0, 1, 2, 3), (2, 0, 3, 1), (3, 2, 1, 0)]
 FINALS = [(70, 80, 60, 90), (63, 66, 88, 84), (91, 54, 78, 75)]  # by position
@@ -87,7 +87,7 @@ def write_run(folder, *, order=ORDERS[0], finals=FINALS[0], settings=("cil",), c
     files.create()
     files.write_run(run)
     files.write_rows(rows)
-    return plain(run)
+    return json_value(run)
 
 
 def sweep(folder, method="er", orders=(0, 1, 2), seeds=(0,), **options):

@@ -20,7 +20,7 @@ from clrun.data.sources.stl10 import stl10
 from clrun.data.sources.svhn import svhn
 from clrun.data.sources.synthetic import prototypes, synthetic
 from clrun.data.split import Batch
-from clrun.system.errors import ConfigError, noting
+from clrun.system.errors import ConfigError, collecting_warnings
 
 COMMON = dict(val_fraction=0.0, seed=0, augment=[])
 SYNTHETIC = dict(
@@ -247,7 +247,7 @@ def test_idx_files_are_read(tmp_path: Path, loader: Any, folder: str) -> None:
 def test_the_size_is_compared_with_the_published_one(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     write_mnist(tmp_path, "MNIST")
-    with noting(notes := []):
+    with collecting_warnings(notes := []):
         mnist(root=str(tmp_path), download=False, **(COMMON | {"val_fraction": 0.5}))
     assert notes == [
         f"dataset=mnist: 20 training images in {tmp_path}, published with 60000",
