@@ -200,7 +200,7 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
     if cuda and processes > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(
-            f"hardware.processes={processes}: this machine has {count} GPU(s) and each process needs one; use at most {count}"
+            f"hardware.processes={processes}: this machine has {count} GPU(s), one per process; use at most {count}"
         )
     with tempfile.TemporaryDirectory(prefix="clrun-") as folder:
         meeting = (Path(folder), work, arguments, processes, backend)

@@ -156,8 +156,14 @@ def test_a_good_configuration_passes():
         ({"method.strength": -1.0}, "method.strength: must be at least 0, got -1.0"),
         ({"method.strength": "???"}, "method.strength: needs a value; set method.strength=..."),
         ({"method.backbone": 1, "method.x": 1}, "method.x: unknown option of method=learner"),
-        ({"method": None}, "method: expected a node with a _target_, got None; choose one (clrun list method)"),
-        ({"method": [1]}, "method: expected a node with a _target_, got [1]; choose one (clrun list method)"),
+        (
+            {"method": None},
+            "method: expected a node with a _target_, got None; set method=CHOICE (see clrun list method)",
+        ),
+        (
+            {"method": [1]},
+            "method: expected a node with a _target_, got [1]; set method=CHOICE (see clrun list method)",
+        ),
         ({"method._target_": "clrun.config.check.Jobb"}, "method._target_: cannot import 'clrun.config.check.Jobb': "),
         (
             {"method._target_": "no_such_package.Mine"},
@@ -166,16 +172,19 @@ def test_a_good_configuration_passes():
         ({"method._target_": "clrun.no_such.Mine"}, "method._target_: cannot import 'clrun.no_such': 'clrun' has no"),
         ({"method._target_": "Mine"}, "method._target_: cannot import 'Mine'"),
         ({"method._target_": 3}, "method._target_: cannot import '3'"),
-        ({"method._target_": f"{HERE}.HERE"}, f"method._target_: '{HERE}.HERE' cannot be called"),
+        ({"method._target_": f"{HERE}.HERE"}, f"method._target_: '{HERE}.HERE' is not callable"),
         (
             {"scenario.setting": "cil"},
             "Learner needs the task id at test time; scenario.setting=cil cannot use it (til)",
         ),
         ({"seed": -1}, "seed: must be at least 0, got -1"),
         ({"seed": "1"}, "seed: expected int, got '1'"),
-        ({"name": "a/b"}, "name: must be usable as the name of a folder, got 'a/b'"),
-        ({"name": ".."}, "name: must be usable"),
-        ({"name": ""}, "name: must be usable"),
+        (
+            {"name": "a/b"},
+            "name: must be a valid folder name (not empty, no slash, no leading dot or space), got 'a/b'",
+        ),
+        ({"name": ".."}, "name: must be a valid folder name"),
+        ({"name": ""}, "name: must be a valid folder name"),
         ({"methd": 3}, "methd: unknown option; did you mean 'method'?"),
         ({"dataset.a": "x"}, None),
         ({"logger.b": 2}, "logger: a and b exclude each other"),
@@ -207,10 +216,10 @@ def test_each_problem_has_one_line(changes, line):
 @pytest.mark.parametrize(
     ("without", "line"),
     [
-        ("method", "method: missing; choose one (clrun list method)"),
-        ("seed", "seed: missing"),
-        ("method.inner", "method.inner: missing; method=learner needs it"),
-        ("logger.a", "logger.a: missing; logger needs it"),
+        ("method", "method: is missing; set method=CHOICE (see clrun list method)"),
+        ("seed", "seed: is missing; set seed=..."),
+        ("method.inner", "method.inner: is missing; method=learner needs it, set method.inner=..."),
+        ("logger.a", "logger.a: is missing; logger needs it, set logger.a=..."),
     ],
 )
 def test_missing_options(without, line):

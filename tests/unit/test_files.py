@@ -14,7 +14,17 @@ import pytest
 
 from clrun.system import files
 from clrun.system.errors import ConfigError
-from clrun.system.files import append_text, csv_cell, csv_text, exclusive, json_text, lock_holder, locked, replacing
+from clrun.system.files import (
+    append_text,
+    csv_cell,
+    csv_text,
+    exclusive,
+    json_text,
+    lock_holder,
+    locked,
+    read_json,
+    replacing,
+)
 
 HOLD = """
 import sys, time
@@ -154,7 +164,7 @@ def test_a_living_process_keeps_its_lock_and_a_killed_one_does_not(elsewhere):
 def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path):
     path = tmp_path / "lock"
     path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": "long ago"}))
-    assert holder(path) is None
+    assert lock_holder(path) is None
     with locked(path):
         assert json.loads(path.read_text())["started"] != "long ago"
     assert not path.exists()
@@ -164,7 +174,7 @@ def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path):
 def test_an_empty_or_foreign_lock_file_holds_nothing(tmp_path, content):
     path = tmp_path / "lock"
     path.write_text(content)
-    assert holder(path) is None
+    assert lock_holder(path) is None
     with locked(path):
         assert json.loads(path.read_text())["pid"] == os.getpid(), "the file names its new holder"
     assert not path.exists()
@@ -177,6 +187,7 @@ def test_a_lock_of_another_machine_is_kept_while_it_shows_signs_of_life(tmp_path
         pass
     silent = time.time() - files.SILENCE - 1
     os.utime(path, (silent, silent))
+    assert lock_holder(path) is None
     with locked(path):
         assert json.loads(path.read_text())["host"] == socket.gethostname()
     assert not path.exists()
@@ -234,7 +245,24 @@ def test_exclusive_waits_for_its_holder(tmp_path):
     with exclusive(path):
         thread = threading.Thread(target=wait)
         thread.start()
-        time.sleep(0.05)
+        thread.join(timeout=0.2)
+        assert thread.is_alive() and seen == []
         seen.append("first")
     thread.join()
     assert seen == ["first", "second"]
+
+
+def test_only_regular_json_files_are_read(tmp_path):
+    (tmp_path / "good").write_text('{"a": 1}')
+    assert read_json(tmp_path / "good", remedy="remove it") == {"a": 1}
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "bad").write_text("{")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    for name, reason in (
+        ("pipe", "not a regular file"),
+        ("absent", "no such file"),
+        ("bad", "Expecting"),
+        ("deep", ""),
+    ):
+        with pytest.raises(ConfigError, match=rf"/{name}: cannot be read \(.*{reason}.*\); remove it$"):
+            read_json(tmp_path / name, remedy="remove it")
