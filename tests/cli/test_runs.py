@@ -286,7 +286,7 @@ def test_list(group, clrun):
 
 @pytest.mark.parametrize("option_first", [False, True])
 def test_list_knows_the_users_members(option_first, clrun, stub):
-    words = ["list", "methods"]
+    words = ("list", "methods")
     lines = clrun(*(stub[:2] + words if option_first else words + stub[:2])).out.splitlines()
     assert [line for line in lines if line.split() == ["none", "Does", "nothing"]]
     assert any(line.startswith("ewc ") for line in lines)
