@@ -15,7 +15,7 @@ from clrun.results.metrics import METRICS, AccuracyMatrix, summary
 from clrun.results.records import RunRecord
 from clrun.system import libraries
 from clrun.system.errors import ConfigError
-from clrun.system.files import holder
+from clrun.system.files import lock_holder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -263,7 +263,7 @@ def _load(folder: Path, *, trusted: bool) -> Run:
     split = job.get("eval_split", "test") if isinstance(job, dict) else "test"
     scenario = record.config.get("scenario")
     configured = scenario.get("setting") if isinstance(scenario, dict) else None
-    dead = record.status == "running" and holder(folder / "lock") is None
+    dead = record.status == "running" and lock_holder(folder / "lock") is None
     return Run(
         folder=folder,
         name=record.name,

@@ -52,7 +52,7 @@ def _slug_of_job(*, _root_: DictConfig) -> str:
 
 HYDRA_BASE = "1.3"
 version.setbase(HYDRA_BASE)
-# Registered on import: workers of parallel launchers import the task function, hence this module, before they resolve.
+# Registered on import: workers of parallel launchers import this module with the task function before they use it.
 OmegaConf.register_new_resolver("clrun.unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("clrun.slug", _slug_of_job, replace=True)
 
