@@ -196,7 +196,7 @@ class Recorder:
         if self.logger is None:
             return
         self.run["notes"] += self.predictions.resume(state.learned)
-        self.folder.write_config(plain(self.parts.config))
+        self.folder.write_config(json_value(self.parts.config))
         for name, text in self.job.hydra.items():
             self._write(f".hydra/{name}", text)
         self.folder.write_rows(state.rows)
@@ -243,8 +243,8 @@ class Recorder:
             groups.setdefault(row["setting"], []).append(row)
         for setting, rows in sorted(groups.items()):
             matrix = AccuracyMatrix.from_rows(rows, order=self.run["task_order"])
-            self.run["accuracy_matrix"][setting] = plain(matrix.by_position()[1:])
-            self.run["metrics"][setting] = plain(summary(matrix))
+            self.run["accuracy_matrix"][setting] = json_value(matrix.by_position()[1:])
+            self.run["metrics"][setting] = json_value(summary(matrix))
         self.run["cost"]["tasks"] = state.costs
         for name in ("train_seconds", "eval_seconds"):
             self.run["cost"][name] = sum(cost[name] for cost in state.costs)

@@ -30,6 +30,7 @@ OPTIONAL = {
     "hydra_plugins.hydra_joblib_launcher": ("joblib", "hydra-joblib-launcher"),
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "hydra-submitit-launcher"),
     "open_clip": ("clip", "open_clip_torch>=3.3,<4"),
+    "pandas": ("notebook", "pandas"),
     "tensorboard": ("tensorboard", "tensorboard"),
 }
 
