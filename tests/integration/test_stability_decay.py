@@ -84,7 +84,7 @@ def test_the_command_searches_records_and_prints(tmp_path, capfd, monkeypatch):
         assert record["plasticity"]["seconds"] > 0 and stability["seconds"] > 0
         assert stability["attempts"][0]["knobs"] == record["start"]
     table = out[out.index("hyper-parameters chosen") :].splitlines()
-    assert table[1].split() == ["lr", "finetuned", "wanted", "reached", "trainings", "seconds", "knobs"]
+    assert table[1].split() == ["lr", "finetuned", "wanted", "reached", "trainings", "seconds", "options"]
     assert [line.split()[0] for line in table[2:4]] == ["1/2", "2/2"] and "strength 100" in table[2]
     logged = [json.loads(line) for line in Path("s/metrics.jsonl").read_text().splitlines()]
     assert {record["trial"] for record in logged} == {0, 1, 2}
