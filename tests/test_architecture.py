@@ -158,7 +158,9 @@ YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
 OPTIONS = [
     pytest.param(node, id=f"{file.parent.name}/{file.stem}{where}")
     for file in YAMLS
-    for where, node in nodes(member(file) if file.parent.name == "dataset" else yaml.safe_load(file.read_text()))
+    for where, node in nodes(
+        member(file) if file.parent.name in ("dataset", "backbone") else yaml.safe_load(file.read_text())
+    )
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from clrun.backbones.weights import takes_weights
 from clrun.system import libraries
 
 FOLDER = Path(__file__).parent / "glyph_models"
@@ -19,6 +20,7 @@ STD = (0.33,)
 Shape = tuple[int, int, int]
 
 
+@takes_weights
 def glyph_vit(image_shape: Shape, *, pretrained: bool) -> nn.Module:
     """Return a tiny timm `VisionTransformer` (0.38 million parameters, 49 patches of 4x4, 4 blocks of width 96).
 

@@ -1,6 +1,5 @@
 """Any timm model as a backbone: pooled features, weights from the hub's cache, the network or a local file."""
 
-import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,11 @@ from torch import nn
 
 from clrun.backbones import hub
 from clrun.backbones.patches import check_patches
+from clrun.backbones.weights import check_file, load_weights
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean, first_line, one_line
+from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean, first_line, warn
 
 Shape = tuple[int, int, int]
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of its pixels
 
 
@@ -25,6 +24,7 @@ def timm_backbone(
     name: str,
     pretrained: bool,
     weights: str | None,
+    weights_key: str | None,
     normalize: Literal["timm", "data", "imagenet", "none"],
     image_size: PositiveInt | None,
     crop: Annotated[float, Range(above=0, maximum=1)] | None,
@@ -41,7 +41,10 @@ def timm_backbone(
         name: timm's model name with the tag of the weights ("vit_base_patch16_224.augreg_in21k"), or a source
             ("hf-hub:...", "local-dir:...").
         pretrained: whether to load the weights of the tag, from the cache or the network.
-        weights: .safetensors, .pth, .pt or .bin file to load instead; pickled code is refused.
+        weights: file to load instead: safetensors, PyTorch (.pth, .pt, .bin, .ckpt, .pth.tar, ...) or JAX (.npz), read
+            by its content; no pickled code is run (`clrun.backbones.weights`).
+        weights_key: where in the file the weights are: keys of nested mappings and a prefix of names, with dots
+            ("state_dict_ema", "teacher.backbone"); None looks for them and takes averaged weights first, as timm does.
         normalize: "timm" uses mean and standard deviation of the model's configuration, "data" those of the data set,
             "imagenet" those of ImageNet, "none" leaves pixels in [0, 1].
         image_size: height and width of the input in pixels, a multiple of the patch size; None for the model's own.
@@ -54,28 +57,36 @@ def timm_backbone(
             at which the model drops pixels or that it cannot take.
     """
     timm = libraries.load("timm")
+    if ":" not in name:
+        name = current_name(name)
     preflight(name=name, pretrained=pretrained, weights=weights, image_size=image_size)
     model = _create(timm, name, pretrained and weights is None, image_size)
     if weights is not None:
-        _load(model, name, Path(weights).expanduser())
+        _load(model, name, Path(weights).expanduser(), weights_key)
     config = model.pretrained_cfg
     channels, height, width = config["input_size"]
     model.input_size = (channels, image_size or height, image_size or width)
     if image_size is not None:
         check_patches(name, image_size)
         _check_size(model, name, model.input_size)
-    model.mean, model.std = {
-        "timm": (tuple(config["mean"]), tuple(config["std"])),
-        "data": (None, None),
-        "imagenet": IMAGENET,
-        "none": ((0.0,) * channels, (1.0,) * channels),
-    }[normalize]
+    model.mean, model.std = _normalisation(config, normalize)
     own = config.get("interpolation")
     model.crop = config.get("crop_pct") or 1.0 if crop is None else crop
     model.interpolation = interpolation or (own if own in ("bilinear", "bicubic") else "bilinear")
     model.num_features = getattr(model, "head_hidden_size", None) or model.num_features
     found: nn.Module = model
     return found
+
+
+def _normalisation(config: Mapping[str, Any], normalize: str) -> tuple[Any, Any]:
+    """Return mean and standard deviation of each channel; None stands for those of the data set."""
+    channels = config["input_size"][0]
+    return {
+        "timm": (tuple(config["mean"]), tuple(config["std"])),
+        "data": (None, None),
+        "imagenet": IMAGENET,
+        "none": ((0.0,) * channels, (1.0,) * channels),
+    }[normalize]
 
 
 def preflight(
@@ -89,9 +100,10 @@ def preflight(
     """
     load = pretrained and weights is None
     if ":" not in name:
+        name = current_name(name)
         _check_name(libraries.load("timm"), name, load)
     if weights is not None:
-        _weights_file(Path(weights).expanduser())
+        check_file(Path(weights).expanduser())
     elif load:
         hub.locate(name)
     if image_size is not None and ":" not in name:
@@ -157,54 +169,25 @@ def _refused_size(name: str, image_size: int, error: Exception) -> str:
     return f"backbone.image_size: {name} cannot take {image_size} ({first_line(error)[:200]})"
 
 
-def _load(model: nn.Module, name: str, path: Path) -> None:
-    """Load a file of weights, which must have all parameters of the model and may have a classifier."""
-    state = read_weights(path)
+def _load(model: nn.Module, name: str, path: Path, key: str | None) -> None:
+    """Load a file of weights, converted as timm converts published files of the model's family."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's name for it
-    try:
-        if convert is not None:
-            state = convert(state, model)
-        result = model.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, TypeError) as error:  # shapes, or names that the conversion expects
-        reason = one_line(error)[:200]
-        raise ConfigError(f"backbone.weights: {path} does not fit {name} ({reason})") from error
     classifier = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    extra = [key for key in result.unexpected_keys if not key.startswith(tuple(f"{head}." for head in heads))]
-    for what, keys in (("has no values for", result.missing_keys), ("has values unknown to it,", extra)):
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise ConfigError(f"backbone.weights: {path} does not fit {name}: it {what} {shown}")
+    load_weights(model, name, path, key=key, convert=convert, heads=heads)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .safetensors, .pth, .pt or .bin file by name; nothing in the file is executed.
-
-    The tensors may be under "state_dict" or "model" in the file, and names may begin with "module.".
+def current_name(name: str) -> str:
+    """Return timm's current name of a model; old names ("vit_base_patch16_224_in21k") are mapped as timm maps them.
 
     Raises:
-        ConfigError: the file is missing, of another kind, or contains more than tensors.
+        ConfigError: timm has removed the model.
     """
-    _weights_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = libraries.load("safetensors.torch").load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # safetensors' error has no public base class but Exception
-        kind = "contains more than tensors and is refused" if isinstance(error, pickle.UnpicklingError) else "is broken"
-        raise ConfigError(f"backbone.weights: {path} {kind} ({first_line(error)[:200]})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ConfigError(f"backbone.weights: {path} contains no named tensors")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def _weights_file(path: Path) -> None:
-    """Refuse a missing file, and one whose name is not that of a file of weights."""
-    if not path.is_file():
-        raise ConfigError(f"backbone.weights: there is no file {path}; set it to a file of weights, or to null")
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"backbone.weights: {path} is not a .safetensors, .pth, .pt or .bin file; set it to one")
+    renamed: dict[str, str | None] = libraries.load("timm.models").get_deprecated_models()
+    if name not in renamed:
+        return name
+    current = renamed[name]
+    if current is None:
+        raise ConfigError(f"backbone.name: timm has removed the model {name}")
+    warn(f"backbone.name: {name} is an old name of timm's for {current}, which is used")
+    return current

@@ -10,6 +10,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clrun.backbones.weights import takes_weights
 from clrun.system.errors import PositiveInt
 
 Shape = tuple[int, int, int]
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
+@takes_weights
 def mlp(image_shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
     """Return a multi-layer perceptron on the pixels: a linear layer and ReLU for each of the `hidden` widths.
 
@@ -51,6 +53,7 @@ def mlp(image_shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
     return Backbone(layers, input_size=size, num_features=widths[-1])
 
 
+@takes_weights
 def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbone:
     """Return `depth` blocks of 3x3 convolution, group normalisation and ReLU, then an average over each quarter.
 
@@ -81,6 +84,7 @@ def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbo
     return Backbone(layers, input_size=size, num_features=4 * channels)
 
 
+@takes_weights
 def lenet(image_shape: Shape) -> Backbone:
     """Return the LeNet of the order-robust studies (APD, Yoon et al., ICLR 2020; HALRP, arXiv 2311.15161).
 
@@ -108,6 +112,7 @@ def lenet(image_shape: Shape) -> Backbone:
     return Backbone(layers, input_size=size, num_features=500)
 
 
+@takes_weights
 def alexnet(image_shape: Shape) -> Backbone:
     """Return the small AlexNet of HAT (Serrà et al., ICML 2018) with the batch normalisation of HALRP.
 
@@ -150,6 +155,7 @@ class BatchNormRows(nn.BatchNorm1d):
         return super().forward(x)
 
 
+@takes_weights
 def resnet18(image_shape: Shape, *, width: PositiveInt, bias: bool, pool: PositiveInt | None) -> Backbone:
     """Return a ResNet-18 with a 3x3 stem without pooling, as used on images of 32 to 64 pixels.
 
@@ -178,6 +184,7 @@ def resnet18(image_shape: Shape, *, width: PositiveInt, bias: bool, pool: Positi
     return Backbone(layers, input_size=size, num_features=features)
 
 
+@takes_weights
 def resnet32(image_shape: Shape, *, width: PositiveInt) -> Backbone:
     """Return the ResNet-32 for CIFAR: three stages of five blocks (He et al., CVPR 2016, section 4.2).
 

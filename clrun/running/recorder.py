@@ -170,6 +170,7 @@ class Recorder:
         """Write the files that a run begins with; rows of an unfinished task are dropped."""
         stream = built.stream
         frozen = built.method.uses_frozen_features
+        weights: dict[str, Any] | None = getattr(built.backbone, "weights_read", None)
         self.run |= {
             "task_order": list(stream.order),
             "class_order": list(stream.class_order),
@@ -181,8 +182,10 @@ class Recorder:
                 "features": int(built.backbone.num_features),  # type: ignore[arg-type]
                 "tokens": token_count(built.backbone),
                 **parameter_counts(built.backbone, frozen=built.backbone if frozen else None),
+                "weights": weights,
             },
         }
+        self.run["notes"] += weights["notes"] if weights else []
         if frozen:
             self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
             self.run["notes"] += feature_notes(built.cache, built.images)

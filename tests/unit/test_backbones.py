@@ -18,8 +18,9 @@ from torch import nn
 
 from clrun.backbones import hub
 from clrun.backbones.patches import check_patches, patch_side, patches
-from clrun.backbones.pretrained import preflight, read_weights, timm_backbone
+from clrun.backbones.pretrained import preflight, timm_backbone
 from clrun.backbones.small import BatchNormRows, alexnet, cnn, lenet, mlp, resnet18, resnet32
+from clrun.backbones.weights import read_weights
 from clrun.data.sources.digits import digits
 from clrun.data.transforms import fit_transform
 from clrun.learning.heads import GrowingHead
@@ -184,7 +185,13 @@ UNTRAINED: dict[str, Any] = {"pretrained": False, "weights": None}
 
 def timm_model(name: str, shape: tuple[int, int, int] = (3, 32, 32), **changes: Any) -> Any:
     options = dict(
-        pretrained=False, weights=None, normalize="timm", image_size=None, crop=1.0, interpolation="bilinear"
+        pretrained=False,
+        weights=None,
+        weights_key=None,
+        normalize="timm",
+        image_size=None,
+        crop=1.0,
+        interpolation="bilinear",
     )
     return timm_backbone(shape, name=name, **(options | changes))
 
@@ -248,8 +255,8 @@ def test_weights_that_do_not_fit_are_refused(timm: ModuleType, tmp_path: Path) -
     torch.save(state | {"surplus": torch.zeros(1)}, extra)
     torch.save({k: torch.zeros(2) for k in state}, other)
     for path, said in (
-        (short, "it has no values for layer4.0.* and [0-9]+ more"),
-        (extra, "it has values unknown to it, surplus"),
+        (short, "the file has no values for layer4.0.* and [0-9]+ more"),
+        (extra, "the model has no tensors called surplus"),
         (other, "size mismatch"),
     ):
         with pytest.raises(ConfigError, match=f"^backbone.weights: {path} does not fit test_resnet.*{said}") as error:
@@ -280,7 +287,7 @@ def test_weight_files_run_no_code_and_broken_ones_are_named(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="^backbone.weights: there is no file .*missing.pth"):
         read_weights(tmp_path / "missing.pth")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(ConfigError, match="list.pth contains no named tensors"):
+    with pytest.raises(ConfigError, match="list.pth holds a list and no tensors by name"):
         read_weights(tmp_path / "list.pth")
 
 
@@ -401,7 +408,7 @@ def test_preflight_finds_what_building_would(timm: ModuleType, tmp_path: Path) -
         ({"name": "test_vitt", "pretrained": False, "weights": None}, "has no model 'test_vitt'"),
         ({"name": "test_vit.x", "pretrained": False, "weights": None}, "has no weights tagged 'x'"),
         ({"name": "test_vit", "pretrained": True, "weights": f"{tmp_path}/b.pth"}, "there is no file .*b.pth"),
-        ({"name": "test_vit", "pretrained": True, "weights": f"{tmp_path}/a.npz"}, "a.npz is neither"),
+        ({"name": "test_vit", "pretrained": True, "weights": f"{tmp_path}/a.npz"}, "a.npz is empty"),
         ({"name": f"local-dir:{tmp_path}/c", "pretrained": True, "weights": None}, r"opened \(no such folder\)"),
     ):
         with pytest.raises(ConfigError, match=said):
