@@ -1,5 +1,6 @@
 """Many runs: start them, or read the folder that holds them."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from clrun.api.runs import Run, load, settings_of, start
 from clrun.reporting.sweep import SweepResult, read_runs, sweep_table
 from clrun.system import libraries
 from clrun.system.errors import ConfigError
+from clrun.system.files import json_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,12 +52,12 @@ class Sweep:
 
         Among others: `mean`, `sd` and `ci95` over orders, `opd` of each task, `aopd`, `mopd`, and `caveats`.
         """
-        return tuple(self._result.robustness)
+        return tuple(json.loads(json_text(self._result.robustness)))
 
     @property
     def comparisons(self) -> tuple[Mapping[str, Any], ...]:
         """The content of method_comparison.json: tests and effect sizes for methods over the same orders."""
-        return tuple(self._result.comparisons)
+        return tuple(json.loads(json_text(self._result.comparisons)))
 
     def frame(self) -> "pd.DataFrame":
         """Return sweep.csv as a frame, one row per run.
@@ -71,7 +73,7 @@ class Sweep:
         """Return the numbers of `order_robustness`, one row per experiment and setting; accuracies are fractions."""
         rows = [
             {key: value for key, value in entry.items() if not isinstance(value, dict | list) or key == "ci95"}
-            for entry in self._result.robustness
+            for entry in self.order_robustness
         ]
         frame: pd.DataFrame = libraries.load("pandas").DataFrame(rows)
         return frame

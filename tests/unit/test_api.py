@@ -57,7 +57,10 @@ def test_importing_costs_neither_torch_nor_hydra_nor_pandas():
 
 
 def test_loading_costs_no_torch(tmp_path):
-    code = f"import sys, clrun\ntry: clrun.load({str(tmp_path)!r})\nexcept Exception as e: print(e)\nprint('torch' in sys.modules)"
+    code = (
+        f"import sys, clrun\ntry: clrun.load({str(tmp_path)!r})\nexcept Exception as e: print(e)\n"
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"load: no run (run.json) in {tmp_path}", "False"]
 
