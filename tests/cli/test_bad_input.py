@@ -121,7 +121,7 @@ FOUND_IN_DATA = {
     "no folder": (["dataset=folder", "dataset.root=nowhere"], "dataset.root: there is no folder nowhere; expected ..."),
     "no archive": (
         ["dataset=folder", "dataset.root=nowhere", "dataset.archive=gone.zip"],
-        "dataset.archive: there is no file gone.zip",
+        "dataset.archive: there is no file gone.zip; set it to ...",
     ),
     "no prepared set": (
         ["dataset=cub200"],
@@ -174,7 +174,10 @@ FOUND_IN_DATA = {
     "preset of other tasks": (["task_order=cifar100_split"], "task_order.order: order 'A' is one of 10 tasks, ..."),
     "no sequence": (["scenario=dataset_sequence"], "scenario=dataset_sequence: digits does not consist of several ..."),
     "unknown model": (["backbone=timm", "backbone.name=resnt18"], "backbone.name: timm ..."),
-    "no weights file": (["backbone=timm", "backbone.weights=gone.pth"], "backbone.weights: there is no file gone.pth"),
+    "no weights file": (
+        ["backbone=timm", "backbone.weights=gone.pth"],
+        "backbone.weights: there is no file gone.pth; ...",
+    ),
 }
 # Three tasks of two generated classes. What follows is found while the run is built, after the checks above.
 TINY = ["job=smoke", "job.picture=false", "hardware.threads=1", "backbone=cnn", "scenario.n_tasks=3"]
@@ -328,7 +331,7 @@ FOUND_BY_TASKS = {
     ),
     "seed of no generator": (
         ["scenario.class_order={np_seed: 1}"],
-        "scenario.class_order: must be a list of class ids, or one of numpy_seed, python_seed, got {'np_seed': 1}",
+        "scenario.class_order: must be a list of class ids, or one of numpy_seed, python_seed with a seed, got ...",
     ),
     "negative seed of NumPy": (
         ["scenario.class_order={numpy_seed: -1}"],
