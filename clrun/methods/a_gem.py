@@ -1,10 +1,10 @@
 """A-GEM: steps that do not increase the mean loss on a memory (Chaudhry et al., ICLR 2019, arXiv 1812.00420).
 
-Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; one more gradient during a step. Task id:
-not needed.
+Memory between tasks: M (s + 8) bytes for M stored rows, each with an input of s bytes, its class and its task (8
+bytes). A step also holds one more gradient. Task id: not needed.
 
-Verified: steps are projected only where they would hurt the memory, missing gradients count as zero, the memory pass
-leaves statistics and random numbers alone (test_methods_replay).
+Verified: steps are projected only where they would increase the loss on the memory, missing gradients count as zero,
+and the pass over the memory leaves running statistics and random numbers unchanged (test_methods_replay).
 """
 
 from torch import nn
@@ -21,18 +21,18 @@ from clrun.system.errors import Count, PositiveInt
 class AGem(Episodic):
     """g <- g - min(<g, r>, 0) / |r|^2 r, with r the gradient on a batch of the memory of earlier tasks.
 
-    A row of the memory is judged among the classes that compete for its own task. r is taken in eval mode, the mode
-    the loss is measured in: running statistics and dropout know nothing of the memory pass. The step obeys the
-    constraint with plain SGD; momentum, adaptive rates and weight decay come after the projection. So does
-    budget.clip_norm, which shortens the step but keeps its direction.
+    The loss of a memory row is taken over the classes that compete for the row's own task. r is computed in eval mode,
+    so that this pass changes no running statistics and draws no dropout. With plain SGD the step satisfies the
+    constraint. Momentum, adaptive learning rates and weight decay are applied after the projection and may violate it.
+    budget.clip_norm is also applied after it; it shortens the step and keeps its direction.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
         capacity: M, rows in memory over all processes; 0 is finetuning.
         memory: "ring": the last M / T rows of each of T tasks. "reservoir": a uniform sample of all rows.
-            "class_balanced": as many rows of each class as of any other.
-        memory_batch_size: rows that r is taken on, over all processes.
+            "class_balanced": equally many rows of every class.
+        memory_batch_size: number of memory rows that r is computed on, over all processes.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 

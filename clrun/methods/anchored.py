@@ -1,4 +1,4 @@
-"""What methods share that hold the backbone near the weights of earlier tasks by one quadratic penalty."""
+"""Base of methods that keep the backbone near the weights of earlier tasks by one quadratic penalty."""
 
 from abc import abstractmethod
 from typing import Literal, Self
@@ -21,18 +21,20 @@ Norm = Literal["train", "freeze_after_first"]
 
 
 class Anchored(Method):
-    """loss = CE + strength / 2 (theta - a)' K (theta - a) on the backbone; the head is free.
+    """loss = CE + strength / 2 (theta - a)' K (theta - a), theta the weights of the backbone; the head is free.
+
+    a are the anchor weights and K is the curvature, which a subclass estimates when a task ends.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
         strength: lambda; 0 is finetuning.
-        solver: "grad": the penalty is part of the loss; diverges when learning rate * strength * K exceeds 2.
-            "proximal": after the step on CE alone, the exact step on the penalty: stable for any strength; needs
-            torch.optim.SGD.
-        norm: running statistics of batch normalisation, which no penalty holds: "train" updates them in every task,
-            "freeze_after_first" stops after the first one.
-        penalty: K and a.
+        solver: "grad" adds the penalty to the loss; training diverges when learning rate * strength * the largest
+            eigenvalue of K exceeds 2. "proximal" takes a step on the cross-entropy alone and then the exact step on the
+            penalty; it is stable for every strength and needs torch.optim.SGD.
+        norm: what happens to the running statistics of batch normalisation, which no penalty protects: "train" updates
+            them in every task, "freeze_after_first" only in the first one.
+        penalty: holds K and a.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -54,7 +56,7 @@ class Anchored(Method):
 
     @abstractmethod
     def curvature(self, task: Task, ctx: Context) -> Curvature:
-        """Return what `task` adds to K, named as the parameters of the backbone."""
+        """Return the curvature that `task` adds to K, by the names of the backbone's parameters."""
 
     def check_budget(self, budget: Budget) -> None:
         if self.solver == "proximal":

@@ -1,10 +1,10 @@
 """APD: gated shared weights plus a sparse part of each task (Yoon et al., ICLR 2020, arXiv 1902.09432).
 
-Memory between tasks: the shared weights, P numbers, and for each task as many for its own part, most of them 0 in use;
-gates, biases, norms and a head. Task id: needed.
+Memory between tasks: the P shared weights, and for each task P numbers of its own part, most of which are 0 when the
+task is evaluated, with its gates, biases, normalisation layers and head. Task id: needed.
 
-Verified: learned gates, norms and heads stand still, penalties by hand, consolidation moves no weight by more than half
-the gap (test_methods_apd).
+Verified: the gates, normalisation layers and heads of learned tasks do not change, the penalties are computed by hand,
+and consolidation moves no weight by more than half the gap (test_methods_apd).
 """
 
 import torch
@@ -24,29 +24,31 @@ from clrun.system.errors import Count, NonNegative, PositiveInt
 class Apd(TaskNetworks):
     """theta_i = sigma * sigmoid(v_i) + tau_i, with sigma shared by all tasks and moved by each.
 
-    Task t minimises over sigma, v_t, its biases, norms and head, and tau of all tasks up to t
+    Here theta_i are the weights of task i, v_i its gates, one per output unit of a layer, and tau_i its own part. Task
+    t minimises over sigma, over v_t, its biases, normalisation layers and head, and over tau of all tasks up to t:
 
         CE + l1 sum_(i <= t) |tau_i|_1 + drift / 2 sum_(i < t) |theta_i - theta_i at the start of task t|^2
            + decay / 2 (|tau_t|^2 + |v_t|^2, in the first task + |sigma|^2) + gate_l1 |v_t|_1.
 
-    tau_t begins as sigma, v_t at random with variance 1 / m. Earlier tasks follow as sigma moves, and can drift: their
-    target is set anew in each task. A step costs as much as all tasks so far have weights. Deviations from the public
-    code: the gates of earlier tasks stand still; norms, if any, are the task's own; k-means starts without random
-    numbers, from the means of the groups before.
+    tau_t starts as sigma, and v_t at random with variance 1 / m for m output units. The weights of earlier tasks follow
+    sigma and can drift, because each task sets their targets anew. The cost of a step grows with the number of tasks so
+    far. Deviations from the public code: the gates of earlier tasks do not change; normalisation layers, if any, belong
+    to the task; k-means starts from the means of the previous groups, without random numbers.
 
     Args:
         backbone: maps prepared images to features [B, D]; sigma begins as its weights.
         num_classes: C.
-        l1: lambda_1, weight of the sparsity of tau; entries up to this count as 0 in eval mode.
-        drift: lambda_2, weight of the drift of earlier tasks. Gradient descent diverges when learning rate * drift *
-            (1 + T / 4) exceeds 2 in T tasks; 100 was published for Adam.
-        decay: weight of the squares.
-        gate_l1: weight of |v|; a gate up to this counts as 0 in eval mode.
-        retroactive: earlier tau follow as sigma moves; false for APD-Fixed, in which only sigma is held back.
-        group_every: after so many tasks, and again each time, tau are grouped and share what they agree on: APD(2);
-            0 for APD(1).
-        groups: groups for each `group_every` tasks.
-        gap: beta, entries of tau that differ by at most this within a group are shared.
+        l1: lambda_1, weight of the sparsity of tau. Entries of at most this size count as 0 in eval mode.
+        drift: lambda_2, weight of the drift of earlier tasks. Gradient descent diverges when learning rate * drift * (1
+            + T / 4) exceeds 2 in T tasks; the published value of 100 is for Adam.
+        decay: weight of the squared terms.
+        gate_l1: weight of |v|. A gate of at most this size counts as 0 in eval mode.
+        retroactive: whether tau of earlier tasks is trained as sigma changes. false is APD-Fixed, in which only the
+            drift penalty protects earlier tasks.
+        group_every: number of tasks between two consolidations, in which the tau of all tasks are grouped and each
+            group shares the entries that agree: APD(2). 0 is APD(1), without consolidation.
+        groups: number of groups per `group_every` tasks.
+        gap: beta: entries of tau in a group that differ by at most this are shared.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Apd(TaskNetworks):
         self.retroactive = retroactive
         self.group_every, self.groups, self.gap = group_every, groups, gap
         self.grouping: dict[str, list[int]] = {}  # group of each task, by layer
-        self.targets: list[Params] = []  # theta of earlier tasks, while a task is learned
+        self.targets: list[Params] = []  # theta of earlier tasks at the start of the current one; empty between tasks
         freeze(self.backbone)
 
     def new_network(self, task: Task, ctx: Context) -> nn.Module:
@@ -115,7 +117,7 @@ class Apd(TaskNetworks):
         ctx.log({"phase": "capacity", "capacity": self.capacity()})
 
     def _consolidate(self, count: int) -> None:
-        """Group the tasks in each layer, and let each group share what its members agree on."""
+        """Group the tasks in each layer, and let each group share the entries on which its members agree."""
         networks = [additive_layers(network) for network in self.networks]
         for name in networks[0]:
             layers = [network[name] for network in networks]
@@ -125,7 +127,7 @@ class Apd(TaskNetworks):
             consolidate(layers, self.grouping[name], gap=self.gap)
 
     def capacity(self) -> float:
-        """Return the numbers of all tasks that are not 0 in use, relative to one backbone with the heads."""
+        """Return how many nonzero numbers all tasks use, relative to the parameters of one backbone with the heads."""
         parameters = {id(p): p for p in self.parameters()}
         parts: dict[int, nn.Parameter] = {}
         for network in self.networks:

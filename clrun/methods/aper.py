@@ -1,10 +1,12 @@
 """APER (ADAM): adapt on the first task, then prototypes of both models (Zhou et al., IJCV 2024, arXiv 2303.07338).
 
-Memory between tasks: what adapts (L D, n L D, 22 D n + 4 D or n (2 D r + r + D) floats; "finetune" a second backbone),
-C (16 D + 8) bytes of sums (twice that once a class comes in a second domain), 8 C D of prototypes. Task id: not needed.
+Memory between tasks: the adaptation (for n blocks of width D: L D floats for shallow and n L D for deep prompts of
+length L, 22 D n + 4 D for scales and shifts, n (2 D r + r + D) for adapters of width r; with "finetune" a second
+backbone), 16 D + 8 bytes of sums per class (twice as much once a class comes in a second domain) and 8 D bytes of
+prototype per class. Task id: not needed.
 
-Verified: without adaptation it is simplecil, scores are cosines with class means, prototypes do not depend on the order
-of later tasks (test_methods_prompts).
+Verified: without adaptation it is simplecil, the scores are cosines with class means, and the prototypes do not depend
+on the order of later tasks (test_methods_prompts).
 """
 
 import torch
@@ -25,23 +27,25 @@ from clrun.system.errors import Count, Fraction, NonNegative, Positive, Positive
 class Aper(Prompted):
     """Prototypes in the features of the plain model and of one adapted to the first task.
 
-    The first task trains the adaptation and a cosine head that is thrown away; then everything is frozen. The
-    classifier row of a class is the mean of [plain feature; adapted feature], un-normalised, over its training images
-    in the eval view; the score is the cosine. A class that comes in several domains has the mean over all of them.
+    The first task trains the adaptation together with a cosine head over its classes. The head is then discarded and
+    everything is frozen. The classifier row of a class is the mean of [plain feature; adapted feature], without
+    normalisation, over the training images of the class in the eval view; the score is the cosine. A class that comes
+    in several domains has the mean over all of them.
 
-    What the first task holds decides what is adapted: results depend on the task order through it, and only through it.
+    The first task decides what is adapted. Results depend on the task order only through it.
 
     Args:
         backbone: a timm vision transformer (without prompts: any of timm's with `blocks`), frozen; "finetune" trains a
             copy.
         num_classes: C.
         adaptation: what the first task trains, see `Adaptation`.
-        length: L, prompts of VPT, which begin at 0.
-        bottleneck: r of adapters.
-        adapter_scale: factor of an adapter's output, not trained.
-        dropout: share of an adapter's activations dropped in training.
-        ssf_std: of the initial scales about 1 and shifts about 0.
-        cosine_scale: initial value of the trained factor of the cosine head; the published 1 gives tiny gradients.
+        length: L, number of VPT prompts, which start at 0.
+        bottleneck: r, width of the adapters.
+        adapter_scale: factor of an adapter's output; it is not trained.
+        dropout: fraction of an adapter's activations that is dropped in training.
+        ssf_std: standard deviation of the initial scales around 1 and of the initial shifts around 0.
+        cosine_scale: initial value of the trained factor of the cosine head. The published value of 1 gives very small
+            gradients.
         lr_scale: factor of the budget's learning rate.
     """
 

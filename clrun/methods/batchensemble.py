@@ -1,9 +1,10 @@
 """BatchEnsemble: each task rescales the rows and columns of shared weights (Wen et al., ICLR 2020, arXiv 2002.06715).
 
-Memory between tasks: the base, and for each task m + n numbers a layer [m, n], biases, norms and a head. Task id:
-needed.
+Memory between tasks: the base, and per task m + n numbers for each layer of shape [m, n], biases, normalisation layers
+and a head. Task id: needed.
 
-Verified: a task's weight is the base times an outer product, learned tasks stay bit for bit (test_methods_low_rank).
+Verified: a task's weight is the base times an outer product, and learned tasks stay the same bit for bit
+(test_methods_low_rank).
 """
 
 from typing import Literal
@@ -20,13 +21,15 @@ from clrun.methods.task_networks import TaskNetworks
 class Batchensemble(TaskNetworks):
     """W_t = W0 * (r_t s_t^T), with W0 trained by the first task and frozen.
 
-    Biases and norms are the task's own, and begin from those of the base; r and s begin at 1, so that a task begins
-    from the base itself (the paper draws random signs for ensembles, whose members are to differ).
+    r_t and s_t are vectors of task t that scale the rows and columns of W0; they start at 1, so that a task starts from
+    the base itself (the paper draws random signs for ensembles, whose members should differ). Biases and normalisation
+    layers belong to the task and start from those of the base.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        base: "first_task": the first task trains W0. "backbone": W0 is the backbone as it comes, e.g. pre-trained.
+        base: "first_task": the first task trains W0. "backbone": W0 is the backbone as it was loaded, for example
+            pre-trained.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int, *, base: Literal["first_task", "backbone"]) -> None:

@@ -1,9 +1,9 @@
 """BLIP: weights keep the leading bits that the tasks so far gave them (Shi et al., CVPR 2021, arXiv 2105.04444).
 
-Memory between tasks: 9 bytes a protected weight (mean information, quantised value, number of bits). Task id: not
+Memory between tasks: 9 bytes per protected weight (mean information, quantised value, number of bits). Task id: not
 needed.
 
-Verified: bits are the information gain and never fall, weights keep within a quantum, 20 bits freeze
+Verified: bits are the information gain and never decrease, weights stay within a quantum, and 20 bits freeze a weight
 (test_methods_columns).
 """
 
@@ -26,24 +26,28 @@ FINEST = 20  # bits at which a bound counts as closed; float32 resolves 24
 class Blip(Method):
     """A weight in [-u, u] is quantised when a task ends; later tasks may change it by one quantum, u 2^-n, at most.
 
-    u = 6 / sqrt(fan-in), for biases 1. With F_t the task's diagonal Fisher and G_t = ((t + 1) G_(t-1) + F_t) / (t + 2)
-    its mean over tasks, G_(-1) = prior * fan-in, a task adds ceil(1/2 log2(G_t / G_(t-1))) bits to n, its information
-    gain, when that is positive. Weights and biases of linear and convolution layers of the backbone are protected; the
-    head is free. A weight without a bit becomes 0, which prunes what no task needs.
+    u = 6 / sqrt(fan-in) for weights and 1 for biases, and n is the weight's number of bits. Let F_t be the task's
+    diagonal Fisher information and G_t = ((t + 1) G_(t-1) + F_t) / (t + 2) its mean over tasks, with G_(-1) = prior *
+    fan-in. A task adds ceil(1/2 log2(G_t / G_(t-1))) bits to n, its information gain, if that is positive. The weights
+    and biases of linear and convolutional layers of the backbone are protected; the head is not. A weight without a bit
+    becomes 0, which prunes the weights that no task needs.
 
-    Momentum and adaptive rates keep pushing against the bounds; the published settings have neither, nor weight decay.
+    Momentum and adaptive learning rates keep pushing weights against their bounds. The published settings use neither,
+    and no weight decay.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        prior: F_prior, for F as per-sample mean. Published values (1e-15 to 5e-17) refer to F / B^2 at a batch of 100:
-            1e4 times as much here. Finite and small, or no weight ever gets a bit.
-        bits: most bits of a weight; 20 leave it as good as frozen.
-        labels: how the Fisher's labels are chosen; see `clrun.methods.ewc`.
-        samples: rows the Fisher is estimated on; null for all.
-        initial: "keep": the backbone as it comes; "normal": N(0, 1 / fan-in), as published. Both clipped to [-u, u].
-        rest: parameters of other kinds (norms, tokens, positions) and running statistics: "freeze_after_first" trains
-            them in the first task alone, "train" in every task, unprotected.
+        prior: F_prior, for F as the mean over samples. Published values (1e-15 to 5e-17) refer to F / B^2 at a batch
+            size B of 100; multiply them by 1e4. If it is too large, no weight ever gets a bit.
+        bits: largest number of bits of a weight; 20 bits nearly freeze it.
+        labels: how the labels of the Fisher information are chosen: exact, sampled, empirical, predicted or batched;
+            see `clrun.blocks.curvature.estimate`.
+        samples: number of rows that the Fisher information is estimated on; null for all.
+        initial: "keep": the backbone as it was loaded. "normal": drawn from N(0, 1 / fan-in), as published. Both are
+            clipped to [-u, u].
+        rest: other parameters (normalisation layers, tokens, positions) and running statistics. "freeze_after_first":
+            trained in the first task only. "train": trained in every task, without protection.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -64,7 +68,7 @@ class Blip(Method):
         self.labels = labels
         self.prior, self.samples, self.initial, self.rest = prior, samples, initial, rest
         self.grid = BitGrid(backbone, prior, bits)
-        self.held = False  # whether the rest stands still
+        self.held = False  # whether the rest is frozen
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
@@ -82,7 +86,7 @@ class Blip(Method):
         if dead := self.grid.dead():
             raise ConfigError(
                 f"method.prior={self.prior:g}: no weight of backbone.{dead} got a bit, and all would become 0; the "
-                "Fisher information does not exceed prior * fan-in; use a smaller one"
+                "Fisher information does not exceed prior * fan-in; use a smaller method.prior"
             )
         self.grid.quantise_(self.backbone)
         if self.rest == "freeze_after_first" and not self.held:

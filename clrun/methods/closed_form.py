@@ -1,4 +1,4 @@
-"""What learners have in common whose state is sums over features: learning adds, forgetting subtracts."""
+"""Base of methods whose state is sums over features: learning a task adds to them, unlearning subtracts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,27 +14,28 @@ from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.system.errors import ConfigError, Count
 
-ROWS = 1024  # of a pass over features; the last bits of a sum depend on it
-IMAGES = 256  # of a pass over images
+ROWS = 1024  # batch size of a pass over features; the last bits of a sum depend on it
+IMAGES = 256  # batch size of a pass over images
 FAR_BELOW = 1e4  # how far the score of a forgotten class lies below all others
 
 
 class ClosedForm(Method):
-    """Each task is one pass over its features: its statistics are added to those of the tasks before, and solved.
+    """Learning a task is one pass over its features, which adds to the statistics; then the classifier is solved for.
 
     Sums over tasks do not depend on the order of the tasks, not even in the last bit (see `ExactSum`). A class that
-    comes in several domains has the sums of all of them. The engine feeds features; a subclass that changes the
+    comes in several domains has the sums over all of them. The engine feeds features; a subclass that changes the
     backbone overrides `reads_features` and `features`, which then reads images.
 
-    After the last task the tasks in `forget_tasks` are unlearned: their statistics, measured again or kept, are taken
-    off, and what is left is as if they had never been seen. A class without rows then loses to every other.
+    After the last task, the tasks in `forget_tasks` are unlearned: their statistics are subtracted, and the result is
+    as if these tasks had never been seen. A class without any remaining row scores lower than every other class.
 
     Args:
         backbone: identity of width D; the engine feeds features.
         num_classes: C.
-        forget_tasks: ids of tasks to unlearn at the end.
-        keep_task_statistics: keep the statistics of each task as well, T times the memory of all: unlearning then
-            needs no data and what is left is added up anew, equal bit for bit.
+        forget_tasks: ids of the tasks to unlearn after the last task.
+        keep_task_statistics: keep the statistics of each task as well, which takes as much memory again for every task.
+            Unlearning then needs no data, and the remaining statistics are added up again, equal bit for bit. Otherwise
+            the statistics of forgotten tasks are computed again from their data.
     """
 
     order_invariant = True
@@ -53,19 +54,19 @@ class ClosedForm(Method):
     def reads_features(cls, options: Mapping[str, Any]) -> bool:
         return True
 
-    # --- what a subclass says
+    # --- hooks of a subclass
 
     def empty(self) -> dict[str, ClassStats]:
         """Return the statistics of no rows, by name."""
         raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
-        """Return features [N, D] of what the engine feeds."""
+        """Return the features [N, D] of x as the engine feeds it: features, or prepared images."""
         features: Tensor = self.backbone(x)
         return features
 
     def lift(self, features: Tensor) -> Tensor:
-        """Return what the head scores [N, M] of features [N, D]."""
+        """Return the input [N, M] of the head for features [N, D]."""
         return features
 
     def update(self, statistics: dict[str, ClassStats], features: Tensor, y: Tensor, rows: Tensor) -> None:
@@ -73,7 +74,7 @@ class ClosedForm(Method):
         statistics["features"].update(self.lift(features), y)
 
     def solve(self, task: Task, ctx: Context) -> None:
-        """Make the head from `self.statistics`; `task` was learned last."""
+        """Compute the head from `self.statistics`; `task` is the latest one."""
         raise NotImplementedError
 
     # --- learning and unlearning
@@ -124,14 +125,14 @@ class ClosedForm(Method):
         return found
 
     def _merge(self, own: Mapping[str, ClassStats] | nn.ModuleDict, *, sign: int = 1) -> None:
-        """Add the statistics of a task or, for sign -1, take them back."""
+        """Add the statistics of a task or, with sign -1, subtract them."""
         for name in self.statistics:
             part = own[name]
             assert isinstance(part, ClassStats)
             self.stats(name).merge(part, sign=sign)
 
     def _forget(self, ctx: Context) -> None:
-        """Take the statistics of the forgotten tasks off, or add up those of the others anew."""
+        """Subtract the statistics of the forgotten tasks, or add up those of the other tasks again."""
         tasks = {task.id: task for task in ctx.stream.tasks}
         if self.keep_task_statistics:
             for gone in set(self.forget_tasks):

@@ -1,9 +1,10 @@
 """CODA-Prompt: prefixes composed of components with learned attention (Smith et al., CVPR 2023, arXiv 2211.13218).
 
-Memory between tasks: |blocks| T m (L + 2) D floats, and the head. Task id: not needed.
+Memory between tasks: per prompted block and task, m components of (L + 2) D floats (prefix, key and attention), and the
+head. Task id: not needed.
 
-Verified: prompts are the weighted sum of the paper, components begin orthonormal to trained ones, which stay bit for
-bit (test_methods_prompts).
+Verified: prompts are the weighted sum of the paper, and new components start orthonormal to trained ones, which stay
+the same bit for bit (test_methods_prompts).
 """
 
 import torch
@@ -21,19 +22,20 @@ from clrun.system.errors import ConfigError, Count, NonNegative, Positive, Posit
 class CodaPrompt(Prompted):
     """In each prompted block the prefix is a sum over components P_j, weighted by cos(q * A_j, K_j).
 
-    Half of it are keys, half values. Each task adds m components with keys K and attention A, orthonormal and
-    orthogonal to the earlier ones (published: Gram-Schmidt against rows that are no longer orthogonal, which leaves
-    cosines of about 0.1; here against a basis of them), and freezes the earlier ones; weights may be negative. The
-    number of tasks need not be known.
+    q is the query, the image's feature under the plain backbone; one half of the prefix are keys, the other half
+    values. Each task adds m components with keys K and attention A, which start orthonormal and orthogonal to those of
+    earlier tasks, and freezes the earlier ones. Weights may be negative. The number of tasks need not be known in
+    advance. Deviation: the published code uses Gram-Schmidt against rows that are no longer orthogonal, which leaves
+    cosines of about 0.1; here new rows are orthogonal to a basis of the earlier ones.
 
-    loss = CE + orthogonality * sum over blocks and P, K, A of the mean square of Z Z' - I.
+    loss = CE + orthogonality * sum over blocks and over Z in (P, K, A) of the mean square of Z Z' - I.
 
     Args:
         backbone: a timm vision transformer, frozen.
         num_classes: C.
-        components: m, components that each task adds in each block (published: 100 / tasks).
-        length: L, half of it keys and half values; even.
-        blocks: blocks with prefixes.
+        components: m, number of components that each task adds in each block (published: 100 / tasks).
+        length: L, length of a component; even. One half are keys, the other half values.
+        blocks: indices of the blocks with prefixes.
         orthogonality: weight of the penalty, mu.
         lr_scale: factor of the budget's learning rate.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.

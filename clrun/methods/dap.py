@@ -1,10 +1,10 @@
 """DAP: prompts made from the tokens of each block and an embedding of the task (Jung et al., ICCV 2023, p. 11847).
 
-Memory between tasks: n (L N + L + 2 D e + 4 D) floats, T (D + e) of keys and embeddings, and the head; N tokens of an
-image. Task id: not needed.
+Memory between tasks: n (L N + L + 2 D e + 4 D) floats for n prompted blocks, L prompts, N tokens per image and
+embeddings of width e; D + e floats per task for its key and embedding; and the head. Task id: not needed.
 
-Verified: prompts are the formula of the paper, no label leaks, a given task is the inferred one where they agree
-(test_methods_prompts).
+Verified: prompts follow the formula of the paper, no label leaks, and a given task gives the predictions of the
+inferred one where they agree (test_methods_prompts).
 """
 
 from typing import Literal
@@ -22,29 +22,30 @@ from clrun.learning.method import freeze
 from clrun.methods.prompted import Keyed, vpt_prompt
 from clrun.system.errors import NonNegative, Positive, PositiveInt
 
-FAR_BELOW = 1e4  # how far `task_logit_mask` puts the classes of other tasks below
+FAR_BELOW = 1e4  # subtracted by `task_logit_mask` from the logits of classes of other tasks
 
 
 class Dap(Keyed):
     """At every block prompts are mixed from the image's tokens, then scaled and shifted as the task's embedding says.
 
-    A test image gets the embedding of the task whose key is closest to its query.
+    A test image gets the embedding of the task whose key is closest to its query q, the image's feature under the plain
+    backbone.
 
-    loss = CE - pull * mean over the batch of cos(q, k_t). After the first task the mixers are frozen, and keys and
-    embeddings of earlier tasks always are; normalisations and FiLM maps go on being trained, so that prompts of earlier
-    tasks drift, as in the authors' code (naver-ai/dap-cl).
+    loss = CE - pull * mean over the batch of cos(q, k_t), with the key k_t of the current task. After the first task
+    the mixers are frozen; keys and embeddings of earlier tasks are always frozen. Normalisation layers and FiLM maps
+    are trained in every task, so that the prompts of earlier tasks drift, as in the authors' code (naver-ai/dap-cl).
 
-    That code lets a whole test batch vote for one task (`selection: batch`) and on ImageNet-R also restricts the logits
-    to the classes of that task (`task_logit_mask`): on batches of one task, the task is then given away.
+    In that code a whole test batch votes for one task (`selection: batch`), and on ImageNet-R the logits are also
+    restricted to the classes of that task (`task_logit_mask`). On batches of one task, both reveal the task.
 
     Args:
         backbone: a timm vision transformer, frozen.
         num_classes: C.
-        length: L, prompts of each block.
+        length: L, number of prompts of each block.
         embedding: e, width of a task's embedding.
-        pull: weight of the key's pull, lambda.
-        skip_last_block: the last block gets no prompts.
-        task_logit_mask: put classes of other tasks than the inferred one far below, see above.
+        pull: lambda, weight of the pull of the task's key towards queries.
+        skip_last_block: whether the last block has no prompts.
+        task_logit_mask: subtract 10,000 from the logits of classes that do not belong to the inferred task, see above.
         selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
         task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).
         lr_scale: factor of the budget's learning rate.

@@ -1,10 +1,10 @@
 """DGC: a running estimate of the gradient on all past data, added to a replay method's (Lin et al., 2407.20956).
 
-Memory between tasks: that of the host and 3 P floats (snapshot, estimate, accumulator), P = parameters. Task id: not
-needed.
+Memory between tasks: the memory of the host and 3 P floats (snapshot, estimate, accumulator) for P parameters. Task id:
+not needed.
 
-Verified: weight 0 is its host bit for bit, with everything in memory it knows the gradient on the past
-(test_methods_gradients).
+Verified: with weight 0 it is its host bit for bit, and with all rows in memory its estimate is the gradient on all past
+data (test_methods_gradients).
 """
 
 import importlib
@@ -32,13 +32,14 @@ Mean = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Dgc(Method):
     """gradient <- that of the host + zeta * estimate of the gradient of the mean loss on all earlier tasks.
 
-    With d = grad l(theta) - grad l(snapshot) on rows of the host's memory, and h the gradient on all earlier data at
-    the snapshot, taken when each task ends: h <- ((t - 1) h + grad L_t(snapshot)) / t over a full pass in eval mode.
+    Let d = grad l(theta) - grad l(snapshot) on rows of the host's memory, and h the gradient of the mean loss on all
+    earlier data at the snapshot. When task t ends, one full pass in eval mode updates h <- ((t - 1) h + grad
+    L_t(snapshot)) / t.
 
-    "svrg", the variance-reduced estimate as it should be: h + d in every step, d on rows of earlier tasks, each task
-    counting alike; every `period` steps h <- h + d, snapshot <- theta. "released", what the published code does: h
-    alone in every step, d on any rows of the memory summed up in r, and every `period` steps h <- h + r / (period t),
-    snapshot <- theta, r <- 0. The paper's exact form could not be compared.
+    Mode "svrg" is the variance-reduced estimate: every step adds h + d, with d on rows of earlier tasks and equal
+    weight for each task; every `period` steps h <- h + d and snapshot <- theta. Mode "released" follows the published
+    code: every step adds h alone, d on any rows of the memory is summed up in r, and every `period` steps
+    h <- h + r / (period t), snapshot <- theta, r <- 0. We could not compare with the exact form in the paper.
 
     A row is judged among the classes that competed when its task was learned, because h was computed with them; the
     option `compete` of the host says which. Nothing happens in the first task. The sum is written into every gradient,
@@ -50,8 +51,8 @@ class Dgc(Method):
         host: a replay method with a `memory`: er or der, with its options.
         zeta: weight of the estimate; 0 is the host. Published: 0.001.
         mode: "svrg" or "released".
-        period: S, steps from one snapshot to the next. Published: 200.
-        memory_batch_size: rows of the memory that d is taken on, over all processes; null for all.
+        period: S, number of steps between two snapshots. Published: 200.
+        memory_batch_size: number of memory rows that d is computed on, over all processes; null for all.
     """
 
     knobs = (Knob("zeta"),)
@@ -91,7 +92,7 @@ class Dgc(Method):
         if isinstance(host, type) and issubclass(host, Method):
             host.check_options(options["host"])
 
-    # --- the host does what it does
+    # --- hooks that are those of the host
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         self.host.begin_task(task, ctx)
@@ -113,7 +114,7 @@ class Dgc(Method):
         logits: Tensor = self.host(x)
         return logits
 
-    # --- and its gradient is calibrated
+    # --- the calibration of its gradient
 
     def adjust_gradients(self, ctx: Context) -> None:
         self.host.adjust_gradients(ctx)
@@ -143,7 +144,7 @@ class Dgc(Method):
         return own if self.host.compete == "current" or ctx.stream.setting == "til" else own.cumsum(dim=0) > 0
 
     def _estimate(self, ctx: Context) -> Tensor:
-        """Return the estimate [P] of the gradient on earlier data, and keep the books."""
+        """Return the estimate [P] of the gradient on earlier data, and update its state."""
         past, now = self.past, flatten(select(self)).detach()
         difference = self._difference(now, ctx)
         new_snapshot = (ctx.progress.step + 1) % self.period == 0
@@ -159,7 +160,7 @@ class Dgc(Method):
         return past.gradient
 
     def _difference(self, now: Tensor, ctx: Context) -> Tensor:
-        """Return d [P]: how the gradient on rows of the memory changes from the snapshot to `now`."""
+        """Return d [P], the gradient on rows of the memory at `now` minus the one at the snapshot."""
         memory, rank, world = self.host.memory, ctx.hardware.rank, ctx.hardware.world
         assert isinstance(memory, Buffer)
         slots = torch.arange(len(memory), device=memory.t.device)
@@ -189,7 +190,7 @@ class Dgc(Method):
 
 
 class Past(Carrier):
-    """What is known of the loss on all earlier data: its gradient at a snapshot of the parameters."""
+    """The gradient of the loss on all earlier data at a snapshot of the parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,13 +199,13 @@ class Past(Carrier):
         self.total = torch.zeros(0)  # r [P]
 
     def begin(self, weights: Tensor) -> None:
-        """Take the snapshot that the first task leaves."""
+        """Take the first snapshot, when the first task ends."""
         self.snapshot = weights.clone()
         self.gradient, self.total = torch.zeros_like(weights), torch.zeros_like(weights)
 
 
 def masked_mean(logits: Tensor, y: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean cross-entropy []; every row counts alike, whatever its task."""
+    """Return the mean cross-entropy [] over rows, with equal weights whatever their tasks."""
     return masked_cross_entropy(logits, y, mask)
 
 

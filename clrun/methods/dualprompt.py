@@ -1,9 +1,10 @@
 """DualPrompt: prefixes for all tasks and prefixes for each task (Wang et al., ECCV 2022, arXiv 2204.04799).
 
-Memory between tasks: |G| 2 L_g D + T (|E| 2 L_e D + D) floats, and the head. Task id: not needed.
+Memory between tasks: 2 L_g D floats per block with G-prompts; per task 2 L_e D floats per block with E-prompts, and a
+key of D floats; and the head. Task id: not needed.
 
-Verified: each image gets the prompts of its task, keys go to the mean direction of the queries, old prompts stay bit
-for bit (test_methods_prompts).
+Verified: each image gets the prompts of its task, keys converge to the mean direction of the queries, and the prompts
+of earlier tasks stay the same bit for bit (test_methods_prompts).
 """
 
 from typing import Any, Literal
@@ -24,22 +25,25 @@ from clrun.system.errors import Count, NonNegative, Positive
 class Dualprompt(Keyed):
     """Prefix keys and values: G-prompts of all tasks in early blocks, E-prompts of the task in later ones.
 
-    A test image gets the E-prompts of the task whose key is closest to its query.
+    A test image gets the E-prompts of the task whose key is closest to its query q, the image's feature under the plain
+    backbone.
 
-    loss = CE + pull * (1 - mean over the batch of cos(q, k_t)): the key of a task goes to the mean direction of its
-    queries. E-prompts and keys of earlier tasks are frozen; G-prompts and head go on being trained.
+    loss = CE + pull * (1 - mean over the batch of cos(q, k_t)), so that the key k_t of a task converges to the mean
+    direction of its queries. E-prompts and keys of earlier tasks are frozen; G-prompts and the head are trained in
+    every task.
 
     Args:
         backbone: a timm vision transformer, frozen.
         num_classes: C.
-        g_blocks: blocks with G-prompts.
-        e_blocks: blocks with E-prompts; a block in both gets both.
-        g_length: L_g, keys, and as many values (code that counts them together means half as many).
-        e_length: L_e, likewise.
-        pull: weight of the key's loss, lambda.
-        keys: "learned"; "mean": the mean of the normalised queries of the task's un-augmented images, which the learned
-            key tends to, and training needs no queries.
-        copy_prompts: E-prompts of a task begin as those of the task before.
+        g_blocks: indices of the blocks with G-prompts.
+        e_blocks: indices of the blocks with E-prompts; a block in both lists gets both.
+        g_length: L_g, number of keys, and of values, of the G-prompt of a block. Code that counts keys and values
+            together calls this 2 L_g.
+        e_length: L_e, the same number for E-prompts.
+        pull: lambda, weight of the loss of the key.
+        keys: "learned", or "mean": the mean of the normalised queries of the task's un-augmented images, to which the
+            learned key converges. With "mean", training needs no queries.
+        copy_prompts: whether the E-prompts of a task start as those of the previous task.
         init: distribution of initial prompts and keys; see `prompted.drawn`.
         selection: "instance", or "batch" (see `blocks.selection.choose`), which makes predictions depend on the batch.
         task_id: "inferred" from the keys, or "given" at test time (task-incremental reading only).

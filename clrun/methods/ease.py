@@ -1,10 +1,11 @@
 """EASE: an adapter for each task spans a subspace of its own (Zhou et al., CVPR 2024, arXiv 2403.12030).
 
-Memory between tasks: T (n (2 D r + r + D)) floats of adapters, T C (8 D + 8) bytes of sums (twice that once a class
-comes in a second domain) and T 4 C D of prototypes. A prediction takes T backbone passes. Task id: not needed.
+Memory between tasks, for T tasks, C classes and n blocks: T n (2 D r + r + D) floats of adapters, T C (8 D + 8) bytes
+of sums (twice as much once a class comes in a second domain) and 4 T C D bytes of prototypes. A prediction takes T
+passes of the backbone. Task id: not needed.
 
-Verified: prototypes and scores are those of the paper, adapters at their start are the plain model, one pass a task
-(test_methods_prompts).
+Verified: prototypes and scores are those of the paper, new adapters leave the plain model unchanged, and a prediction
+takes one pass per task (test_methods_prompts).
 """
 
 from typing import Literal
@@ -27,27 +28,30 @@ from clrun.system.errors import Fraction, NonNegative, Positive, PositiveInt
 
 
 class Ease(Prompted):
-    """Each task trains adapters of its own beside the MLPs, with a cosine head that is thrown away.
+    """Each task trains adapters of its own beside the MLPs, with a cosine head that is discarded.
 
-    A class c of task j scores cos(f_j(x), mu[c, j]) + alpha / t times the sum over the other subspaces i <= t of
-    cos(f_i(x), mu[c, i]).
+    The head has the classes of the task alone. Let f_i be the features with the adapters of task i, and mu[c, i] the
+    prototype of class c in this subspace. After t tasks, a class c of task j has the score cos(f_j(x), mu[c, j]) +
+    alpha / (t - 1) times the sum over the other subspaces i of cos(f_i(x), mu[c, i]).
 
-    The prototypes mu are class means of un-normalised features in the eval view. A class that was gone before subspace
-    i came has none there: mu[c, i] is then composed of those of the classes that have one, with weights softmax over r
-    of cos(mu[c, j], mu[r, j]). In domain-incremental streams every class is real in every subspace, averaged over the
-    domains from then on, and belongs to all of them: no term is scaled by alpha.
+    Prototypes are class means of un-normalised features in the eval view. A class whose task was over before subspace i
+    was trained has no images there. Its prototype mu[c, i] is composed of those of the classes r that have one, with
+    the weights softmax over r of cos(mu[c, j], mu[r, j]). In domain-incremental streams every class has real prototypes
+    in every subspace, averaged over the domains since then, and belongs to all of them: no term is multiplied by alpha.
 
     Args:
         backbone: a vision transformer of timm with `blocks`, frozen.
         num_classes: C.
-        bottleneck: r of adapters.
-        adapter_scale: factor of an adapter's output, not trained.
-        dropout: share of an adapter's activations dropped in training.
+        bottleneck: r, width of the adapters.
+        adapter_scale: factor of an adapter's output; it is not trained.
+        dropout: fraction of an adapter's activations that is dropped in training.
         alpha: weight of the subspaces of other tasks.
-        recompute: compose missing prototypes of all subspaces anew at each task, with the classes of all tasks; else
-            those of the newest subspace only, once.
-        plain_weight: of the plain model's cosine, added to the score; 0 does without that pass.
-        cosine_scale: initial value of the trained factor of the cosine head; the published 1 gives tiny gradients.
+        recompute: compose the missing prototypes of all subspaces again after each task, with the classes of all tasks;
+            false composes those of the newest subspace only.
+        plain_weight: weight of the cosine with the prototype of the plain model, which is added to the score; 0 saves
+            this pass.
+        cosine_scale: initial value of the trained factor of the cosine head. The published value of 1 gives very small
+            gradients.
         task_id: "inferred", or "given" at test time: only the subspace of that task scores (task-incremental reading).
         lr_scale: factor of the budget's learning rate.
     """
@@ -104,7 +108,7 @@ class Ease(Prompted):
                     self.complete(place)
 
     def _measure(self, space: "Subspace", task: Task) -> None:
-        """Add the task's classes to the real prototypes of a subspace."""
+        """Add the rows of the task to the statistics of a subspace, and update its measured prototypes."""
         own = space.stats.empty()
         for batch in task.train.batches(256):
             own.update(self.features(batch.x, space.plan()).float(), batch.y)
@@ -113,7 +117,7 @@ class Ease(Prompted):
         space.head.prototypes[real] = space.stats.means()[real].float()
 
     def complete(self, place: int) -> None:
-        """Compose the prototypes of the classes that were gone before the subspace at `place` came."""
+        """Compose the prototypes of the classes whose tasks were over before the subspace at `place` was trained."""
         space = self.space(place)
         real = space.real
         for earlier in range(place):

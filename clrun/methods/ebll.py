@@ -1,10 +1,10 @@
 """EBLL: LwF that also keeps codes of the features (Rannen Triki et al., ICCV 2017, arXiv 1704.01920).
 
-Memory between tasks: an encoder a task, 4 T h (D + 1) bytes; a frozen copy of the network during a task, a decoder
-while a code is learned. Task id: not needed.
+Memory between tasks: one encoder per task, 4 T h (D + 1) bytes for T tasks and codes of h units; during a task a frozen
+copy of the network, and a decoder while a code is learned. Task id: not needed.
 
-Verified: without codes it is lwf bit for bit, codes stand still with the network, encoders are kept as learned
-(test_methods_distillation).
+Verified: without codes it is lwf bit for bit, the code loss is 0 while the network does not change, and encoders stay
+as they were learned (test_methods_distillation).
 """
 
 import torch
@@ -29,11 +29,12 @@ from clrun.system.seeding import seed_all
 class Ebll(Lwf):
     """loss = LwF's + code_strength / 2 sum_k |code_k(f) - code_k(f_old)|^2, k over the tasks before.
 
-    When a task ends, an undercomplete autoencoder of its features f [D] (after the backbone's pooling), the network
-    frozen, learns to keep what the head reads off them: alpha |r - f|^2 + CE(head(r)), r the reconstruction; its
-    encoder sigmoid(E f + e) [h] is kept, untouched from then on. Norms are sums over units; code that takes the mean
-    over them, without the 1/2 (CLsurvey, a = 1, alpha = 0.01 to 0.1), corresponds to code_strength = 2 a / h and
-    alpha / D.
+    f and f_old are the features of the network and of its copy from before the task. When a task ends, an undercomplete
+    autoencoder of the features f [D] (after the backbone's pooling) is trained while the network is frozen. Its loss is
+    alpha |r - f|^2 + CE(head(r)) with the reconstruction r, so that the code keeps what the head uses; the classes of
+    this cross-entropy are the candidates of an evaluation. The encoder sigmoid(E f + e) [h] is kept and does not change
+    any more. Norms are sums over units. Code that takes means instead, without the 1/2 (CLsurvey, a = 1, alpha = 0.01
+    to 0.1), corresponds to code_strength = 2 a / h and alpha / D.
 
     Args:
         backbone: maps prepared images to features [B, D].
@@ -43,8 +44,8 @@ class Ebll(Lwf):
         per_head: see `Lwf`.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
         warmup: see `Lwf`.
-        code_strength: a; 0 is LwF.
-        code_size: h.
+        code_strength: a, weight of the code loss; 0 is LwF.
+        code_size: h, number of units of a code.
         alpha: weight of the reconstruction against the cross-entropy.
         encoding: budget of each autoencoder.
     """

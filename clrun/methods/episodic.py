@@ -1,4 +1,4 @@
-"""What learners have in common that keep rows of every task in a memory which is filled when the task ends."""
+"""Base of methods that keep rows of every task in a memory, which is filled when the task ends."""
 
 from typing import Literal
 
@@ -16,17 +16,17 @@ RULES = {"reservoir": ReservoirBuffer, "ring": RingBuffer, "class_balanced": Cla
 
 
 class Episodic(Method):
-    """The memory is filled in one pass over the rows of the task, in random order, after the task is learned.
+    """A method with a memory that is filled after each task, in one pass over the task's rows in random order.
 
-    While a task is learned the memory therefore holds rows of earlier tasks only. With several processes each keeps its
-    share.
+    While a task is learned, the memory therefore holds rows of earlier tasks only. With several processes, each process
+    holds its share of the rows.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
         capacity: M, rows in memory over all processes.
         memory: "ring": the last M / T rows of each of T tasks. "reservoir": a uniform sample of all rows.
-            "class_balanced": as many rows of each class as of any other.
+            "class_balanced": equally many rows of every class.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
@@ -45,7 +45,7 @@ class Episodic(Method):
         self._check_ring(self.memory.capacity, self.memory.tasks, ctx.hardware.world)
 
     def _check_ring(self, rows: int, tasks: int, world: int) -> None:
-        """Refuse a ring without a row for each task in each process."""
+        """Refuse a ring buffer that has less than one row per task and process."""
         if isinstance(self.memory, RingBuffer) and 0 < rows < tasks:
             raise ConfigError(
                 f"method.capacity={self.capacity}: a ring needs a row for each of {tasks} tasks in each of {world} "

@@ -1,11 +1,12 @@
 """FeCAM: Mahalanobis distances with a covariance a class on frozen features (Goswami et al., NeurIPS 2023, 2309.14062).
 
-Memory between tasks: 8 C D^2 + C (8 D + 8) bytes of sums (covariance "common": 8 D^2 instead of 8 C D^2, "diagonal":
-8 C D; twice that once sums are no longer exact, and another 8 C D for the recipe "cnn"), half of that of factors; kept
-task statistics T times the sums. Task id: not needed.
+Memory between tasks: 8 D^2 + 8 D + 8 bytes of sums per class (with covariance "common" 8 D^2 for all classes together,
+with "diagonal" 8 D per class in the place of 8 D^2; twice as much once sums are no longer exact; 8 D more per class for
+the recipe "cnn"), and half as much for factors; with kept task statistics, the sums once more for every task. Task id:
+not needed.
 
-Verified: golden distances, shrunk to the identity it is the nearest mean, AOPD 0, unlearning to 1e-9
-(test_methods_closed_form).
+Verified: distances are computed by hand, shrunk to the identity it is the nearest mean, AOPD is 0, and unlearning is
+exact to 1e-9 (test_methods_closed_form).
 """
 
 from typing import Annotated, Literal
@@ -26,23 +27,23 @@ MOMENTS: dict[str, Moments] = {"class": "class", "common": "pooled", "diagonal":
 class Fecam(ClosedForm):
     """The class with the smallest u' R^-1 u: u the difference of transformed feature and mean, R a correlation matrix.
 
-    The covariance S of a class is shrunk to S + alpha1 V1 I + alpha2 V2 (11' - I), V1 the mean of its diagonal, V2 that
-    of all entries off it (the published code leaves zeros out of V2, which can make the sum indefinite), and scaled to
-    unit diagonal. Recipe "vit": features of length 1, and their means. Recipe "cnn", for features without negative
-    entries: covariances of f^tukey, and u = norm(norm(f)^tukey) - norm(mean(f)^tukey), as published, though means and
-    covariances then live in different spaces.
+    The covariance S of a class is shrunk to S + alpha1 V1 I + alpha2 V2 (11' - I), where V1 is the mean of the diagonal
+    of S and V2 the mean of all other entries, and scaled to unit diagonal. The published code leaves zeros out of V2,
+    which can make the result indefinite. Recipe "vit" uses features of length 1 and their means. Recipe "cnn", for
+    features without negative entries, uses covariances of f^tukey and u = norm(norm(f)^tukey) - norm(mean(f)^tukey), as
+    published, although means and covariances then belong to different spaces.
 
     Args:
         backbone: identity of width D; the engine feeds features.
         num_classes: C.
         recipe: "vit" or "cnn".
-        covariance: "class": one each; "common": that of all rows about their class means; "diagonal": the variances of
-            each class, not scaled to unit diagonal, which would leave nothing of them.
+        covariance: "class": one per class. "common": that of all rows about their class means. "diagonal": the
+            variances of each class, not scaled to unit diagonal, which would make them all 1.
         alpha1: shrinkage of the diagonal.
         alpha2: shrinkage off the diagonal.
-        shrinkages: how many times to shrink.
+        shrinkages: how many times the covariance is shrunk.
         tukey: exponent of the recipe "cnn".
-        forget_tasks: ids of tasks to unlearn at the end.
+        forget_tasks: ids of the tasks to unlearn after the last task.
         keep_task_statistics: keep the sums of each task as well; see `ClosedForm`.
     """
 

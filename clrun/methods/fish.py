@@ -1,10 +1,10 @@
 """FISH mask: each task trains the few weights with the largest Fisher information (Sung et al., 2021, 2111.09839).
 
-Memory between tasks: 8 k bytes a task, k = weights of its mask (4 for the place, 4 for the value); the backbone itself
+Memory between tasks: 8 bytes per weight of each task's mask (4 for the index, 4 for the value); the backbone itself
 stays as it was loaded. Task id: needed.
 
-Verified: a ratio of 1 is finetuning, masks are nested and take the largest Fisher, the backbone stays bit for bit
-(test_methods_masks).
+Verified: a ratio of 1 is finetuning, masks of smaller ratios lie in those of larger ones and take the largest Fisher
+information, and the backbone stays the same bit for bit (test_methods_masks).
 """
 
 from typing import Annotated, Literal
@@ -29,21 +29,22 @@ from clrun.system.errors import ConfigError, PositiveInt, Range
 class Fish(Masked):
     """theta_t = theta_0 + a sparse difference, on the k weights of the backbone with the largest diagonal Fisher.
 
-    k = floor(ratio P) - P_head of the P weights of backbone and head rows of the task, over all layers together; the
-    head's rows are always trained. The Fisher is taken on the weights that the task begins with, after some steps of
-    the head alone: that of a random head says little. Every other weight keeps its bits whatever the optimizer.
+    k = floor(ratio P) - P_head, where P counts the weights of the backbone and of the task's head rows, and P_head
+    those of the head rows, which are always trained. The k weights are chosen over all layers together. The Fisher
+    information is estimated at the weights that the task starts with, after some steps of the head alone, because the
+    gradients of a random head say little. Every other weight stays the same bit for bit, whatever the optimizer.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        ratio: share of the weights that a task may change; 1 with mode=isolated trains all. Published: 0.005 of
+        ratio: fraction of the weights that a task may change; 1 with mode=isolated trains all. Published: 0.005 for
             pre-trained networks.
-        mode: "isolated": each task begins from theta_0, and nothing passes between tasks. "sequential": it begins from
-            the weights of the last one, and chooses among those that no earlier task owns.
-        score: "fisher": the mean square of the gradients of single rows. "absolute": their mean absolute value.
-        labels: how the Fisher's labels are chosen: exact, sampled, empirical (published), predicted or batched; see
-            `clrun.blocks.curvature`.
-        samples: rows the Fisher is estimated on; null for all.
+        mode: "isolated": each task starts from theta_0, and nothing passes between tasks. "sequential": it starts from
+            the weights of the previous task and chooses among those that no earlier task has chosen.
+        score: "fisher": the mean squared gradient of single rows. "absolute": their mean absolute value.
+        labels: how the labels of the Fisher information are chosen: exact, sampled, empirical (published), predicted or
+            batched; see `clrun.blocks.curvature.estimate`.
+        samples: number of rows that the Fisher information is estimated on; null for all.
         warmup: budget of the steps of the head alone; 0 epochs for none.
     """
 
@@ -64,7 +65,7 @@ class Fish(Masked):
         self.samples, self.warmup = samples, warmup
         self.labels = labels
         self.names = list(select(backbone))
-        self.deltas = nn.ModuleList()  # SparseDelta, one a task
+        self.deltas = nn.ModuleList()  # one SparseDelta per task
         self.base: Tensor | None = None  # theta_0 [P], while a task is learned
 
     def check(self, stream: Stream) -> None:
@@ -118,7 +119,7 @@ class Fish(Masked):
         return count
 
     def _chosen(self, task: Task, ctx: Context) -> Tensor:
-        """Return [k] long, the places of the weights that `task` may change."""
+        """Return [k] long, the indices of the weights that `task` may change."""
         scores = self._scores(task, ctx)
         if self.mode == "sequential":
             for delta in self._deltas():
@@ -134,7 +135,7 @@ class Fish(Masked):
         return flatten({name: importance[name] for name in self.names})
 
     def _assembled(self, base: Tensor, task: int) -> Tensor:
-        """Return the weights [P] of the learned task at position `task`."""
+        """Return the backbone's weights [P] for the learned task at position `task`."""
         weights = base.clone()
         for delta in self._deltas()[0 if self.mode == "sequential" else task : task + 1]:
             delta.put(weights)
@@ -149,11 +150,11 @@ class Fish(Masked):
         return {name: self.backbone.get_parameter(name) for name in self.names}
 
     def _named(self, values: Tensor) -> Params:
-        """Return numbers [P], one a weight, by name."""
+        """Return `values` [P], one per weight, by the names of the weights."""
         return unflatten(values, shapes_of(self._weights()))
 
     @torch.no_grad()
     def _write(self, weights: Tensor) -> None:
-        """Give the backbone these weights [P]."""
+        """Set the weights of the backbone to `weights` [P]."""
         for name, values in self._named(weights).items():
             self.backbone.get_parameter(name).copy_(values)

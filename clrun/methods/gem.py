@@ -1,10 +1,11 @@
 """GEM: steps that do not increase the loss on any earlier task (Lopez-Paz and Ranzato, NeurIPS 2017, 1706.08840).
 
-Memory between tasks: M (s + 8) bytes, M = capacity, s bytes a stored input; one gradient an earlier task during a step,
-hence time and transient memory of a step grow with the tasks. Task id: not needed.
+Memory between tasks: M (s + 8) bytes for M stored rows, each with an input of s bytes, its class and its task (8
+bytes). A step computes one gradient per earlier task, so that its time and its transient memory grow with the number of
+tasks. Task id: not needed.
 
-Verified: a projected step hurts no earlier task and is the nearest such, one constraint is a_gem
-(test_methods_gradients, test_blocks_gradients).
+Verified: a projected step increases the loss of no earlier task and is the nearest such step, and with one constraint
+it is a_gem (test_methods_gradients, test_blocks_gradients).
 """
 
 import torch
@@ -24,20 +25,21 @@ from clrun.system.errors import Count, NonNegative, PositiveInt
 class Gem(Episodic):
     """g <- the nearest vector with <g, g_k> >= 0 for the gradient g_k on the memory of each earlier task k.
 
-    A row of the memory is judged among the classes that compete for its own task. g_k is taken in eval mode, the mode
-    the loss is measured in, on un-augmented rows. budget.clip_norm is applied before the projection (a second time
-    after it, which keeps the direction). The step obeys the constraints with plain SGD (`budget=online`); momentum,
-    adaptive rates and weight decay come after the projection and break them.
+    The loss of a memory row is taken over the classes that compete for the row's own task. g_k is computed in eval mode
+    on un-augmented rows. budget.clip_norm is applied before the projection and again after it, where it keeps the
+    direction. With plain SGD (`budget=online`) the step satisfies the constraints. Momentum, adaptive learning rates
+    and weight decay are applied after the projection and may violate them.
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        capacity: M, rows in memory over all processes; 0 is finetuning. Published: 256 for each task.
+        capacity: M, rows in memory over all processes; 0 is finetuning. Published: 256 per task.
         memory: "ring": the last M / T rows of each of T tasks. "reservoir": a uniform sample of all rows.
-            "class_balanced": as many rows of each class as of any other.
-        memory_batch_size: rows of a task that its gradient is taken on, over all processes; null for all it has.
-        margin: gamma, a lower bound of the weight of every g_k in a step that violates any constraint; favours backward
-            transfer.
+            "class_balanced": equally many rows of every class.
+        memory_batch_size: number of memory rows that the gradient of a task is computed on, over all processes; null
+            for all.
+        margin: gamma, lower bound of the weight of every g_k in a step that violates a constraint; larger values favour
+            backward transfer.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 

@@ -1,10 +1,10 @@
 """HALRP: each task is the base network, rescaled, plus low-rank matrices (Li et al., TKDE 2024, arXiv 2311.15161).
 
-Memory between tasks: the base, and for each task, over its layers [m, n], m + n + (m + n) r numbers (fewer after
-pruning), biases, norms and a head; `growth` bounds all of it. Task id: needed.
+Memory between tasks: the base; per task and layer [m, n], m + n + (m + n) r numbers for rank r (fewer after pruning),
+and biases, normalisation layers and a head. `growth` bounds all of it. Task id: needed.
 
-Verified: learned tasks stay bit for bit, growth counts everything stored, a frozen base makes every order the same
-(test_methods_low_rank).
+Verified: learned tasks stay the same bit for bit, growth counts everything that is stored, and with a frozen base every
+order gives the same result (test_methods_low_rank).
 """
 
 import math
@@ -38,45 +38,51 @@ from clrun.learning.training import fit
 from clrun.methods.task_networks import TaskNetworks
 from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
 
-BYTES = 4  # of a number
+BYTES = 4  # bytes per number
 
 
 class Halrp(TaskNetworks):
-    """A task warms up a full copy of the base, explains it by few numbers, and fine-tunes these.
+    """A task warms up a full copy of the base, factorises it into few numbers, and fine-tunes these.
 
-    Warm-up: a copy of the base learns the task by cross-entropy. Explanation: W_warm ~ D(R) W0 D(S) + U V, in closed
-    form. A singular value s of what rescaling leaves in layer l costs about h_l cells_l s^2 of loss when it is left
-    out, with h_l the layer's mean curvature; the ranks of all layers are chosen together from these scores.
-    Fine-tuning: R, S, U, V, biases, norms and head, on
+    Warm-up: a copy of the base learns the task by cross-entropy. Factorisation: the result is approximated in closed
+    form, W_warm ~ D(R) W0 D(S) + U V, with the base's weights W0, diagonal matrices of the scales R and S, and low-rank
+    factors U and V. Leaving out a singular value s of the residual in layer l costs about h_l cells_l s^2 of loss,
+    where h_l is the layer's mean curvature and cells_l the number of window positions at which one entry of the
+    residual is used (1 for a linear layer). The ranks of all layers are chosen together from these scores. Fine-tuning
+    trains R, S, U, V, biases, normalisation layers and head on
 
         CE + l1 sum (|U|_1 + |V|_1) + l2 / 2 sum (|R - c|^2 + |S - c|^2 + |U|^2 + |V|^2).
 
-    Pruning, once, when the task ends: a task that is learned is never touched again. A task depends on the base and
-    its own data alone. Deviations from the public code: S solves its least squares problem; the base's own weights,
-    not 0, are what l2 pulls to; curvature is measured on training rows, a sample of them; old tasks are not pruned
-    again, each has its share of the growth; steps on R and S are shortened (see `adjust_gradients`).
+    When the task ends, it is pruned once; a learned task is never changed again. A task depends on the base and its own
+    data alone. Deviations from the public code: S solves its least-squares problem; l2 pulls the weights to those of
+    the base and not to 0; curvature is measured on a sample of the training rows; earlier tasks are not pruned again,
+    and each task has its share of the growth; steps on R and S are shortened (see `adjust_gradients`).
 
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
         base: "first_task": the first task trains the base, on CE + l2 / 2 sum |W|^2. "backbone": the base is the
-            backbone as it comes, e.g. pre-trained; then the order of the tasks changes nothing at all.
-        warmup: budget of the warm-up; the run's is spent on fine-tuning, and on the first task.
-        ranks: "curvature": the scores that sum to `share` of all. "cost_aware": the best scores per number stored, as
-            many as `growth` has room for. "flat": the same rank everywhere, `highest_rank` or what there is room for.
-        share: alpha; the share of the estimated loss that is kept.
-        lowest_rank: of each layer.
-        highest_rank: of each layer.
-        curvature_data: rows the curvature is measured on, "train" or "val" (the public code, whenever there are any).
-        curvature_samples: how many of them, drawn without replacement; null for all.
-        sweeps: of the least squares for R and S.
-        conv: residual of a convolution: its "mean" over the window (the paper), or "unfold": each place has its own.
+            backbone as it was loaded, for example pre-trained; then the order of the tasks has no effect at all.
+        warmup: budget of the warm-up. The run's budget is spent on fine-tuning, and on the first task if it trains the
+            base.
+        ranks: "curvature": the largest scores whose sum is `share` of the total. "cost_aware": the largest scores per
+            stored number, as many as `growth` has room for. "flat": the same rank in every layer, `highest_rank` or
+            what there is room for.
+        share: alpha, fraction of the estimated loss that is kept.
+        lowest_rank: smallest rank of a layer.
+        highest_rank: largest rank of a layer.
+        curvature_data: rows that the curvature is measured on: "train", or "val", which the public code uses if there
+            are any.
+        curvature_samples: number of these rows, drawn without replacement; null for all.
+        sweeps: number of alternations in the least-squares problem for R and S.
+        conv: residual of a convolution: "mean" over the window (the paper), or "unfold", in which every position of the
+            window has its own.
         l1: lambda_1, pulls U and V to 0.
         l2: lambda_2.
         l2_centre: c of the penalty on R and S: "one", or "zero", which weakens the base (the public code).
-        growth: what all tasks together may add to the bytes of the base (with the first task's head, if it trained
-            the base): scales, factors with the places of their entries, biases, norms with their statistics, heads.
-            Tasks share it equally. Null for no limit.
+        growth: bytes that all tasks together may add, relative to the bytes of the base (with the first task's head, if
+            it trained the base): scales, factors with the indices of their entries, biases, normalisation layers with
+            their statistics, heads. Tasks share it equally. Null for no limit.
         threshold: entries of U and V of at most this absolute value become 0.
     """
 
@@ -115,7 +121,7 @@ class Halrp(TaskNetworks):
         self.l1, self.l2, self.centre = l1, l2, 1.0 if l2_centre == "one" else 0.0
         self.growth, self.threshold = growth, threshold
         self.order_invariant = base == "backbone"
-        self.allowance: float | None = None  # bytes of one task
+        self.allowance: float | None = None  # bytes that one task may add
         self.added: list[tuple[int, int]] = []  # by each task but that of the base: bytes, and numbers
         self.stretches: list[tuple[LowRank, Tensor, Tensor]] = []  # of the scales, while a task is fine-tuned
         if base == "backbone":
@@ -156,7 +162,7 @@ class Halrp(TaskNetworks):
         ctx.log({"phase": "growth", **self.growth_of()})
 
     def trainable(self) -> Iterable[nn.Parameter]:
-        """Return what moves; earlier tasks stand still, and many of them are many to look through."""
+        """Return only the current task's trainable parameters: scanning earlier tasks would take time."""
         return (p for module in (self.networks[-1], self.heads[-1]) for p in module.parameters() if p.requires_grad)
 
     def _is_base(self, task: Task) -> bool:

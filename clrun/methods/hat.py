@@ -1,8 +1,10 @@
 """HAT: learned gates say which units a task uses, and protect them afterwards (Serra et al., ICML 2018, 1801.01423).
 
-Memory between tasks: (T + 1) U floats, U = units with gates (channels, hidden units, attention heads). Task id: needed.
+Memory between tasks: T + 1 floats per gated unit for T tasks; gated units are channels, hidden units and attention
+heads. Task id: needed.
 
-Verified: old tasks stay bit for bit, open gates are finetuning, a heavy penalty opens no new unit (test_methods_masks).
+Verified: learned tasks stay the same bit for bit, open gates are finetuning, and a large penalty opens no new unit
+(test_methods_masks).
 """
 
 import math
@@ -20,30 +22,31 @@ from clrun.learning.training import fit
 from clrun.methods.masked import Masked
 from clrun.system.errors import Count, NonNegative, Positive, Range
 
-LIMIT = 6.0  # of an embedding
-FLAT = 50.0  # of s e within cosh
+LIMIT = 6.0  # largest absolute value of an embedding
+FLAT = 50.0  # largest absolute value of s e within cosh
 
 
 class Hat(Masked):
-    """loss = CE with units multiplied by sigmoid(s e_t) + strength * share of the still unused units that are open.
+    """loss = CE with units multiplied by sigmoid(s e_t) + strength * fraction of the unused units that are open.
 
-    s rises from 1 / s_max to s_max over the batches of each epoch: s = 1/s_max + (s_max - 1/s_max) (i - 1) / (n - 1)
-    for batch i of n (the authors' code puts (sample offset) / N there and stays one batch below s_max). The gradient of
-    a weight from unit j to unit i is multiplied by 1 - min(used_i, used_j), used being the maximum of earlier gates;
-    what has no gates (biases and normalisation of a residual stream, patch embedding, positions, class token) and
-    running statistics are frozen after the first task. A vision transformer has gates on the hidden units of its MLPs
-    and on its attention heads, a chain of layers on all of them, a ResNet inside its blocks.
+    e_t is the task's embedding, one number per unit. s rises from 1 / s_max to s_max over the batches of each epoch: s
+    = 1/s_max + (s_max - 1/s_max) (i - 1) / (n - 1) for batch i of n (the authors' code uses (sample offset) / N instead
+    and stays one batch below s_max). The gradient of a weight from unit j to unit i is multiplied by 1 - min(used_i,
+    used_j), where used is the maximum of the gates of earlier tasks. Parameters without gates (biases and normalisation
+    of a residual stream, patch embedding, positions, class token) and running statistics are frozen after the first
+    task. A vision transformer has gates on the hidden units of its MLPs and on its attention heads, a chain of layers
+    on all units, and a ResNet inside its blocks.
 
     Args:
         backbone: maps prepared images to features [B, D]; a timm ViT or a network that torch.fx can follow.
         num_classes: C.
-        s_max: the largest slope of the gates; smaller is softer. Published: 400.
+        s_max: largest slope of the gates; a smaller one makes them softer. Published: 400.
         strength: c, weight of the regularisation. Published: 0.75.
-        binarise: what a learned task uses. "hard": a unit is open or closed, e > 0; with the published soft gates no
-            unit is ever quite closed. "paper": sigmoid(s_max e), which leaks.
-        init: embeddings of a new task: "normal", N(0, 1), half the units open; "uniform", on (0, 2), all open.
-        warmup_epochs: first epochs of a task without regularisation.
-        clip_norm: largest norm of the whole gradient once the embeddings' is compensated; null does not clip.
+        binarise: gates of a learned task. "hard": a unit is open or closed, e > 0; with the published soft gates no
+            unit is ever quite closed. "paper": sigmoid(s_max e), under which earlier tasks change a little.
+        init: embeddings of a new task: "normal", N(0, 1), half of the units open; "uniform", on (0, 2), all open.
+        warmup_epochs: number of first epochs of a task without regularisation.
+        clip_norm: largest norm of the whole gradient after the embeddings' gradient is compensated; null does not clip.
     """
 
     hooks_backbone = True
@@ -65,7 +68,7 @@ class Hat(Masked):
         self.s_max, self.strength, self.binarise = s_max, strength, binarise
         self.init, self.warmup_epochs, self.clip_norm = init, warmup_epochs, clip_norm
         self.units = UnitGates(backbone)
-        self.embeddings = nn.ParameterList()  # [U], one a task
+        self.embeddings = nn.ParameterList()  # one per task, [U]
         self.slopes: list[float] = []  # s_max of each learned task
         self.opened: Tensor | None = None  # [U], the gates of the step being taken
 
@@ -126,7 +129,7 @@ class Hat(Masked):
     # --- predictions
 
     def gates(self, task: int) -> Tensor:
-        """Return the gates [U] that the task at position `task` is answered with."""
+        """Return the gates [U] that predictions for the task at position `task` use."""
         embedding = self.embeddings[task].detach()
         steepest = self.slopes[task] if task < len(self.slopes) else self.s_max
         return (embedding > 0).float() if self.binarise == "hard" else torch.sigmoid(steepest * embedding)
