@@ -27,10 +27,12 @@ from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
 class L2p(Prompted):
     """logits = W h + b, where h is the mean output of the N L tokens of the N prompts whose keys are closest to q(x).
 
-    The query q(x) is the feature vector of the plain backbone, and k_m is the key of prompt m. The loss is CE - pull *
-    the mean over the batch of the sum over the chosen prompts m of cos(q, k_m). The choice itself has no gradient: keys
-    are trained by the pull only, prompts by the cross-entropy only. All tasks share the pool, which is trained in every
-    task.
+    The query q(x) is the feature vector of the plain backbone, and k_m is the key of prompt m.
+
+        loss = CE - pull * (mean over the batch of the sum over the chosen prompts m of cos(q(x), k_m))
+
+    The choice itself has no gradient: keys are trained by the pull only, prompts by the cross-entropy only. All tasks
+    share the pool, which is trained in every task.
 
     Deviation: with `use_prompt_mask` test images choose among the prompts of the tasks learned so far; in the published
     code they can also choose prompts that have not been trained yet.
