@@ -1,4 +1,4 @@
-"""The base class of every learner: eight hooks, a backbone, a head."""
+"""The base class of every method: a backbone, a head, and hooks with defaults that amount to finetuning."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
@@ -19,10 +19,10 @@ ALL_SETTINGS: frozenset[Setting] = frozenset({"til", "cil", "dil"})
 
 
 class Method(nn.Module):
-    """A continual learner: the base class trains backbone and head on each task as it comes.
+    """A continual-learning method; the base class trains backbone and head on each task as it comes.
 
-    State is attributes, and must survive pickling and `copy.deepcopy`: the pickled method is the checkpoint. In eval
-    mode `forward` depends on the single sample only.
+    The state of a method is its attributes. They must survive pickling and `copy.deepcopy`, because the pickled method
+    is the checkpoint. In eval mode `forward` depends on the single sample only.
 
     Args:
         backbone: maps prepared images to features [B, D]; has `num_features` = D.
@@ -145,9 +145,9 @@ class Method(nn.Module):
         return logits
 
     def constant(self, x: Tensor) -> Tensor | None:
-        """Return what a prediction for x needs and no training changes, [B, ...]; None for nothing.
+        """Return the part [B, ...] of a prediction for prepared x that training never changes; None without one.
 
-        An evaluation computes it once for the rows of each task and hands it to `forward_with` ever after.
+        Evaluations compute it once for the rows of each task, and pass it to `forward_with` from then on.
         """
         return None
 
@@ -156,7 +156,7 @@ class Method(nn.Module):
         return None
 
     def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
-        """Return what `forward` returns, given what `constant` returned for the same x."""
+        """Return the logits [B, C] that `forward` returns, given the result of `constant` for the same x."""
         raise NotImplementedError
 
     def new_parts(self) -> Iterable[nn.Module]:

@@ -183,7 +183,7 @@ class Subspace(nn.Module):
         return self.stats.counts() > 0
 
     def plan(self) -> Plan:
-        """Return what is injected."""
+        """Return the plan that adds the adapters to the blocks."""
         return Plan(beside_mlp={int(block): adapter for block, adapter in self.adapters.items()})
 
 

@@ -301,7 +301,7 @@ class Halrp(TaskNetworks):
             factor.compress()
 
     def _base_modules(self) -> list[nn.Module]:
-        """Return what the growth is relative to."""
+        """Return the modules whose size the growth is relative to."""
         return [self.backbone, *self.heads[:1]] if self.base == "first_task" else [self.backbone]
 
     def _base_bytes(self) -> int:
@@ -309,7 +309,7 @@ class Halrp(TaskNetworks):
         return stored_bytes(self._base_modules())
 
     def growth_of(self) -> dict[str, float]:
-        """Return what the tasks so far added to the base: in bytes, and as the paper counts.
+        """Return the growth caused by the tasks so far: in bytes, and in numbers as the paper counts them.
 
         The paper counts numbers: scales, factors without their zeros, norms and heads; neither the biases of layers,
         nor running statistics, nor where the entries of pruned factors belong.

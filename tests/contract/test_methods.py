@@ -1,4 +1,4 @@
-"""What every learner promises, for every file in conf/method: no method needs a test of its own to be held to this."""
+"""Promises of every method, tested for every file in conf/method: a new file is tested without further code."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""Closed-form learners on frozen features: what they compute, and what is left after unlearning."""
+"""Closed-form methods on frozen features: their scores, and their state after unlearning."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def toy(name: str, **options: Any) -> Method:
-    """Return a method that has learned the toy rows, one class a task."""
+    """Return a method that has learned the toy rows, one class per task."""
     features, y = TOY
     stream = row_stream([(features[:2], y[:2]), (features[2:], y[2:])], 2)
     method = factory(name, **options)(Identity(2), 2)

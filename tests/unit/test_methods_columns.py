@@ -1,4 +1,4 @@
-"""BLIP, and Progress & Compress: bits, columns, and what of the knowledge stands still."""
+"""BLIP and Progress & Compress: bits, columns, and which weights do not change."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def two_layers() -> nn.Sequential:
 
 
 def informed(net: nn.Module, factor: float, grid: BitGrid) -> dict[str, Tensor]:
-    """Return a Fisher of so many times the mean information of each weight."""
+    """Return a Fisher information that is a multiple of the mean information of each weight."""
     return {name: factor * info.clone() for name, _, _, _, info in grid.parts(net)}
 
 

@@ -1,4 +1,4 @@
-"""LwF, EBLL and PAD: what a learner keeps of its former self."""
+"""LwF, EBLL and PAD: losses that keep a network near its former outputs, codes and attention maps."""
 
 from functools import partial
 from typing import Any

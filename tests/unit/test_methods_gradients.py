@@ -1,4 +1,4 @@
-"""GEM, MER and DGC: what their gradients and steps obey."""
+"""GEM, MER and DGC: the constraints and formulas that their gradients and steps satisfy."""
 
 from collections.abc import Iterable
 from functools import partial

@@ -1,4 +1,4 @@
-"""SI, MAS and QR: what makes a weight important, and how the important ones are held."""
+"""SI, MAS and QR: the importance of a weight, and how important weights are kept."""
 
 from functools import partial
 from typing import Any

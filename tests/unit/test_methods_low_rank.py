@@ -1,4 +1,4 @@
-"""Learners with a network a task: nothing is forgotten, order matters only where it can, the growth holds."""
+"""Methods with one network per task: nothing is forgotten, the order matters only where it can, growth is bounded."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""PackNet, HAT and FISH: earlier tasks stay bitwise as they were, and what each method does with the rest."""
+"""PackNet, HAT and FISH: earlier tasks stay bitwise the same, and each method follows its own rules."""
 
 from collections.abc import Callable
 from functools import partial

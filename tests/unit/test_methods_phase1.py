@@ -1,4 +1,4 @@
-"""RanPAC's phase 1: the piece it shares with APER, what it changes, and what it leaves as it is."""
+"""Phase 1 of RanPAC: the adaptation it shares with APER, and what it changes and does not change."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""Prompt and adapter learners: what stays frozen, what is counted, what an image gets, each as its paper defines it."""
+"""Prompt and adapter methods: frozen parameters, memory, and the prompts of an image, as each paper defines them."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ RESUMED = [*{name: (name, options) for name, options in RESUMED}.values(), ("lae
 
 
 def adam(**options: Any) -> Budget:
-    """The budget that moves what it should not, if anything does: momentum and weight decay."""
+    """Return a budget with momentum and weight decay, which would move a parameter that should not move."""
     optimizer = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
     return Budget(optimizer, **({"epochs": 1, "batch_size": 8} | options))
 
@@ -223,7 +223,7 @@ def test_a_task_that_is_not_asked_for_is_not_looked_at(name: str, options: dict[
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_choosing_for_a_batch_is_seen_and_said(name: str) -> None:
-    """The test above can fail: with published code's vote the mates of an image change its logits."""
+    """The test above can fail: under the vote of published code, the logits depend on the other images."""
     method, stream = told_apart(name, {"keys": "queries", "top": 2} if name == "l2p" else {})
     x = rows(stream)
     chosen = method.chosen(method.query(x))

@@ -1,4 +1,4 @@
-"""ER, DER and A-GEM: what they store, replay and guarantee."""
+"""ER, DER and A-GEM: stored rows, replayed rows, losses and constraints."""
 
 from typing import Any
 
