@@ -5,9 +5,9 @@ change without notice. Importing this module is cheap: torch and pandas are impo
 
 To run: `run`, `load`, `sweep`, `load_sweep`, which return `Run` and `Sweep`; `Run.learner` returns a `Learner`.
 To write a method: `Method`, `Batch`, `Context`, `Task`, `Stream`, `Budget`, `fit`, `masked_cross_entropy`, `freeze`,
-`ReservoirBuffer`. To write a data set: `Dataset`, `Split`, `TensorSplit`, `assemble`. Errors: `ConfigError`,
-`NumericalError`, `DataWarning`. Ranges of options: `Range`, `Count`, `PositiveInt`, `NonNegative`, `Positive`,
-`Fraction`.
+`ReservoirBuffer`. To write a data set: `loader`, `Reading`, `assemble`, `Dataset`, `Split`, `TensorSplit`. Errors:
+`ConfigError`, `NumericalError`, `DataWarning`. Ranges of options: `Range`, `Count`, `PositiveInt`, `NonNegative`,
+`Positive`, `Fraction`.
 """
 
 import importlib
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clrun.api.sweeps import Sweep, load_sweep, sweep
     from clrun.blocks.buffers import ReservoirBuffer
     from clrun.data.reading.assemble import assemble
+    from clrun.data.reading.options import Reading, loader
     from clrun.data.split import Batch, Split, TensorSplit
     from clrun.data.stream import Dataset, Stream, Task
     from clrun.learning.budget import Budget
@@ -45,6 +46,7 @@ _HOMES = {
     "clrun.api.sweeps": ("Sweep", "load_sweep", "sweep"),
     "clrun.blocks.buffers": ("ReservoirBuffer",),
     "clrun.data.reading.assemble": ("assemble",),
+    "clrun.data.reading.options": ("Reading", "loader"),
     "clrun.data.split": ("Batch", "Split", "TensorSplit"),
     "clrun.data.stream": ("Dataset", "Stream", "Task"),
     "clrun.learning.budget": ("Budget",),
@@ -86,6 +88,7 @@ __all__ = [
     "PositiveInt",
     "Prediction",
     "Range",
+    "Reading",
     "ReservoirBuffer",
     "Run",
     "Split",
@@ -99,6 +102,7 @@ __all__ = [
     "freeze",
     "load",
     "load_sweep",
+    "loader",
     "masked_cross_entropy",
     "run",
     "sweep",
