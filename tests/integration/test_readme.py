@@ -31,7 +31,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"`([^`]+)`")
 TOOLS = {"ruff": "dev", "mypy": "dev", "coverage": "dev", "mkdocs": "docs"}
 PROGRAMS = ("clrun", "python", "pip", "pytest", "torchrun", "eval", ".ci/run", *TOOLS)
-OVERRIDE = re.compile(r"'?[a-z_./]+=\S+")
+OVERRIDE = re.compile(r"'?[a-z_./]+=(?!False|True)\S+")  # False and True are arguments in Python
 OF: dict[str, list[str] | None] = {  # options that not every choice of the group has
     "dataset.images": ["dataset=folder", "dataset.root=my_images"],
     "dataset.download": ["dataset=mnist"],
@@ -62,6 +62,7 @@ NOT_RUN = {
     "'seed=range(4)'": MACHINE,
     "torchrun --nnodes=2 --nproc-per-node=4 ... -m clrun hardware=ddp hydra.run.dir=outputs/big": MACHINE,
     'eval "$(clrun -sc install=bash)"': "changes the shell",
+    "clrun report": "needs a folder; other commands give one",
 }
 
 
@@ -264,6 +265,8 @@ def _other(words: list[str]) -> bool:
             return all(f'"{word}"' in source for word in arguments if not word.endswith(".json"))
         case ["pip", "install", "-e", what]:
             return what == "." or set(what[2:-1].split(",")) <= set(_extras())
+        case ["pip", "install", what]:
+            return any(what == re.match(r"[\w-]+", name)[0] for extra in _extras().values() for name in extra)
         case [".ci/run"]:
             return bool((ROOT / ".ci" / "run").stat().st_mode & 0o100)
         case ["pytest", *arguments]:
