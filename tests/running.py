@@ -1,7 +1,9 @@
 """Helpers of the tests that run configurations in this process."""
 
 import csv
+import json
 import os
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from clrun.config.check import check
 from clrun.config.compose import Composer, plain_config
 from clrun.config.job import JobInfo
 from clrun.config.signature import locate
-from clrun.running import checkpoint
+from clrun.running import checkpoint, checkpoint_file
 from clrun.running.run import run_config
 from clrun.system.yaml_files import conf_dir
 
@@ -69,17 +71,39 @@ def run(out: Path, *overrides: str) -> float:
     return run_config(config, out, job=JobInfo(None, 1, choices, False, list(overrides), {}))
 
 
-def run_interrupted(out: Path, *overrides: str) -> None:
-    """Run a configuration in `out` as `run` does, and interrupt it when its first checkpoint is written."""
-    save = checkpoint.save
+def run_interrupted(out: Path, *overrides: str, at: int = 1) -> None:
+    """Run a configuration in `out` as `run` does, and interrupt it when its first (`at`) checkpoint is written."""
+    save, saved = checkpoint.save, 0
 
     def saving(*args: Any, **kwargs: Any) -> None:
+        nonlocal saved
         save(*args, **kwargs)
-        raise KeyboardInterrupt
+        saved += 1
+        if saved == at:
+            raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("clrun.running.checkpoint.save", saving)
         run(out, *overrides)
+
+
+def rewrite(path: Path, *, method: bytes | None = None, remove: str | None = None, **changed: Any) -> None:
+    """Change a checkpoint and make its checksums right again: the pickled method, or fields of its header."""
+    content = path.read_bytes()
+    length = checkpoint_file.PREFIX.unpack_from(content)[2]
+    start = checkpoint_file.PREFIX.size
+    header, data = json.loads(content[start : start + length]), content[start + length :]
+    if method is not None:
+        header["methods"], data = [[len(method), zlib.crc32(method)]], method
+    text = json.dumps({key: value for key, value in (header | changed).items() if key != remove}).encode()
+    path.write_bytes(checkpoint_file.PREFIX.pack(checkpoint_file.MAGIC, zlib.crc32(text), len(text)) + text + data)
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
 
 
 def cells(out: Path, setting: str = "cil") -> dict[tuple[int, int], tuple[int, int]]:

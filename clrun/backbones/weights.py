@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from clrun.system import libraries
+from clrun.system.checksums import broken_seal
 from clrun.system.errors import ConfigError, first_line
 
 State = dict[str, Tensor]
@@ -214,6 +215,9 @@ def _content(path: Path, kind: str) -> Any:
         raise ConfigError(f"backbone.weights: {path} holds JAX weights, which only timm's vision transformers can take")
     try:
         if kind == "safetensors":
+            damage = broken_seal(path, required=False)
+            if damage is not None:
+                raise ConfigError(f"backbone.weights: {path} is damaged ({damage}); fetch it again")
             return libraries.load("safetensors.torch").load_file(path)
         return _unpickled(path)
     except ConfigError:

@@ -1,7 +1,8 @@
 """Checkpoints: the pickled method and the results so far, written atomically and read without running code of the file.
 
-A checkpoint may come from anywhere, so it is opened with torch's restricted unpickler, under an explicit list of
-classes and functions: those that occur in the method as the current configuration builds it, batches and splits of
+The file has a header and checksums (`clrun.running.checkpoint_file`), which are verified before anything is unpickled.
+A checkpoint may come from anywhere, so the method is opened with torch's restricted unpickler, under an explicit list
+of classes and functions: those that occur in the method as the current configuration builds it, batches and splits of
 data, and the classes of clrun's blocks and of the method's own module. Nothing in the run's folder can add to the list.
 A method whose state holds anything else is refused when its first checkpoint is written.
 """
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from clrun.learning.method import Method
+from clrun.running import checkpoint_file
+from clrun.running.checkpoint_file import Damaged, Header
 from clrun.running.evaluation import Row
 from clrun.system.digests import tensor_digest
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import replacing
 from clrun.system.hardware import Hardware
 
-SCHEMA = 1
 UNPICKLABLE = (pickle.PicklingError, AttributeError, TypeError)  # what Python raises for a lambda, an open file, ...
 KEEP = "keep tensors, numbers, lists, dicts, batches and classes of the method's own module, or set job.resume=false"
 
@@ -68,7 +69,7 @@ def save(
     flush: bool = True,
     allowed: list[Any] | None = None,
 ) -> None:
-    """Write the checkpoint through a temporary file and a rename.
+    """Write the checkpoint through a temporary file and a rename; the one before it is kept.
 
     Args:
         path: the file. The main process writes it; the others send it their methods.
@@ -83,8 +84,8 @@ def save(
 
     Raises:
         Unstorable: the method cannot be pickled.
-        ConfigError: the disk is full or the folder unwritable; or the method could not be read back. An earlier
-            checkpoint is untouched.
+        ConfigError: the disk is full or the folder unwritable; or the method could not be read back. The last
+            checkpoint is left.
     """
     buffer = io.BytesIO()
     with _by_reference(method, backbone) as referenced:
@@ -98,21 +99,78 @@ def save(
         except Exception as error:
             raise ConfigError(f"method: cannot be read back from a checkpoint ({_reason(error)}); {KEEP}") from None
     alone = hardware.world == 1
-    methods = [buffer.getbuffer()] if alone else [bytearray(data) for data in hardware.gather(buffer.getvalue())]
+    methods = [buffer.getbuffer()] if alone else [memoryview(data) for data in hardware.gather(buffer.getvalue())]
     if not hardware.main:
         return
-    # Tensors are written without a further copy; bytes objects would be pickled, copied and checked twice.
-    stored = [torch.frombuffer(data, dtype=torch.uint8) for data in methods]
-    content = {"schema": SCHEMA, "config_hash": config_hash, "learned": state.learned, "steps": state.steps}
-    content |= {"rows": state.rows, "costs": state.costs, "referenced": referenced, "methods": stored}
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with replacing(path, flush=flush) as file:
-        file.write(buffer.getbuffer())
+    header = {"config_hash": config_hash, "learned": state.learned, "steps": state.steps}
+    header |= {"rows": state.rows, "costs": state.costs, "referenced": referenced}
+    checkpoint_file.write(path, header, methods, flush=flush)
+
+
+def resume(
+    path: Path, fresh: Method, *, config_hash: str, hardware: Hardware, tasks: int
+) -> tuple[Method, RunState, str | None]:
+    """Return the method and the progress of the last checkpoint that is intact, and why the one at `path` is not.
+
+    Args:
+        path: the checkpoint; it or the generation before it exists. A damaged one is left for the caller to remove.
+        fresh: the method as the current configuration builds it, before the first task.
+        config_hash: hash of the current configuration.
+        hardware: the processes; their number must be that of the run so far.
+        tasks: number of tasks of the stream.
+
+    Raises:
+        ConfigError: both generations are damaged; or see `load`; or the run had another number of processes.
+    """
+    damage = None
+    found = checkpoint_file.generations(path)
+    for file in found:
+        try:
+            header, data = checkpoint_file.read(file, rank=hardware.rank, tasks=tasks)
+        except Damaged as error:
+            if file is found[-1]:
+                raise ConfigError("\n".join(filter(None, (damage and f"{path}: {damage}", str(error))))) from None
+            damage = error.reason
+            continue
+        _refuse_other_configuration(file, header, config_hash)
+        _refuse_other_world(file, header, hardware)
+        return *_restored(file, header, data, fresh, hardware), damage
+    raise FileNotFoundError(path)
+
+
+def _refuse_other_world(path: Path, header: Header, hardware: Hardware) -> None:
+    """Raise unless the run has as many processes as before.
+
+    Memories, statistics and random numbers are divided among the processes, so that another number cannot go on.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if header.world == hardware.world:
+        return
+    before, now = (f"{n} process{'' if n == 1 else 'es'}" for n in (header.world, hardware.world))
+    verb = "is" if hardware.world == 1 else "are"
+    advice = f"start it with torchrun and {before} in all"
+    if header.world == hardware.processes:
+        advice = "start it without torchrun"
+    raise ConfigError(
+        f"{path}: the state of the run is divided among {before}, and now there {verb} {now}; "
+        f"{advice} to go on, or choose another hydra.run.dir to begin anew"
+    )
+
+
+def _refuse_other_configuration(path: Path, header: Header, config_hash: str) -> None:
+    """Raise unless the checkpoint belongs to the configuration with this hash.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if header.config_hash != config_hash:
+        raise ConfigError(f"{path}: checkpoint of another configuration; use another hydra.run.dir or job.resume=false")
 
 
 def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> tuple[Method, RunState]:
-    """Return the method and the progress stored at `path`.
+    """Return the method and the progress stored at `path`, in whatever number of processes.
 
     Args:
         path: the checkpoint.
@@ -121,31 +179,35 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
         hardware: the processes; this one takes the method that it has stored.
 
     Raises:
-        ConfigError: the file is damaged, belongs to another configuration or backbone, or names anything that the
-            current method is not made of; in no case has any code of the file run.
+        Damaged: a checksum is wrong, or the file is no checkpoint.
+        ConfigError: a field of the header is wrong; or the file belongs to another configuration or backbone, or names
+            anything that the current method is not made of; in no case has any code of the file run.
     """
-    content = _read(path, path.read_bytes(), [])
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ConfigError(f"{path}: not a checkpoint of this version of clrun; delete it to start the run again")
-    if content["config_hash"] != config_hash:
-        raise ConfigError(f"{path}: checkpoint of another configuration; use another hydra.run.dir or job.resume=false")
-    stored = content["methods"][hardware.rank]
-    data = stored.numpy().tobytes() if isinstance(stored, Tensor) else stored
+    header, data = checkpoint_file.read(path, rank=hardware.rank)
+    _refuse_other_configuration(path, header, config_hash)
+    return _restored(path, header, data, fresh, hardware)
+
+
+def _restored(path: Path, header: Header, data: bytes, fresh: Method, hardware: Hardware) -> tuple[Method, RunState]:
+    """Return the method that was pickled as `data`, and the progress.
+
+    Raises:
+        ConfigError: see `load`.
+    """
     method = _read(path, data, parts(fresh))
     if type(method) is not type(fresh):
         raise ConfigError(
-            f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; delete it to start the run again"
+            f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; {checkpoint_file.remedy(path)}"
         )
     loaded, built = _tensors(method), _tensors(fresh)
-    for name, digest in content["referenced"].items():
+    for name, digest in header.referenced.items():
         if name not in loaded or name not in built or tensor_digest(built[name]) != digest:
             raise ConfigError(
                 f"{path}: was made with other backbone weights ({name}); name the weights that the run began with"
             )
         loaded[name].data = built[name].data
-    state = RunState(content["learned"], content["steps"], content["rows"], content["costs"])
     hardware.place(method)
-    return method, state
+    return method, RunState(header.learned, header.steps, header.rows, header.costs)
 
 
 def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:
@@ -158,7 +220,7 @@ def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:
         return _unpickled(data, allowed)
     except Exception as error:
         raise ConfigError(
-            f"{path}: refused, nothing in it was run ({_reason(error)}); delete it to start the run again"
+            f"{path}: refused, nothing in it was run ({_reason(error)}); {checkpoint_file.remedy(path)}"
         ) from None
 
 

@@ -15,7 +15,7 @@ from clrun.learning.method import Method
 from clrun.results.identity import config_hash
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import SCHEMA, RunFolder
-from clrun.running import checkpoint
+from clrun.running import checkpoint, checkpoint_file
 from clrun.running.accounting import (
     changed_circumstances,
     forward_flops,
@@ -35,7 +35,7 @@ from clrun.running.parts import Parts
 from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, warn
 from clrun.system.files import json_value, replacing
 
 UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
@@ -63,6 +63,8 @@ class Recorder:
         )
         self.backbone_digests: dict[str, str] = {}
         self.storable: list[Any] | None = None  # the classes and functions that a checkpoint may name
+        self.checkpoint = folder.path / "checkpoint.pt"
+        self.damaged = False  # whether the file of this name was refused, and the generation before it used
         self.flushed = time.monotonic()
         self.stream: Stream
         self.run: dict[str, Any] = {
@@ -140,8 +142,12 @@ class Recorder:
 
     # --- begin and end
 
-    def resumed(self, method: Method) -> tuple[Method, RunState]:
+    def resumed(self, method: Method, *, tasks: int) -> tuple[Method, RunState]:
         """Return the method and the progress of the folder's checkpoint; without one, `method` and no progress.
+
+        Args:
+            method: as built.
+            tasks: number of tasks of the stream.
 
         Raises:
             ConfigError: the checkpoint cannot be used, or no checkpoint of `method` can be written.
@@ -150,18 +156,26 @@ class Recorder:
         if not self.options.resume:
             return method, RunState()
         self.storable = checkpoint.parts(method)
-        path = self.folder.path / "checkpoint.pt"
-        if not path.exists():
+        if not checkpoint_file.generations(self.checkpoint):
             return method, RunState()
-        method, state = checkpoint.load(path, method, config_hash=self.hash, hardware=self.hardware)
-        self.run["notes"] += self._notes_on_resuming(state.learned)
+        method, state, damage = checkpoint.resume(
+            self.checkpoint, method, config_hash=self.hash, hardware=self.hardware, tasks=tasks
+        )
+        self.damaged = damage is not None
+        self.run["notes"] += self._notes_on_resuming(state.learned, damage)
         return method, state
 
-    def _notes_on_resuming(self, learned: int) -> list[str]:
+    def _notes_on_resuming(self, learned: int, damage: str | None) -> list[str]:
         """Return a note that the run goes on, after those of earlier times, and one if it goes on in another place."""
         before = self.folder.read_run() or {}
         notes = [note for note in before.get("notes") or [] if note.startswith("resumed ")]
-        notes.append(f"resumed after {learned} tasks")
+        note = f"resumed after {learned} tasks"
+        if damage is not None:
+            older = checkpoint_file.previous(self.checkpoint).name
+            note += f" from {older}, because {self.checkpoint.name} was refused ({damage})"
+            if self.hardware.main:
+                warn(f"{self.checkpoint}: refused ({damage}); the run goes on from {older}")
+        notes.append(note)
         if changed := changed_circumstances(before.get("versions") or {}, self.run["versions"]):
             notes.append(f"resumed on other hardware or software ({changed}): an uninterrupted run may differ slightly")
         return notes
@@ -198,6 +212,8 @@ class Recorder:
         self.stream = stream
         if self.logger is None:
             return
+        if not state.learned:
+            checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
         self.run["notes"] += self.predictions.resume(state.learned)
         self.folder.write_config(json_value(self.parts.config))
         for name, text in self.job.hydra.items():
@@ -226,7 +242,8 @@ class Recorder:
             self._draw()
         self.folder.write_run(self.run)
         if not self.options.keep_checkpoint:
-            (self.folder.path / "checkpoint.pt").unlink(missing_ok=True)
+            checkpoint_file.remove(self.checkpoint)
+        checkpoint_file.previous(self.checkpoint).unlink(missing_ok=True)
         self.logger.finish(self.run)
 
     def _draw(self) -> None:
@@ -298,11 +315,13 @@ class Recorder:
 
     def _save_checkpoint(self, method: Method, state: RunState) -> None:
         """Write checkpoint.pt, which nobody needs where the job neither resumes nor keeps it: then it may fail."""
-        path = self.folder.path / "checkpoint.pt"
+        if self.damaged and self.hardware.main:
+            self.checkpoint.unlink(missing_ok=True)  # the generation before it, which is intact, is to stay
+        self.damaged = False
         flush = time.monotonic() - self.flushed > UNSAFE
         try:
             checkpoint.save(
-                path,
+                self.checkpoint,
                 method,
                 state,
                 config_hash=self.hash,
@@ -316,7 +335,7 @@ class Recorder:
                 raise
             if self.hardware.main:
                 self.run["notes"] = [note for note in self.run["notes"] if note != str(error)] + [str(error)]
-                path.unlink(missing_ok=True)  # an earlier run's would pass for this one's
+                checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
         self.flushed = time.monotonic() if flush else self.flushed
 
 

@@ -21,14 +21,17 @@ from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.running import checkpoint
 from clrun.running.build import build_images
+from clrun.running.checkpoint_file import Damaged, generations
 from clrun.running.parts import Parts
+from clrun.system.checksums import BLANK, SEAL, broken_seal, seal
 from clrun.system.errors import ConfigError, first_line, one_line
+from clrun.system.files import replacing
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
-PROBES = "clrun.probes"  # key of the logits among the file's metadata
 ROWS = 2  # test rows of each task whose logits are compared
+AGAIN = "run it again in another folder with job.keep_checkpoint=true"
 TOLERANCE = 1e-3  # of these logits, relative to the largest: another machine may have restored them
 
 
@@ -87,15 +90,16 @@ def restore(folder: Path, parts: Parts, *, digest: str) -> Restored:
     Raises:
         ConfigError: the folder holds no trained method, or it cannot be restored here; no code of its files was run.
     """
-    stored, weights = folder / CHECKPOINT, folder / WEIGHTS
-    if not stored.exists() and not weights.exists():
-        raise ConfigError(
-            f"{folder}: holds no trained method (neither {CHECKPOINT} nor {WEIGHTS}); run it again in another folder "
-            "with job.keep_checkpoint=true"
-        )
+    stored, weights = generations(folder / CHECKPOINT), folder / WEIGHTS
+    if not stored and not weights.exists():
+        raise ConfigError(f"{folder}: holds no trained method (neither {CHECKPOINT} nor {WEIGHTS}); {AGAIN}")
     fresh, stream, text = _untrained(parts)
-    if stored.exists():
-        method, life = checkpoint.load(stored, fresh, config_hash=digest, hardware=parts.hardware)
+    if stored:
+        try:
+            method, life = checkpoint.load(stored[0], fresh, config_hash=digest, hardware=parts.hardware)
+        except Damaged as error:
+            advice = f"delete it to restore the method from {WEIGHTS}" if weights.exists() else AGAIN
+            raise ConfigError(f"{stored[0]}: refused, nothing in it was run ({error.reason}); {advice}") from None
         return Restored(method.eval(), stream, life.learned, text, parts.hardware)
     method = _from_weights(weights, fresh, stream, parts)
     return Restored(method, stream, len(stream.tasks), text, parts.hardware)
@@ -110,11 +114,34 @@ def save_weights(path: Path, method: Method, stream: Stream, hardware: Hardware)
         stream: what it has learned from.
         hardware: what it computes on.
     """
-    from safetensors.torch import save_model
+    from safetensors.torch import save
 
     plain_order = copy.deepcopy(method).to(memory_format=torch.contiguous_format)  # the format knows no other
     probes = json.dumps([[round_logit(x) for x in row.tolist()] for row in _probes(method, stream, hardware)])
-    save_model(plain_order, str(path), metadata={PROBES: probes})
+    tensors, metadata = _unshared(plain_order.state_dict())
+    data = seal(save(tensors, metadata={**metadata, SEAL: BLANK + probes}))
+    with replacing(path) as file:
+        file.write(data)
+
+
+def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors without those that lie within the storage of another one, and the name of the other one.
+
+    The format stores no shared memory. `load_model` of safetensors finds the same pairs again.
+    """
+    whole: dict[tuple[torch.device, int], str] = {}
+    for name, tensor in sorted(state.items()):
+        storage = tensor.untyped_storage()
+        if tensor.numel() and tensor.nbytes == storage.nbytes():
+            whole.setdefault((tensor.device, storage.data_ptr()), name)
+    tensors, shared = {}, {}
+    for name, tensor in state.items():
+        owner = whole.get((tensor.device, tensor.untyped_storage().data_ptr()))
+        if owner in (None, name):
+            tensors[name] = tensor.contiguous() if owner else tensor.clone()
+        else:
+            shared[name] = str(owner)
+    return tensors, shared
 
 
 def round_logit(value: float) -> float:
@@ -155,13 +182,16 @@ def _from_weights(path: Path, method: Method, stream: Stream, parts: Parts) -> M
     from safetensors.torch import load_model
 
     try:
+        damage = broken_seal(path, required=True)
+        if damage is not None:
+            raise ConfigError(f"{path}: refused ({damage}); copy it anew from where it was written, or {AGAIN}")
         with safe_open(str(path), framework="pt") as file:
-            probes = (file.metadata() or {}).get(PROBES)
+            probes = (file.metadata() or {})[SEAL].removeprefix("crc32:").partition(" ")[2]
+    except ConfigError:
+        raise
     except Exception as error:  # safetensors' own exception, or the operating system's
         raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
     advice = "the run needs job.keep_checkpoint=true to be restored; run it again so in another folder"
-    if probes is None:
-        raise ConfigError(f"{path}: holds no predictions to compare with; {advice}")
     try:
         _grow(method, stream, parts)
         load_model(method, str(path), device=parts.hardware.device)

@@ -94,7 +94,7 @@ def _work(parts: Parts, out: Path, job: JobInfo, rank: int, world: int) -> float
 
 def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
     """Begin or resume, learn every task, finish."""
-    method, state = recorder.resumed(built.method)
+    method, state = recorder.resumed(built.method, tasks=len(built.stream.tasks))
     recorder.begin(built, state)
     engine = Engine(
         built.stream,

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from running import quiet, run, run_interrupted
+from running import quiet, rewrite, run, run_interrupted
 
 from clrun.data.split import Batch
 from clrun.learning.context import Context
 from clrun.methods.finetune import Finetune
-from clrun.running import checkpoint
+from clrun.running import checkpoint, checkpoint_file
 from clrun.running.build import build
 from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError
@@ -87,9 +87,7 @@ def test_a_crafted_pickle_is_refused_and_runs_nothing(stopped: Path, tmp_path: P
     payload = payloads(target)[name]
     path = stopped / "checkpoint.pt"
     if where == "method":
-        content = torch.load(path, weights_only=True)
-        content["methods"] = [payload]
-        torch.save(content, path)
+        rewrite(path, method=payload)
     else:
         path.write_bytes(payload)
     with pytest.raises(ConfigError, match=r"checkpoint\.pt"):
@@ -111,9 +109,7 @@ def test_a_folder_cannot_choose_the_classes(stopped: Path, tmp_path: Path) -> No
     config = yaml.safe_load((stopped / "config.yaml").read_text())
     config["method"]["_target_"] = "evil.Evil"
     (stopped / "config.yaml").write_text(yaml.safe_dump(config))
-    content = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    content["methods"] = [b"\x80\x02cevil\nEvil\n)\x81."]
-    torch.save(content, stopped / "checkpoint.pt")
+    rewrite(stopped / "checkpoint.pt", method=b"\x80\x02cevil\nEvil\n)\x81.")
     with pytest.raises(ConfigError, match="refused"):
         run(stopped, *OPTIONS)
     assert not (tmp_path / "created").exists()
@@ -139,7 +135,7 @@ def test_what_is_saved_is_what_is_loaded(stopped: Path) -> None:
     hardware = parts.hardware
     hardware.setup()
     fresh = build(parts).method
-    key = torch.load(stopped / "checkpoint.pt", weights_only=True)["config_hash"]
+    key = checkpoint_file.read(stopped / "checkpoint.pt")[0].config_hash
     method, run_state = checkpoint.load(stopped / "checkpoint.pt", fresh, config_hash=key, hardware=hardware)
     assert run_state.learned == 1
     assert method.penalty.shapes, "the state beyond tensors came back"

@@ -13,6 +13,7 @@ import torch
 from running import THREADS, cells, quiet, run
 from safetensors.torch import load_file
 
+from clrun.running.checkpoint_file import read
 from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError, NumericalError
 from clrun.system.hardware import launch
@@ -58,9 +59,9 @@ def test_closed_form_is_the_same_and_replay_keeps_its_share(tmp_path: Path) -> N
     run(
         tmp_path / "er", "method=er", "method.capacity=21", *OPTIONS, "hardware.processes=2", "job.keep_checkpoint=true"
     )
-    content = torch.load(tmp_path / "er" / "checkpoint.pt", weights_only=True)
-    assert len(content["methods"]) == 2
-    assert content["methods"][0] != content["methods"][1]
+    first, second = (read(tmp_path / "er" / "checkpoint.pt", rank=rank) for rank in (0, 1))
+    assert first[0].world == 2
+    assert first[1] and second[1] and first[1] != second[1]
 
 
 @pytest.mark.slow

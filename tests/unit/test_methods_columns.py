@@ -325,7 +325,7 @@ def test_checkpoints_of_any_state_are_accepted(tmp_path: Path, name: str, option
     stream = image_stream()
     method = factory(name, **options)(copy.deepcopy(network), 6)
     live(method, stream, until=1)
-    checkpoint.save(tmp_path / "c.pt", method, RunState(1), config_hash="", backbone={}, hardware=cpu())
+    checkpoint.save(tmp_path / "c.pt", method, RunState(), config_hash="", backbone={}, hardware=cpu())
     fresh = factory(name, **options)(network, 6)
     loaded, _ = checkpoint.load(tmp_path / "c.pt", fresh, config_hash="", hardware=cpu())
     live(method, stream, learned=1)
