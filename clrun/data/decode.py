@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clrun.data.contents import StoredRows
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, Count, Range, first_line, one_line
 
@@ -82,6 +83,9 @@ class Files(Protocol):
             ConfigError: the file no longer exists.
         """
 
+    def stored_rows(self) -> StoredRows:
+        """Return names and digests of the contents, which depend neither on the place nor on times."""
+
 
 @dataclass(frozen=True)
 class FileList:
@@ -123,6 +127,14 @@ class FileList:
         except OSError as error:
             raise ConfigError(f"{self.name(row)}: cannot be read ({first_line(error)})") from error
         return state.st_size, state.st_mtime_ns
+
+    def stored_rows(self) -> StoredRows:
+        """Return paths from the folder on and digests of the contents.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        return StoredRows.of_files(self.place, self.names)
 
 
 def decode(file: Path | bytes, name: str, options: Decoding, channels: int) -> Pixels:

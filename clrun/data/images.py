@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clrun.data.contents import StoredRows, text_digest
 from clrun.data.decode import Decoding, Files, Pixels, decode
 from clrun.data.image_cache import ImageCache
 from clrun.data.split import Batch, Split, TensorSplit
@@ -50,6 +51,10 @@ class Images(ABC):
     def fingerprint(self) -> str:
         """Return a digest that identifies the M stored images."""
 
+    def stored_rows(self) -> StoredRows:
+        """Return what identifies the M stored images; images that cannot be told apart are identified as a whole."""
+        return StoredRows((), np.full(self.shape[0], text_digest(self.fingerprint()), dtype=np.uint64))
+
     def decoded_reader(self, workers: int) -> Take | None:
         """Return a function that reads rows without decoding; None if some need it. Builds the cache if configured."""
         return None
@@ -72,6 +77,7 @@ class FileImages(Images):
         self._stored: Take | None = None
         self._decoded: Pixels | None = None
         self._is_decoded = np.zeros(len(files), dtype=bool)
+        self._rows: StoredRows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without decoded images."""
@@ -115,6 +121,16 @@ class FileImages(Images):
             digest.update(f"\n{self.files.name(row)} {self.files.stamp(row)}".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
+    def stored_rows(self) -> StoredRows:
+        """Return names and digests of the files as they were when this was first asked.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        if self._rows is None:
+            self._rows = self.files.stored_rows()
+        return self._rows
+
     def decoded_reader(self, workers: int) -> Take | None:
         """Return the reader of the cache on disk, built if needed; or of the memory, once all images are decoded."""
         with self._lock:
@@ -142,6 +158,7 @@ class JoinedImages(Images):
         shapes = {tuple(split.images.shape[1:]) for split in splits}
         assert len(shapes) == 1, f"cannot join images of shapes {shapes}"
         self.shape = (int(self.ends[-1]), *shapes.pop())
+        self._rows: StoredRows | None = None
 
     def fill(self, rows: Rows, out: Pixels) -> None:
         """Write the images of `rows` [B] into `out` [B, S, S, C]."""
@@ -151,6 +168,12 @@ class JoinedImages(Images):
             first = self.ends[k] - len(self.splits[k])
             part = self.splits[k].select(torch.from_numpy(rows[own] - first))
             out[own] = next(part.batches(len(part), view="raw")).x.permute(0, 2, 3, 1).numpy()
+
+    def stored_rows(self) -> StoredRows:
+        """Return what identifies the rows of the splits; shifts follow from the configuration."""
+        if self._rows is None:
+            self._rows = StoredRows.joined([(s.stored_rows(), s._rows(None).x.numpy()) for s in self.splits])
+        return self._rows
 
     def fingerprint(self) -> str:
         """Return a digest of the images of each split, its rows, and the effect of its shift on a picture."""
@@ -185,6 +208,10 @@ class ImageSplit(Split):
     def fingerprint(self) -> str:
         """Return a digest of names, sizes and times of the files, and of how they are decoded."""
         return self.images.fingerprint()
+
+    def stored_rows(self) -> StoredRows:
+        """Return what identifies the stored images."""
+        return self.images.stored_rows()
 
     def _rows(self, order: Tensor | None) -> Batch:
         whole = super()._rows(order)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from clrun.data.contents import StoredRows, tensor_rows, text_digest
 from clrun.system.digests import tensor_digest
 
 View = Literal["eval", "train", "raw"]
@@ -168,6 +170,13 @@ class Split(ABC):
     def fingerprint(self) -> str:
         """Return a hexadecimal digest of the M stored images; two processes that see the same data agree on it."""
 
+    def stored_rows(self) -> StoredRows:
+        """Return what identifies the M stored rows; it depends neither on times nor on where they lie.
+
+        A storage that cannot tell its rows apart is identified as a whole.
+        """
+        return StoredRows((), np.full(len(self.labels), text_digest(self.fingerprint()), dtype=np.uint64))
+
     @classmethod
     @abstractmethod
     def joined(cls, parts: Sequence["Split"]) -> "Split":
@@ -194,6 +203,10 @@ class TensorSplit(Split):
     def fingerprint(self) -> str:
         """Return a digest of shape, type and bytes of the stored images."""
         return tensor_digest(self.images)
+
+    def stored_rows(self) -> StoredRows:
+        """Return digests of the rows; rows in memory have no names."""
+        return tensor_rows(self.images)
 
     def _read(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         return (self.images[rows] for rows in parts)

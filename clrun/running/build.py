@@ -14,6 +14,7 @@ from clrun.config.signature import locate
 from clrun.data.edge import edge
 from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import frozen_features, module_digest, open_cache
+from clrun.data.identity import Identity, identify
 from clrun.data.orders import canonical
 from clrun.data.split import Plain, Split, TensorSplit, Transform
 from clrun.data.stream import Dataset, Stream, Task
@@ -41,6 +42,7 @@ class Built:
         method: the learner before its first task.
         budget: what a fit may spend.
         input: how the images were fitted to the backbone, one line.
+        data: identity of the data set and of the tasks into which it was cut.
         cache: where the features of the frozen backbone are stored; None when they are not.
     """
 
@@ -50,6 +52,7 @@ class Built:
     method: Method
     budget: Budget
     input: str
+    data: Identity
     cache: FeatureCache | None = None
 
 
@@ -64,7 +67,9 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     Raises:
         ConfigError: the parts do not fit together, or data or weights are missing.
     """
-    backbone, images, text = build_images(parts)
+    backbone, images, text, (dataset, whole) = _images(parts, place=True, pretrained=True)
+    data = identify(dataset, whole)
+    del dataset, whole
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
     parts.method_class.check_options(parts.config["method"])
@@ -85,7 +90,7 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     tuning: Any = parts.job.tuning
     if tuning is not None:
         tuning.check(budget)
-    return Built(images, stream, backbone, method, budget, text, cache)
+    return Built(images, stream, backbone, method, budget, text, data, cache)
 
 
 def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -> tuple[nn.Module, Stream, str]:
@@ -99,6 +104,21 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
     Raises:
         ConfigError: the parts do not fit together, or data or weights are missing.
     """
+    return _images(parts, place=place, pretrained=pretrained)[:3]
+
+
+def identity(parts: Parts) -> Identity:
+    """Return the identity of the data of a configuration as they are now; nothing else is built.
+
+    Raises:
+        ConfigError: the data cannot be read, or the scenario cannot cut them.
+    """
+    dataset = parts.load_dataset()
+    return identify(dataset, build_stream(parts, dataset, canonical, Plain()))
+
+
+def _images(parts: Parts, *, place: bool, pretrained: bool) -> tuple[nn.Module, Stream, str, tuple[Dataset, Stream]]:
+    """Return what `build_images` returns; then the data set and the stream of all its tasks, both on the CPU."""
     dataset = parts.load_dataset()
     hardware = parts.hardware if place else None
 
@@ -117,7 +137,7 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
     backbone = reused_backbone(key, new) if parts.reads_features else new()
     transform, text = fit_transform(dataset, backbone)
     stream = build_stream(parts, dataset, _order(parts, dataset, transform, backbone), transform)
-    return backbone, _limited(stream, parts.job, hardware), text
+    return backbone, _limited(stream, parts.job, hardware), text, (dataset, stream)
 
 
 def build_stream(parts: Parts, dataset: Dataset, order: Any, transform: Transform) -> Stream:

@@ -45,12 +45,17 @@ class RunState:
         steps: optimizer steps so far.
         rows: lines of accuracy.csv.
         costs: one entry per finished task, for run.json.
+        data: identity of the data that the run learns from: `record` and `rows` of `clrun.data.identity.Identity`; None
+            for a run from before data had one.
+        start: the run from which this one went on (`job.start_from`), for run.json; None for a run from its beginning.
     """
 
     learned: int = 0
     steps: int = 0
     rows: list[Row] = field(default_factory=list)
     costs: list[dict[str, Any]] = field(default_factory=list)
+    data: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
@@ -104,6 +109,7 @@ def save(
         return
     header = {"config_hash": config_hash, "learned": state.learned, "steps": state.steps}
     header |= {"rows": state.rows, "costs": state.costs, "referenced": referenced}
+    header |= {"data": state.data, "start": state.start}
     checkpoint_file.write(path, header, methods, flush=flush)
 
 
@@ -207,7 +213,7 @@ def _restored(path: Path, header: Header, data: bytes, fresh: Method, hardware: 
             )
         loaded[name].data = built[name].data
     hardware.place(method)
-    return method, RunState(header.learned, header.steps, header.rows, header.costs)
+    return method, RunState(header.learned, header.steps, header.rows, header.costs, header.data, header.start)
 
 
 def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:

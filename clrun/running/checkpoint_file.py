@@ -30,6 +30,7 @@ PREFIX = struct.Struct("<16sIQ")
 MAGIC = b"clrun checkpoint"
 WORDS = {"split": ("test", "val"), "setting": ("cil", "dil", "til"), "phase": ("during", "end")}
 DIGEST, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[\x20-\x7e]{0,100}")
+LATER = ("data", "start")  # fields that files of the same schema may lack
 SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -58,6 +59,8 @@ class Header:
         referenced: digests of the tensors that are those of the backbone as loaded, by name.
         world: number of processes; each has its own method.
         methods: length and CRC-32 of the pickled method of each process.
+        data: identity of the data (`clrun.running.data_checks`), which reads it with care; None in an older file.
+        start: the run from which this one went on; None for none.
     """
 
     config_hash: str
@@ -68,6 +71,8 @@ class Header:
     referenced: dict[str, str]
     world: int
     methods: list[list[int]]
+    data: dict[str, Any] | None = None
+    start: dict[str, Any] | None = None
 
 
 def previous(path: Path) -> Path:
@@ -197,6 +202,7 @@ def _checked(content: Any, tasks: int | None) -> Header:
     """
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise _Wrong("schema", content.get("schema") if isinstance(content, dict) else content, str(SCHEMA))
+    content = dict.fromkeys(LATER) | content
     names = {"schema", *(found.name for found in fields(Header))}
     for name in sorted(names ^ content.keys()):
         raise _Wrong(name, content[name], "absent") if name in content else _Wrong(name, None, "present")
@@ -209,6 +215,8 @@ def _checked(content: Any, tasks: int | None) -> Header:
     for name, digest in content["referenced"].items():
         _text(f"referenced[{ascii(name)}]", digest, DIGEST, "a digest of 64 hexadecimal digits")
     _check_methods(content["methods"], content["world"])
+    for name in LATER:
+        _kind(name, content[name], (dict, type(None)), "a mapping or null")
     rows = _check_rows(content["rows"], content["learned"], content["steps"], tasks)
     return Header(**{name: content[name] for name in names - {"schema", "rows"}}, rows=rows)
 

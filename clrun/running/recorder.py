@@ -28,6 +28,7 @@ from clrun.running.accounting import (
 from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
 from clrun.running.checkpoint import RunState, Unstorable
+from clrun.running.data_checks import check_resumed, check_task, stored_identity
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
@@ -78,6 +79,7 @@ class Recorder:
             "config_hash": self.hash,
             "task_order": None,
             "class_order": None,
+            "data": None,
             "notes": [],
             "accuracy_matrix": {},
             "metrics": {},
@@ -142,16 +144,20 @@ class Recorder:
 
     # --- begin and end
 
-    def resumed(self, method: Method, *, tasks: int) -> tuple[Method, RunState]:
-        """Return the method and the progress of the folder's checkpoint; without one, `method` and no progress.
-
-        Args:
-            method: as built.
-            tasks: number of tasks of the stream.
+    def resumed(self, built: Built) -> tuple[Method, RunState]:
+        """Return the method and the progress of the folder's checkpoint; without one, the new method and no progress.
 
         Raises:
-            ConfigError: the checkpoint cannot be used, or no checkpoint of `method` can be written.
+            ConfigError: the checkpoint cannot be used, the data are not those that it was learned from, or no
+                checkpoint of the method can be written.
         """
+        method, state = self._resumed(built)
+        state.data = stored_identity(built.data)
+        return method, state
+
+    def _resumed(self, built: Built) -> tuple[Method, RunState]:
+        """Do what `resumed` says, but leave the identity of the data as it was stored."""
+        method = built.method
         self.backbone_digests = checkpoint.fingerprints(method.backbone)
         if not self.options.resume:
             return method, RunState()
@@ -159,10 +165,11 @@ class Recorder:
         if not checkpoint_file.generations(self.checkpoint):
             return method, RunState()
         method, state, damage = checkpoint.resume(
-            self.checkpoint, method, config_hash=self.hash, hardware=self.hardware, tasks=tasks
+            self.checkpoint, method, config_hash=self.hash, hardware=self.hardware, tasks=len(built.stream.tasks)
         )
+        changed = check_resumed(built, state, self.folder.path, self.parts)
         self.damaged = damage is not None
-        self.run["notes"] += self._notes_on_resuming(state.learned, damage)
+        self.run["notes"] += [*self._notes_on_resuming(state.learned, damage), *changed]
         return method, state
 
     def _notes_on_resuming(self, learned: int, damage: str | None) -> list[str]:
@@ -191,6 +198,7 @@ class Recorder:
             "task_names": [task.name for task in stream.tasks],
             "task_classes": [task.classes.tolist() for task in stream.tasks],
             "setting": stream.setting,
+            "data": built.data.record,
             "input": built.input,
             "backbone": {
                 "features": int(built.backbone.num_features),  # type: ignore[arg-type]
@@ -303,8 +311,11 @@ class Recorder:
         """Record that a task is learned and evaluated: update run.json, save predictions and the checkpoint, print.
 
         Raises:
-            ConfigError: a file cannot be written, or the method cannot be stored in the checkpoint that the job needs.
+            ConfigError: a file cannot be written, the method cannot be stored in the checkpoint that the job needs, or
+                a file of the data has changed while the task was learned.
         """
+        if self.hardware.main:
+            check_task(self.stream, task, self.folder.path)
         self._measure(state)
         if self.logger is not None:
             self.folder.write_run(self.run)

@@ -8,6 +8,7 @@ from clrun.data.order_search import adversarial
 from clrun.results.identity import config_hash, differing_keys
 from clrun.results.records import RunFolder
 from clrun.running.build import Built, build, check_without_building
+from clrun.running.data_checks import changed_since
 from clrun.running.engine import Engine
 from clrun.running.parts import Config, Parts, function_of
 from clrun.running.recorder import Recorder, average_accuracy
@@ -63,6 +64,8 @@ def _run(parts: Parts, out: Path, job: JobInfo) -> float:
         if stored["status"] == "completed":
             if parts.job.progress:
                 _show(stored, out)
+                if changed := changed_since(stored, parts):
+                    print(f"note: {changed}")
             return average_accuracy(stored)
     return launch(_work, (parts, out, job), processes=parts.hardware.processes, device=parts.hardware.device)
 
@@ -94,7 +97,7 @@ def _work(parts: Parts, out: Path, job: JobInfo, rank: int, world: int) -> float
 
 def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
     """Begin or resume, learn every task, finish."""
-    method, state = recorder.resumed(built.method, tasks=len(built.stream.tasks))
+    method, state = recorder.resumed(built)
     recorder.begin(built, state)
     engine = Engine(
         built.stream,

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from clrun.data.contents import Digests, StoredRows, bytes_digest, file_digest
 from clrun.data.images import FileImages, ImageSplit, unreadable
 from clrun.data.reading.assemble import assemble
 from clrun.data.reading.image_files import check_classes
@@ -20,7 +22,11 @@ from clrun.system import libraries
 from clrun.system.errors import ConfigError, did_you_mean, one_line, warn
 
 OLDEST = 4  # from this version on the library refuses data sets with a program
+BATCH = 1000  # rows that are read at once for their digests
 SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
+
+
+_digests: dict[str, Digests] = {}  # by table and column
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,38 @@ class HubFiles:
     def stamp(self, row: int) -> tuple[int, int]:
         """Return 0 for the size, and a digest of the table in place of the time."""
         return 0, int.from_bytes(hashlib.sha256(self.table._fingerprint.encode()).digest()[:7])
+
+    def stored_rows(self) -> StoredRows:
+        """Return row numbers and digests of the encoded images.
+
+        Raises:
+            ConfigError: a file that the table names cannot be read.
+        """
+        every = _cell_digests(self.table, self.column)
+        names = tuple(f"row {row}" for row in self.rows)
+        return StoredRows(names, every[np.array(self.rows, dtype=np.int64)])
+
+
+def _cell_digests(table: Any, column: str) -> Digests:
+    """Return the digest [N] of the encoded image in each row of a table; computed once per process and table."""
+    key = f"{table._fingerprint} {column}"
+    if key not in _digests:
+        found: list[int] = []
+        for batch in table.select_columns([column]).with_format("arrow").iter(batch_size=BATCH):
+            for cells in batch.column(column).chunks:
+                paths = cells.field("path").to_pylist()
+                for content, path in zip(cells.field("bytes"), paths, strict=True):
+                    buffer = content.as_buffer() if content.is_valid else None
+                    found.append(_cell_digest(buffer, path))
+        _digests[key] = np.array(found, dtype=np.uint64)
+    return _digests[key]
+
+
+def _cell_digest(content: Any, path: str | None) -> int:
+    """Return the digest of an image given as an Arrow buffer or by its path; 0 for an empty cell."""
+    if content is not None:
+        return bytes_digest(memoryview(content))
+    return file_digest(path) if path else 0
 
 
 @loader

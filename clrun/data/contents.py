@@ -1,0 +1,274 @@
+"""Digests of the contents of image files and of rows in memory: what tells changed data from moved or copied data.
+
+A digest has 64 bits. It finds accidents, not forgeries: whoever wants to can make two contents with one digest.
+
+A file of at most 16 KiB is read as a whole. Of a larger file the size and three blocks of 4 KiB are read, at its
+beginning, in its middle and at its end, so that a large data set is not read twice. The blind spot is therefore a file
+above 16 KiB that was changed outside these blocks and has kept its size, such as an uncompressed picture of which a few
+pixels were painted over; an image that was compressed again hardly ever keeps its size.
+
+Digests are kept for a file while its path, size, time of the last change and inode stay the same: within the process,
+and for folders with at least 2,000 images in the user's cache ("contents", see `clrun.system.files.cache_folder`).
+"""
+
+import hashlib
+import os
+import time
+import unicodedata
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clrun.system.errors import ConfigError, first_line
+from clrun.system.files import cache_folder, exclusive, replacing
+
+Digests = NDArray[np.uint64]
+Stamps = NDArray[np.int64]  # [M, 3]: size in bytes, time of the last change in ns, inode
+WHOLE = 16 * 1024  # bytes; larger files are read in blocks
+BLOCK = 4 * 1024
+STORED = 2000  # files of a folder from which on digests are kept on the disk
+RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
+THREADS, CHUNK = 8, 256  # readers, and the files that each takes at once
+ROWS = 4096  # rows of a tensor that are copied at once
+
+_known: dict[str, dict[str, tuple[int, int, int, int]]] = {}  # folder -> name -> stamp and digest
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """What identifies the M stored rows of a split, wherever they lie.
+
+    Attributes:
+        names: M names from the root of the data set on; () for rows in memory, which have none.
+        contents: [M] digest of the content of each row.
+        stamps: [M, 3] size, time and inode of each file; None for rows that are not files of their own.
+        path: returns the path of the file of a row; "" when it has none.
+    """
+
+    names: tuple[str, ...]
+    contents: Digests
+    stamps: Stamps | None = None
+    path: Callable[[int], str] = field(default=lambda row: "")
+
+    @cached_property
+    def name_digests(self) -> Digests:
+        """[M] digest of each name, the same for composed and decomposed accents; zeros for rows without names."""
+        if not self.names:
+            return np.zeros(len(self.contents), dtype=np.uint64)
+        texts = (name if name.isascii() else unicodedata.normalize("NFC", name) for name in self.names)
+        return np.fromiter(map(text_digest, texts), dtype=np.uint64, count=len(self.names))
+
+    def changed(self, rows: NDArray[np.int64]) -> list[str]:
+        """Return the names of those of the `rows` whose files have another content than they had, or are gone.
+
+        Only files of another size or time are read.
+        """
+        if self.stamps is None:
+            return []
+        return [self.names[row] for row in rows.tolist() if self._is_changed(row)]
+
+    def _is_changed(self, row: int) -> bool:
+        """Whether the file of a row has changed."""
+        path = self.path(row)
+        if not path or self.stamps is None:
+            return False
+        try:
+            if file_stamp(path)[:2] == tuple(self.stamps[row, :2].tolist()):
+                return False
+            return file_digest(path) != int(self.contents[row])
+        except ConfigError:
+            return True
+
+    @classmethod
+    def of_files(cls, root: str, names: Sequence[str]) -> Self:
+        """Return what identifies the files `names` of the folder `root` (absolute).
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        digests, stamps = file_digests(root, names)
+        return cls(tuple(names), digests, stamps, lambda row: os.path.join(root, names[row]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[Self, NDArray[np.int64]]]) -> Self:
+        """Return some rows of several storages as one, in order."""
+        owners = [(part, row) for part, rows in parts for row in rows.tolist()]
+        named = any(part.names for part, _ in parts)
+        names = tuple(part.names[row] if part.names else "" for part, row in owners) if named else ()
+        contents = [part.contents[rows] for part, rows in parts]
+        unknown = [
+            np.zeros((len(rows), 3), np.int64) if part.stamps is None else part.stamps[rows] for part, rows in parts
+        ]
+        stamps = np.concatenate(unknown) if any(part.stamps is not None for part, _ in parts) else None
+        return cls(names, np.concatenate(contents), stamps, lambda row: owners[row][0].path(owners[row][1]))
+
+
+def text_digest(text: str) -> int:
+    """Return the digest of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest())
+
+
+def bytes_digest(content: bytes | memoryview) -> int:
+    """Return the digest of an encoded image, by the rule at the head of this module."""
+    size = len(content)
+    digest = hashlib.blake2b(size.to_bytes(8), digest_size=8)
+    for start, stop in _blocks(size):
+        digest.update(content[start:stop])
+    return int.from_bytes(digest.digest())
+
+
+def file_digest(path: str) -> int:
+    """Return the digest of a file's content.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(size.to_bytes(8), digest_size=8)
+            for start, stop in _blocks(size):
+                digest.update(os.pread(file.fileno(), stop - start, start))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
+    return int.from_bytes(digest.digest())
+
+
+def _blocks(size: int) -> tuple[tuple[int, int], ...]:
+    """Return the parts (start, stop) of a content of `size` bytes that its digest depends on."""
+    if size <= WHOLE:
+        return ((0, size),)
+    middle = (size - BLOCK) // 2
+    return (0, BLOCK), (middle, middle + BLOCK), (size - BLOCK, size)
+
+
+def file_digests(root: str, names: Sequence[str]) -> tuple[Digests, Stamps]:
+    """Return digest [M] and stamp [M, 3] of each file; only files without a digest are read.
+
+    Args:
+        root: absolute path of the folder.
+        names: paths from there.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    stored = _load(root) if root not in _known and len(names) >= STORED else {}
+    known = _known.setdefault(root, stored)
+    stamps = np.empty((len(names), 3), dtype=np.int64)
+    digests = np.empty(len(names), dtype=np.uint64)
+    missing = []
+    for row, name in enumerate(names):
+        stamp = file_stamp(os.path.join(root, name))
+        stamps[row] = stamp
+        found = known.get(name)
+        if found is not None and found[:3] == stamp:
+            digests[row] = found[3]
+        else:
+            missing.append(row)
+    if missing:
+        for row, digest in zip(missing, _read(root, [names[row] for row in missing]), strict=True):
+            digests[row] = digest
+        before = time.time_ns() - RECENT
+        fresh = [row for row in missing if stamps[row, 1] < before]
+        for row in fresh:
+            size, changed, inode = stamps[row].tolist()
+            known[names[row]] = (size, changed, inode, int(digests[row]))
+        if fresh and len(names) >= STORED:
+            _store(root, known)
+    return digests, stamps
+
+
+def file_stamp(path: str) -> tuple[int, int, int]:
+    """Return size, time of the last change (ns) and inode of a file.
+
+    Raises:
+        ConfigError: the file no longer exists.
+    """
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _read(root: str, names: Sequence[str]) -> Iterator[int]:
+    """Yield the digests of files, read by several threads if there are many."""
+    parts = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+
+    def digests(part: Sequence[str]) -> list[int]:
+        return [file_digest(os.path.join(root, name)) for name in part]
+
+    if len(parts) == 1:
+        yield from digests(parts[0])
+        return
+    with ThreadPoolExecutor(THREADS, "clrun-contents") as pool:
+        for found in pool.map(digests, parts):
+            yield from found
+
+
+def _path(root: str) -> Path:
+    """Return the file that keeps the digests of a folder."""
+    name = hashlib.blake2b(root.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    return cache_folder("contents") / f"{name}.tsv"
+
+
+def _load(root: str) -> dict[str, tuple[int, int, int, int]]:
+    """Return the stored digests of a folder; none when the file is missing or damaged, which costs only time."""
+    try:
+        lines = _path(root).read_bytes().decode(errors="surrogateescape").split("\n")
+        split = [line.split("\t", 4) for line in lines if line]
+        return {name: (int(a), int(b), int(c), int(d)) for a, b, c, d, name in split}
+    except (OSError, ValueError):
+        return {}
+
+
+def _store(root: str, known: dict[str, tuple[int, int, int, int]]) -> None:
+    """Store the digests of a folder. A cache that cannot be written is left alone: it only saves time."""
+    lines = ["\t".join(map(str, (*entry, name))) for name, entry in known.items() if "\n" not in name]
+    try:
+        _path(root).parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(_path(root).with_suffix(".lock")), replacing(_path(root), flush=False) as file:
+            file.write("\n".join(lines).encode(errors="surrogateescape"))
+    except (OSError, ConfigError):
+        return
+
+
+def row_digests(rows: Tensor) -> Digests:
+    """Return the digest [M] of each row of a tensor [M, ...].
+
+    Each row's bytes are read as 64-bit words w_k, and its digest is sum_k a_k w_k modulo 2^64 with fixed random odd
+    numbers a_k. One changed word always changes the digest. A hash function per row would take ten times as long.
+    """
+    count = len(rows)
+    if not rows.numel():
+        return np.zeros(count, dtype=np.uint64)
+    width = rows[0].numel() * rows.element_size()
+    words = -(-width // 8)
+    keys = np.random.RandomState(0).randint(0, 2**64, words, dtype=np.uint64) | np.uint64(1)
+    found = np.empty(count, dtype=np.uint64)
+    padded = np.zeros((min(ROWS, count), 8 * words), dtype=np.uint8)
+    for start in range(0, count, ROWS):
+        part = rows[start : start + ROWS].detach().cpu().contiguous()
+        padded[: len(part), :width] = part.reshape(len(part), -1).view(torch.uint8).numpy()
+        found[start : start + ROWS] = padded[: len(part)].view(np.uint64) @ keys
+    return found
+
+
+_tensors: dict[int, tuple[Callable[[], Tensor | None], StoredRows]] = {}
+
+
+def tensor_rows(images: Tensor) -> StoredRows:
+    """Return what identifies the rows of a tensor, computed once per process."""
+    known = _tensors.get(id(images))
+    if known is None or known[0]() is not images:
+        known = _tensors[id(images)] = (weakref.ref(images), StoredRows((), row_digests(images)))
+    return known[1]

@@ -1,0 +1,115 @@
+"""Whether the data of a run are still what they were: when it is resumed, after every task, and when it is complete."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clrun.data.identity import Identity, changed_files, names_of
+from clrun.data.stream import Stream, Task
+from clrun.results.data_record import Changes, NamedRows, data_changes
+from clrun.running.build import Built, identity
+from clrun.running.checkpoint import RunState
+from clrun.running.parts import Parts
+from clrun.system.errors import ConfigError, collecting_warnings, one_line
+
+UNKNOWN = "this run began before clrun recorded the data of runs: whether they are still the same was not checked"
+SHOWN = 3  # names of files in a message
+
+
+def stored_identity(data: Identity) -> dict[str, Any]:
+    """Return an identity as a checkpoint stores it."""
+    return {"record": data.record, "rows": data.rows}
+
+
+def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts) -> list[str]:
+    """Return notes on data that have changed where nothing learned so far has used them.
+
+    That is allowed for contents (a damaged file was replaced) and for files that `dataset.images.unreadable=skip`
+    leaves out.
+
+    Args:
+        built: what the run is about to go on with.
+        state: of the checkpoint.
+        folder: of the run.
+        parts: of the configuration.
+
+    Raises:
+        ConfigError: the data have changed in any other way.
+    """
+    if state.data is None:
+        return [UNKNOWN]
+    changes = _changes(state.data, stored_identity(built.data))
+    if not changes:
+        return []
+    before, now = state.data["record"]["per_task"], built.data.record["per_task"]
+    order = [task.id for task in built.stream.tasks]
+    used = order[: state.learned + parts.job.eval_initial]
+    unused = all(before.get(str(task)) == now.get(str(task)) for task in used)
+    if unused and order[: state.learned] == [cost["task"] for cost in state.costs] and _is_repair(changes, parts):
+        return [f"data changed before this run learned from them: {changes.text}"]
+    raise ConfigError(
+        f"{folder}: the data are no longer those that this run has learned from: {changes.text}; put them back and "
+        "start the same command again, or choose another hydra.run.dir to begin a run with the data as they are"
+    )
+
+
+def _is_repair(changes: Changes, parts: Parts) -> bool:
+    """Whether only contents have changed, and files are left out only because they cannot be decoded."""
+    if changes.classes or changes.added or changes.order:
+        return False
+    if not changes.gone:
+        return True
+    node = parts.config["dataset"]
+    skips = node.get("images", {}).get("unreadable") == "skip"
+    root = os.path.expanduser(str(node.get("root", "")))
+    return skips and bool(changes.gone_rows) and all(os.path.exists(os.path.join(root, n)) for n in changes.gone_rows)
+
+
+def check_task(stream: Stream, task: Task, folder: Path) -> None:
+    """Compare sizes and times of the files that a task has used with those at the beginning of the run.
+
+    Raises:
+        ConfigError: the content of a file has changed since, or it is gone; the checkpoint is that of the task before.
+    """
+    changed = changed_files(stream.tasks, task.index)
+    if not changed:
+        return
+    names = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
+    what = "1 file has" if len(changed) == 1 else f"{len(changed)} files have"
+    raise ConfigError(
+        f"dataset: {what} changed while this run was learning ({names}), so that task {task.id} ({task.name}) is not "
+        f"recorded; put them back and start the same command with hydra.run.dir={folder}: the run goes on after "
+        f"{task.index} tasks"
+    )
+
+
+def changed_since(stored: Mapping[str, Any], parts: Parts) -> str:
+    """Return one sentence on how the data differ from those of a completed run; "" when they are the same.
+
+    Args:
+        stored: run.json of the run.
+        parts: of its configuration.
+    """
+    if not stored.get("data"):
+        return ""
+    try:
+        with collecting_warnings([]):  # the check of the configuration has shown them
+            now = identity(parts).record
+    except ConfigError as error:
+        return f"the data of this run cannot be read any more ({one_line(error)})"
+    changes = data_changes(stored["data"], now)
+    return f"the data have changed since this run: {changes.text}" if changes else ""
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """Return what has changed between two stored identities."""
+    return data_changes(before["record"], now["record"], _rows(before), _rows(now))
+
+
+def _rows(stored: Mapping[str, Any]) -> dict[str, NamedRows]:
+    """Return the rows of a stored identity by part."""
+    return {
+        part: NamedRows(names_of(rows), rows["contents"].tolist(), rows["labels"].tolist())
+        for part, rows in stored["rows"].items()
+    }
