@@ -246,7 +246,8 @@ def row_digests(rows: Tensor) -> Digests:
     """Return the digest [M] of each row of a tensor [M, ...].
 
     Each row's bytes are read as 64-bit words w_k, and its digest is sum_k a_k w_k modulo 2^64 with fixed random odd
-    numbers a_k. One changed word always changes the digest. A hash function per row would take ten times as long.
+    numbers a_k, mixed by the last steps of SplitMix64 (Steele et al., 2014), so that sums of digests do not cancel. One
+    changed word always changes the digest. A hash function per row would take ten times as long.
     """
     count = len(rows)
     if not rows.numel():
@@ -260,7 +261,14 @@ def row_digests(rows: Tensor) -> Digests:
         part = rows[start : start + ROWS].detach().cpu().contiguous()
         padded[: len(part), :width] = part.reshape(len(part), -1).view(torch.uint8).numpy()
         found[start : start + ROWS] = padded[: len(part)].view(np.uint64) @ keys
-    return found
+    return _mixed(found)
+
+
+def _mixed(digests: Digests) -> Digests:
+    """Return the digests after a bijection in which every bit depends on all bits."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        digests = (digests ^ (digests >> np.uint64(shift))) * np.uint64(factor)
+    return digests ^ (digests >> np.uint64(31))
 
 
 _tensors: dict[int, tuple[Callable[[], Tensor | None], StoredRows]] = {}

@@ -97,10 +97,9 @@ def _compare_classes(before: Record, now: Record, changes: Changes) -> set[str]:
     """Add what has changed about the classes; return the names that both sides have."""
     old, new = before["classes"]["names"], now["classes"]["names"]
     gone, added = ([n for n in a if n not in set(b)] for a, b in ((old, new), (new, old)))
-    contents = {_class_contents(now, name): name for name in added}
     for name in list(gone):
-        twin = contents.get(_class_contents(before, name))
-        if twin in added:
+        twin = next((other for other in added if _is_renamed(before, name, now, other)), None)
+        if twin is not None:
             changes.classes.append(f"the class {name} is now called {twin}")
             gone.remove(name)
             added.remove(twin)
@@ -113,11 +112,10 @@ def _compare_classes(before: Record, now: Record, changes: Changes) -> set[str]:
     return set(old) & set(new)
 
 
-def _class_contents(record: Record, name: str) -> tuple[str, ...]:
-    """Return numbers of rows and digests of contents of a class in every part."""
-    index = record["classes"]["names"].index(name)
-    texts = [record[part]["by_class"][index].split() for part in ("train", "test", "val") if record.get(part)]
-    return tuple(f"{rows} {contents}" for rows, _, contents in texts)
+def _is_renamed(before: Record, old: str, now: Record, new: str) -> bool:
+    """Whether two classes have equal numbers of rows in every part, and in one part equal contents."""
+    pairs = [(_class_rows(parts, before, old), _class_rows(parts, now, new)) for _, parts in PARTS]
+    return all(a[0] == b[0] for a, b in pairs) and any(a[0] and a[2] == b[2] for a, b in pairs)
 
 
 def _named(
@@ -181,11 +179,12 @@ def _compare_counts(
         changes.order.append(f"{title} rows of {_classes(names)} have other names")
 
 
-def _class_rows(parts: Sequence[str], record: Record, label: str) -> tuple[int, str, str]:
+def _class_rows(parts: Iterable[str], record: Record, label: str) -> tuple[int, int, int]:
     """Return number of rows of a class in several parts together, digests of their names and of their contents."""
     index = record["classes"]["names"].index(label)
     texts = [record[part]["by_class"][index].split() for part in parts if record.get(part)]
-    return sum(int(rows) for rows, _, _ in texts), " ".join(t[1] for t in texts), " ".join(t[2] for t in texts)
+    names, contents = (sum(int(text[k], 16) for text in texts) % 2**64 for k in (1, 2))
+    return sum(int(text[0]) for text in texts), names, contents
 
 
 def _classes(names: Sequence[str]) -> str:

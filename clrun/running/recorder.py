@@ -28,7 +28,7 @@ from clrun.running.accounting import (
 from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
 from clrun.running.checkpoint import RunState, Unstorable
-from clrun.running.data_checks import check_resumed, check_task, stored_identity
+from clrun.running.data_checks import UNKNOWN, check_resumed, check_task, stored_identity
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
@@ -39,6 +39,7 @@ from clrun.running.restoring import WEIGHTS, save_weights
 from clrun.system.errors import ConfigError, warn
 from clrun.system.files import json_value, replacing
 
+KEPT_NOTES = ("resumed ", "data changed ", UNKNOWN)  # beginnings of notes that stay when a run is resumed again
 UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
 
 
@@ -175,7 +176,7 @@ class Recorder:
     def _notes_on_resuming(self, learned: int, damage: str | None) -> list[str]:
         """Return a note that the run goes on, after those of earlier times, and one if it goes on in another place."""
         before = self.folder.read_run() or {}
-        notes = [note for note in before.get("notes") or [] if note.startswith("resumed ")]
+        notes = [note for note in before.get("notes") or [] if note.startswith(KEPT_NOTES)]
         note = f"resumed after {learned} tasks"
         if damage is not None:
             older = checkpoint_file.previous(self.checkpoint).name
@@ -273,7 +274,7 @@ class Recorder:
             matrix = AccuracyMatrix.from_rows(rows, order=self.run["task_order"])
             self.run["accuracy_matrix"][setting] = json_value(matrix.by_position()[1:])
             self.run["metrics"][setting] = json_value(summary(matrix))
-        self.run["cost"]["tasks"] = state.costs
+        self.run["cost"]["tasks"] = list(state.costs)  # which the engine goes on to extend
         for name in ("train_seconds", "eval_seconds"):
             self.run["cost"][name] = sum(cost[name] for cost in state.costs)
 

@@ -1,0 +1,169 @@
+"""A run knows its data: it goes on only with the data that it has learned from, and says when they have changed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pictures import write
+from running import run, run_interrupted
+
+from clrun.running.engine import Engine
+from clrun.system.errors import ConfigError
+
+CLASSES = ("ant", "cat", "dog")
+OPTIONS = ("dataset=folder", "dataset.name=photos", "dataset.images.size=8", "scenario.n_tasks=3", "backbone=mlp")
+OPTIONS += ("budget.epochs=1", "method=er", "method.capacity=8")
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """train/ and test/ of three classes."""
+    monkeypatch.setenv("CLRUN_CACHE", str(tmp_path / "cache"))
+    for part, count in (("train", 6), ("test", 3)):
+        for label in CLASSES:
+            for k in range(count):
+                write(tmp_path / "photos" / part / label / f"{k}.png", side=8, seed=100 * ord(label[0]) + k)
+    return tmp_path / "photos"
+
+
+def truncate(file: Path) -> bytes:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    return whole
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return found
+
+
+@pytest.fixture
+def stopped(photos: Path, tmp_path: Path) -> tuple[Path, bytes]:
+    """A run that has learned two of three tasks and met a damaged file in the third; the file as it should be."""
+    whole = truncate(photos / "train" / "dog" / "3.png")
+    with pytest.raises(ConfigError, match="3.png: cannot be decoded"):
+        run(tmp_path / "run", *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
+    assert record(tmp_path / "run")["status"] == "failed"
+    return tmp_path / "run", whole
+
+
+def test_a_file_that_was_repaired_before_it_was_used_is_no_obstacle(
+    stopped: tuple[Path, bytes], photos: Path, tmp_path: Path
+) -> None:
+    out, whole = stopped
+    (photos / "train" / "dog" / "3.png").write_bytes(whole)
+    run(out, *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
+    assert record(out)["status"] == "completed"
+    assert any("before this run learned from them" in n and "train/dog/3.png" in n for n in record(out)["notes"])
+    run(tmp_path / "whole", *OPTIONS, f"dataset.root={photos}")
+    assert record(out)["data"] == record(tmp_path / "whole")["data"]
+    assert (out / "accuracy.csv").read_bytes() == (tmp_path / "whole" / "accuracy.csv").read_bytes()
+
+
+def rename(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "dog").rename(root / part / "bee")
+
+
+def add(root: Path) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(root / part / "cat", root / part / "eel")
+
+
+def remove_tests(root: Path) -> None:
+    (root / "test" / "dog" / "0.png").unlink()
+
+
+def change_learned(root: Path) -> None:
+    write(root / "train" / "ant" / "3.png", side=8, seed=1)
+
+
+def change_test(root: Path) -> None:
+    write(root / "test" / "ant" / "1.png", side=8, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (rename, "class dog is now called bee"),
+        (add, "1 class added \\(eel\\)"),
+        (remove_tests, "1 test row gone \\(test/dog/0.png\\)"),
+        (change_learned, "contents of 2 training rows changed \\(train/ant/3.png, train/dog/3.png\\)"),
+        (change_test, "contents of 1 test row changed \\(test/ant/1.png\\)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_data(
+    edit: Callable[[Path], None], words: str, stopped: tuple[Path, bytes], photos: Path
+) -> None:
+    out, whole = stopped
+    (photos / "train" / "dog" / "3.png").write_bytes(whole)
+    edit(photos)
+    before = files(out)
+    with pytest.raises(ConfigError, match=words) as raised:
+        run(out, *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
+    assert "\n" not in str(raised.value) and "hydra.run.dir" in str(raised.value)
+    assert files(out) == before
+
+
+def test_data_may_move(stopped: tuple[Path, bytes], photos: Path, tmp_path: Path) -> None:
+    out, whole = stopped
+    (photos / "train" / "dog" / "3.png").write_bytes(whole)
+    moved = photos.rename(tmp_path / "elsewhere")
+    run(out, *OPTIONS, f"dataset.root={moved}")
+    assert record(out)["status"] == "completed"
+
+
+def test_a_file_that_changes_during_a_run_stops_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path / "run", photos / "train" / "cat" / "0.png"
+    run(tmp_path / "whole", *OPTIONS, f"dataset.root={photos}")
+    train, whole = Engine.train, file.read_bytes()
+
+    def training(self: Engine, method: Any, ctx: Any) -> float:
+        seconds = train(self, method, ctx)
+        if ctx.task.index == 1:
+            write(file, side=8, seed=1)
+        return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "train", training)
+        with pytest.raises(ConfigError, match="1 file has changed .*train/cat/0.png.*goes on after 1 tasks"):
+            run(out, *OPTIONS, f"dataset.root={photos}")
+    assert record(out)["status"] == "failed" and len(record(out)["cost"]["tasks"]) == 1
+    file.write_bytes(whole)
+    run(out, *OPTIONS, f"dataset.root={photos}")
+    assert (out / "accuracy.csv").read_bytes() == (tmp_path / "whole" / "accuracy.csv").read_bytes()
+
+
+def test_a_complete_run_says_that_its_data_have_changed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*OPTIONS, f"dataset.root={photos}", "job.progress=true")
+    run(tmp_path / "run", *options)
+    before = files(tmp_path / "run")
+    capsys.readouterr()
+    run(tmp_path / "run", *options)
+    assert "the data have changed" not in capsys.readouterr().out
+    remove_tests(photos)
+    run(tmp_path / "run", *options)
+    assert "the data have changed since this run: 1 test row gone (of class dog)" in capsys.readouterr().out
+    assert files(tmp_path / "run") == before
+
+
+def test_a_run_from_before_data_were_recorded_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("method=er", "method.capacity=8", "budget.epochs=1", "job.max_tasks=2", "job.max_steps=3")
+    with monkeypatch.context() as patch:
+        patch.setattr("clrun.running.recorder.stored_identity", lambda data: None)
+        run_interrupted(tmp_path / "run", *options)
+    run(tmp_path / "run", *options)
+    assert record(tmp_path / "run")["status"] == "completed"
+    assert any("before clrun recorded the data" in note for note in record(tmp_path / "run")["notes"])
+    assert record(tmp_path / "run")["data"]["train"]["rows"] > 0
