@@ -37,7 +37,7 @@ WHOLE = 16 * 1024  # bytes; larger files are read in blocks
 BLOCK = 4 * 1024
 STORED = 2000  # files of a folder from which on digests are kept on the disk
 RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
-THREADS, CHUNK = 8, 256  # readers, and the files that each takes at once
+THREADS, CHUNK = 4, 256  # readers, and the files that each takes at once
 ROWS = 4096  # rows of a tensor that are copied at once
 
 _known: dict[str, dict[str, tuple[int, int, int, int]]] = {}  # folder -> name -> stamp and digest
@@ -64,8 +64,7 @@ class StoredRows:
         """[M] digest of each name, the same for composed and decomposed accents; zeros for rows without names."""
         if not self.names:
             return np.zeros(len(self.contents), dtype=np.uint64)
-        texts = (name if name.isascii() else unicodedata.normalize("NFC", name) for name in self.names)
-        return np.fromiter(map(text_digest, texts), dtype=np.uint64, count=len(self.names))
+        return text_digests([name if name.isascii() else unicodedata.normalize("NFC", name) for name in self.names])
 
     def changed(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the names of those of the `rows` whose files have another content than they had, or are gone.
@@ -117,6 +116,12 @@ def text_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest())
 
 
+def text_digests(texts: Sequence[str]) -> Digests:
+    """Return the digest of each text, as of a row of its bytes; zeros behind a row do not change its digest."""
+    table = np.array([text.encode(errors="surrogateescape") for text in texts], dtype=bytes)
+    return row_digests(torch.from_numpy(table.view(np.uint8).reshape(len(texts), -1)))
+
+
 def bytes_digest(content: bytes | memoryview) -> int:
     """Return the digest of an encoded image, by the rule at the head of this module."""
     size = len(content)
@@ -165,9 +170,9 @@ def file_digests(root: str, names: Sequence[str]) -> tuple[Digests, Stamps]:
     known = _known.setdefault(root, stored)
     stamps = np.empty((len(names), 3), dtype=np.int64)
     digests = np.empty(len(names), dtype=np.uint64)
-    missing = []
+    missing, start = [], os.path.join(root, "")  # joining each name would take as long as asking for its stamp
     for row, name in enumerate(names):
-        stamp = file_stamp(os.path.join(root, name))
+        stamp = file_stamp(start + name)
         stamps[row] = stamp
         found = known.get(name)
         if found is not None and found[:3] == stamp:
