@@ -96,12 +96,12 @@ def decoding(folder: Path) -> float:
     return seconds(lambda: [decode(folder / "one.jpg", "one", OPTIONS, 3) for _ in range(200)]) / 200
 
 
-def main(arguments: list[str] | None = None) -> list[Figure]:
+def main(words: list[str] | None = None) -> list[Figure]:
     """Measure, print and return the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--files", type=int, default=50_000)
     parser.add_argument("--bytes", type=int, default=20_000)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as name, mock.patch.dict(os.environ, {"CLRUN_CACHE": f"{name}/cache"}):
         root = Path(name) / "data"
         names = make(root, options.files, options.bytes)
