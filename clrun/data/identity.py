@@ -14,8 +14,10 @@ and beside them `digest` of the whole, `classes` (`count`, `digest`, and the `na
 digest of all rows of each task by task id.
 """
 
+import base64
 import hashlib
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +31,11 @@ from clrun.data.split import Split
 from clrun.data.stream import Dataset, Stream, Task
 
 PARTS = ("train", "test", "val")
+KINDS = ("<u8", "<i4")  # of the digests and labels of packed rows
 HEX = 12  # digits of a digest in the record
 Record = dict[str, Any]
-Rows = dict[str, dict[str, Tensor]]
+Rows = dict[str, dict[str, str]]
+LARGEST = 2**31  # bytes of a column that is unpacked
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,8 @@ class Identity:
 
     Attributes:
         record: for run.json; see the head of this module.
-        rows: for the checkpoint: by part the names of the rows (compressed bytes, as `names_of` reads them), the
-            `contents` [N] and the `labels` [N]; {} for rows in memory, which have no names.
+        rows: for the checkpoint: by part the `names` of the rows, the digests of their `contents` and their `labels`,
+            as texts that `unpacked` reads; {} for rows in memory, which have no names.
     """
 
     record: Record
@@ -85,10 +89,29 @@ def changed_files(tasks: tuple[Task, ...], position: int) -> list[str]:
     return list(found)
 
 
-def names_of(rows: dict[str, Tensor]) -> list[str]:
-    """Return the names of the rows of a part."""
-    text = zlib.decompress(rows["names"].numpy().tobytes()).decode(errors="surrogateescape")
-    return text.split("\0")
+def unpacked(rows: Mapping[str, str]) -> tuple[list[str], list[int], list[int]]:
+    """Return names, digests of contents and labels of the rows of a part, from `Identity.rows`.
+
+    Raises:
+        ValueError: they are malformed.
+    """
+    found = []
+    for name in ("names", "contents", "labels"):
+        try:
+            reader = zlib.decompressobj()
+            found.append(reader.decompress(base64.b64decode(rows[name]), LARGEST))
+        except (KeyError, TypeError, zlib.error) as error:
+            raise ValueError(f"its {name} cannot be unpacked") from error
+    names = found[0].decode(errors="surrogateescape").split("\0")
+    contents, labels = (np.frombuffer(part, dtype=kind).tolist() for part, kind in zip(found[1:], KINDS, strict=True))
+    if not len(names) == len(contents) == len(labels):
+        raise ValueError("its columns have different lengths")
+    return names, contents, labels
+
+
+def _packed(content: bytes) -> str:
+    """Return bytes as a short text."""
+    return base64.b64encode(zlib.compress(content, 1)).decode()
 
 
 def _stored(split: Split) -> StoredRows | None:
@@ -133,15 +156,15 @@ def _numbers(split: Split) -> NDArray[np.int64]:
     return found
 
 
-def _named_rows(split: Split) -> dict[str, Tensor] | None:
+def _named_rows(split: Split) -> dict[str, str] | None:
     """Return names, contents and labels of the rows of a split; None for rows without names."""
     stored, rows = split.stored_rows(), _numbers(split)
     if not stored.names:
         return None
     text = "\0".join(stored.names[row] for row in rows.tolist()).encode(errors="surrogateescape")
-    packed = torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
-    contents = torch.from_numpy(stored.contents[rows].view(np.int64))
-    return {"names": packed, "contents": contents, "labels": split.y.cpu().to(torch.int32)}
+    columns = (stored.contents[rows], split.y.cpu().numpy())
+    contents, labels = (_packed(column.astype(kind).tobytes()) for column, kind in zip(columns, KINDS, strict=True))
+    return {"names": _packed(text), "contents": contents, "labels": labels}
 
 
 def _digest(*parts: bytes | NDArray[Any]) -> str:

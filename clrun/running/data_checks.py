@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clrun.data.identity import Identity, changed_files, names_of
+from clrun.data.identity import Identity, changed_files, unpacked
 from clrun.data.stream import Stream, Task
 from clrun.results.data_record import Changes, NamedRows, data_changes
 from clrun.running.build import Built, identity
@@ -39,13 +39,13 @@ def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts) -> 
     """
     if state.data is None:
         return [UNKNOWN]
-    changes = _changes(state.data, stored_identity(built.data))
+    changes = _changes(state.data, stored_identity(built.data), folder)
     if not changes:
         return []
-    before, now = state.data["record"]["per_task"], built.data.record["per_task"]
+    before, now = state.data["record"].get("per_task", {}), built.data.record["per_task"]
     order = [task.id for task in built.stream.tasks]
     used = order[: state.learned + parts.job.eval_initial]
-    unused = all(before.get(str(task)) == now.get(str(task)) for task in used)
+    unused = isinstance(before, dict) and all(before.get(str(task)) == now[str(task)] for task in used)
     if unused and order[: state.learned] == [cost["task"] for cost in state.costs] and _is_repair(changes, parts):
         return [f"data changed before this run learned from them: {changes.text}"]
     raise ConfigError(
@@ -102,14 +102,21 @@ def changed_since(stored: Mapping[str, Any], parts: Parts) -> str:
     return f"the data have changed since this run: {changes.text}" if changes else ""
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return what has changed between two stored identities."""
-    return data_changes(before["record"], now["record"], _rows(before), _rows(now))
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> Changes:
+    """Return what has changed between the identity in the checkpoint of `folder` and the present one.
+
+    Raises:
+        ConfigError: the stored one is malformed.
+    """
+    try:
+        return data_changes(before["record"], now["record"], _rows(before), _rows(now))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(
+            f"{folder}: the identity of the data in its checkpoint is malformed ({what}); choose another hydra.run.dir"
+        ) from error
 
 
 def _rows(stored: Mapping[str, Any]) -> dict[str, NamedRows]:
     """Return the rows of a stored identity by part."""
-    return {
-        part: NamedRows(names_of(rows), rows["contents"].tolist(), rows["labels"].tolist())
-        for part, rows in stored["rows"].items()
-    }
+    return {part: NamedRows(*unpacked(rows)) for part, rows in stored["rows"].items()}

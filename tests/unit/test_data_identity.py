@@ -15,7 +15,7 @@ from pictures import write
 from running import member, source
 
 from clrun.data import contents
-from clrun.data.identity import Identity, changed_files, identify, names_of
+from clrun.data.identity import Identity, changed_files, identify, unpacked
 from clrun.data.orders import canonical
 from clrun.data.scenarios import class_split
 from clrun.data.split import Plain, TensorSplit
@@ -52,8 +52,7 @@ def of(root: Path, **options: Any) -> Identity:
 
 def changes(before: Identity, now: Identity, *, names: bool = True) -> Changes:
     def rows(identity: Identity) -> dict[str, NamedRows]:
-        found = identity.rows.items()
-        return {p: NamedRows(names_of(r), r["contents"].tolist(), r["labels"].tolist()) for p, r in found}
+        return {part: NamedRows(*unpacked(rows)) for part, rows in identity.rows.items()}
 
     known = (rows(before), rows(now)) if names else (None, None)
     return data_changes(before.record, now.record, *known)
