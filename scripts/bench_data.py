@@ -152,7 +152,14 @@ def large(root, rounds):
 
     def ours(cache):
         decoding = Decoding(**DECODING, max_pixels=10**8, memory=0, cache=cache)
-        options = {"archive": None, "sha256": None, "test_fraction": 0.2, "channels": 3, "images": decoding}
+        options = {
+            "archive": None,
+            "sha256": None,
+            "archive_limit_gb": 1,
+            "test_fraction": 0.2,
+            "channels": 3,
+            "images": decoding,
+        }
         options |= {"mean": list(IMAGENET[0]), "std": list(IMAGENET[1])}
         augment = ["random_resized_crop", "flip"]
         return folder(name="photos", root=str(home), **options, val_fraction=0.0, seed=0, augment=augment)

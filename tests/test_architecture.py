@@ -39,8 +39,8 @@ NARROW: dict[str, tuple[str, ...]] = {
 SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 # What the command line imports before it knows that a run begins: no torch.
 LIGHT = ("results", "reporting", "config", "cli", "running.jobs", "data.feature_cache", "data.orders")
-LIGHT += ("system.errors", "system.failures", "system.files", "system.libraries", "system.processes")
-LIGHT += ("system.yaml_files",)
+LIGHT += ("system.errors", "system.failures", "system.files", "system.libraries", "system.locks")
+LIGHT += ("system.processes", "system.yaml_files")
 
 FILE_LINES, FUNCTION_LINES = 350, 60
 
@@ -235,6 +235,103 @@ def test_functions_of_scripts_and_tests_are_short():
     files = [*(ROOT / "scripts").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
     found = {file.name: long_functions(ast.parse(file.read_text())) for file in files}
     assert not {name: long for name, long in found.items() if long}
+
+
+# Calls that write a file or folder by its path, and would follow a link that someone has put there.
+WRITERS = {"write_text", "write_bytes", "touch", "mkdir", "makedirs", "mkdtemp", "mkstemp", "NamedTemporaryFile"}
+WRITERS |= {"TemporaryDirectory", "FileHandler", "SummaryWriter", "copyfile", "copy2", "copytree", "extractall"}
+WRITERS |= {"save_file", "save_model", "serialize_file", "tofile", "to_csv", "fdopen", "symlink_to", "os.open"}
+# Calls that write into an open file as well: their target is a buffer, or a file that `clrun.system.files` has opened.
+SAVERS = {"savefig", "print_png", "print_svg", "torch.save", "np.save", "np.savez", "np.savez_compressed", "np.savetxt"}
+OPENERS = ("io.BytesIO", "BytesIO", "io.StringIO", "replacing", "open_own")
+# Justified exceptions: why it can hit no file of the user.
+ELSEWHERE = {
+    ("cli", "os.open"): "os.devnull",
+    ("running.accounting", "write_text"): "a file of /proc",
+    ("data.feature_cache", "mkdir"): "the cache's own folder; tells whether this process made it",
+    ("system.hardware", "TemporaryDirectory"): "a new folder with a random name that only the user can enter",
+}
+
+
+def writes(tree: ast.AST) -> set[str]:
+    """The calls in a module that write a file by its path, by the name of what is called."""
+    opened = {"BytesIO"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            pairs = [(t, node.value) for t in node.targets]
+            if isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple):
+                pairs = list(zip(node.targets[0].elts, node.value.elts, strict=True))
+        elif isinstance(node, ast.withitem) and node.optional_vars is not None:
+            pairs = [(node.optional_vars, node.context_expr)]
+        else:
+            continue
+        calls = [(ast.unparse(t), v) for t, v in pairs if isinstance(v, ast.Call)]
+        opened |= {name for name, call in calls if ast.unparse(call.func) in OPENERS}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            whole = ast.unparse(node.func)
+            name = whole.rpartition(".")[2]
+            saved = ast.unparse(node.args[0]) if node.args else ""
+            saved = ast.unparse(node.args[1]) if whole == "torch.save" and len(node.args) > 1 else saved
+            if name in WRITERS or whole in WRITERS:
+                found.add(whole if whole in WRITERS else name)
+            elif (name in SAVERS or whole in SAVERS) and saved not in opened:
+                found.add(name)
+            elif name == "open" and any(
+                isinstance(a, ast.Constant)
+                and isinstance(a.value, str)
+                and re.fullmatch(r"[rbt]*[wax+][rbt+]*", a.value)
+                for a in (*node.args, *(k.value for k in node.keywords if k.arg == "mode"))
+            ):
+                found.add("open")
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_files_are_written_by_one_module_alone(file):
+    module = module_of(file)
+    if module != "system.files":
+        assert not {call for call in writes(TREES[file]) if (module, call) not in ELSEWHERE}
+
+
+def test_exceptions_from_writing_are_still_needed():
+    found = {(module_of(file), call) for file in FILES for call in writes(TREES[file])}
+    assert set(ELSEWHERE) <= found
+
+
+@pytest.mark.parametrize(
+    ("code", "call"),
+    [
+        ('open(path, "w")', "open"),
+        ('path.open("ab", buffering=0)', "open"),
+        ('path.open(mode="r+b")', "open"),
+        ('path.write_text("")', "write_text"),
+        ("path.parent.mkdir(exist_ok=True)", "mkdir"),
+        ("figure.savefig(path)", "savefig"),
+        ("torch.save(method, path)", "save"),
+        ("np.savez(path, a=1)", "savez"),
+        ("os.open(path, flags)", "os.open"),
+        ("save_model(method, str(path))", "save_model"),
+    ],
+)
+def test_calls_that_write_are_found(code, call):
+    assert writes(ast.parse(code)) == {call}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'path.open("rb")',
+        "open(path)",
+        'archive.open("w.png")',
+        "buffer = io.BytesIO()\ntorch.save(method, buffer)",
+        "png, svg = io.BytesIO(), io.BytesIO()\ncanvas.print_svg(svg)",
+        "with replacing(path) as file:\n    np.savez(file, a=1)",
+    ],
+)
+def test_calls_that_read_or_write_into_an_open_file_are_allowed(code):
+    assert not writes(ast.parse(code))
 
 
 METHODS = sorted((PACKAGE / "methods").glob("*.py"))

@@ -15,7 +15,7 @@ from clrun.results.metrics import METRICS, AccuracyMatrix, summary
 from clrun.results.records import RunRecord
 from clrun.system import libraries
 from clrun.system.errors import ConfigError
-from clrun.system.files import lock_holder
+from clrun.system.locks import lock_holder
 
 if TYPE_CHECKING:
     import pandas as pd

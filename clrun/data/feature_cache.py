@@ -5,7 +5,6 @@ without it are not read. KEY.lock prevents two processes from computing the same
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -19,13 +18,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import NO_LOCKS, cache_folder, exclusive, json_text, replacing
+from clrun.system.files import cache_folder, is_at, json_text, lock, open_own, replace_text, temporary_name
+from clrun.system.locks import exclusive
 
 SCHEMA = 1
 ABANDONED = 3600.0  # seconds without a write after which an unfinished file is removed as left by a crash
@@ -111,7 +111,7 @@ class Entry:
     def in_use(self) -> bool:
         """Whether a living process has the entry open."""
         try:
-            file = _locked(self.path, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = _locked(self.path, shared=False)
         except OSError:
             return False
         if file is not None:
@@ -120,7 +120,7 @@ class Entry:
 
     def remove(self) -> bool:
         """Remove the entry unless it is in use; return whether it is gone."""
-        file = _locked(self.path, "r+b", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = _locked(self.path, shared=False)
         if file is None:
             return not self.path.exists()
         with file:
@@ -172,7 +172,7 @@ class FeatureCache:
         if not isinstance(found, Features):
             self._make_folder()
             with _writing(self.folder):
-                (self.folder / f"{name}.lock").touch()
+                open_own(self.folder / f"{name}.lock", "lock").close()
             with exclusive(self.folder / f"{name}.lock"):
                 found = self._open(name, shape, agrees)  # another process may have been first
                 if not isinstance(found, Features):
@@ -229,7 +229,7 @@ class FeatureCache:
         """Return the stored features; or the reason why they cannot be used; or None if there are none."""
         path = self.folder / f"{name}.npy"
         facts = _sidecar(path)
-        file = _locked(path, "rb", fcntl.LOCK_SH) if facts else None
+        file = _locked(path, shared=True) if facts else None
         if file is None:
             return None
         seen = _identity(path)
@@ -240,7 +240,7 @@ class FeatureCache:
             return "the stored features differ from those that the backbone computes here"
         _intact.add(seen)
         with _missing_is_fine():
-            os.utime(path.with_suffix(".json"))
+            os.utime(path.with_suffix(".json"), follow_symlinks=False)
         return found
 
     def _differences(self, facts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -258,11 +258,11 @@ class FeatureCache:
     ) -> Features:
         """Compute, store and open the features; those that do not fit into the cache exist as long as they are open."""
         path, start = self.folder / f"{name}.npy", time.perf_counter()
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary = path.with_name(temporary_name(path.name))
         fits = self.make_room(HEADER + 4 * shape[0] * shape[1])
         try:
             checksum = _write(temporary, shape, compute)
-            file = _locked(temporary, "rb", fcntl.LOCK_SH)
+            file = _locked(temporary, shared=True)
             assert file is not None and _fits(file, shape), "no other process knows the file"
             if fits:
                 about = {**about, "rows": shape[0], "width": shape[1], "seconds": time.perf_counter() - start}
@@ -270,8 +270,7 @@ class FeatureCache:
                 with _writing(self.folder):
                     path.with_suffix(".json").unlink(missing_ok=True)
                     os.replace(temporary, path)
-                    with replacing(path.with_suffix(".json")) as sidecar:
-                        sidecar.write(json_text(facts).encode())
+                    replace_text(path.with_suffix(".json"), json_text(facts))
                 _intact.add(_identity(path))
         finally:
             with _missing_is_fine():
@@ -304,7 +303,7 @@ def _write(path: Path, shape: tuple[int, int], compute: Callable[[], Iterable[Fl
     checksum = count = 0
     blocks = iter(compute())
     with _writing(path.parent):
-        file = path.open("wb")
+        file = open_own(path, "new")
     with file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for block in blocks:
@@ -356,33 +355,26 @@ def _sidecar(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) and facts.get("schema") == SCHEMA else {}
 
 
-def _locked(path: Path, mode: str, how: int) -> BinaryIO | None:
-    """Return the file at `path`, locked until it is closed; None if it is missing, locked by others or replaced."""
+def _locked(path: Path, *, shared: bool) -> BinaryIO | None:
+    """Return the file at `path`, locked until it is closed; None if it is missing, locked by others or replaced.
+
+    Args:
+        path: the file.
+        shared: wait for a lock that several readers can have; otherwise ask once for one that excludes all others.
+    """
     try:
-        file: BinaryIO = path.open(mode)  # type: ignore[assignment]
+        file = open_own(path, "read" if shared else "update")
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(file, how)
-    except OSError as error:
-        if isinstance(error, BlockingIOError) or error.errno not in NO_LOCKS:
-            file.close()
-        if isinstance(error, BlockingIOError):
-            return None
-        if error.errno not in NO_LOCKS:
-            raise
-    if _is_at(file, path):
+        free = lock(file, shared=shared, wait=shared)
+    except OSError:
+        file.close()
+        raise
+    if free is not False and is_at(file, path):
         return file
     file.close()
     return None
-
-
-def _is_at(file: IO[Any], path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager

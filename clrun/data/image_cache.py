@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from clrun.data.decode import Decoding, Files, Pixels, decode
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import cache_folder, exclusive, replacing, writing
+from clrun.system.files import cache_folder, make_folder, replace_text, replacing
+from clrun.system.locks import exclusive
 
 SCHEMA = 1
 BLOCK = 64  # images between two writes
@@ -89,8 +90,7 @@ class ImageCache:
         Raises:
             ConfigError: the folder cannot be written, the disk is too small, or a file cannot be decoded.
         """
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with exclusive(self.folder / f"{self.key}.lock"):
             data, stored = self._load()
             wanted = [self._current(row, stored) for row in range(len(self.files))]
@@ -183,8 +183,7 @@ class ImageCache:
         facts: dict[str, Any] = {"schema": SCHEMA, "place": self.files.place, "part": self.part, "data": data.name}
         facts |= {"shape": [len(entries), *self._shape], "recipe": self.options.recipe}
         facts |= {column: [getattr(entry, column) for entry in entries] for column in COLUMNS}
-        with replacing(self.folder / f"{self.key}.json") as file:
-            file.write(json.dumps(facts).encode())
+        replace_text(self.folder / f"{self.key}.json", json.dumps(facts))
         self._remove_all_but(data)
 
     def _remove_all_but(self, data: Path) -> None:

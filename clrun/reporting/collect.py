@@ -12,7 +12,7 @@ from clrun.results.identity import flatten
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
 from clrun.results.records import RunRecord
 from clrun.system.errors import ConfigError
-from clrun.system.files import lock_holder
+from clrun.system.locks import lock_holder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from clrun.reporting.groups import Group
 from clrun.reporting.panels import Standings
 from clrun.reporting.tables import SETTINGS, points, printable
 from clrun.results import order_effects, robustness
-from clrun.system.files import csv_text, replacing, writing
+from clrun.system.files import csv_text, make_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +47,7 @@ def write(folder: Path, standings: Mapping[str, Standings], comparisons: Sequenc
     Raises:
         ConfigError: the folder cannot be written.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, below=folder.parent)
     for setting, entries in standings.items():
         counted = [item for item in entries if item[2]["mean"] is not None]
         if not counted:
@@ -86,7 +85,7 @@ def escaped(value: str) -> str:
 
 
 def _put(path: Path, content: str | bytes) -> None:
-    with replacing(path) as file:
+    with replacing(path, below=path.parent.parent) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -18,7 +18,8 @@ from clrun.reporting.tables import SETTINGS, WIDTH, Line, Standing, comparison_t
 from clrun.results.metrics import METRICS
 from clrun.results.records import read_run
 from clrun.system.errors import ConfigError
-from clrun.system.files import csv_text, exclusive, json_text, replacing, writing
+from clrun.system.files import csv_text, json_text, make_folder, remove_leftovers, replace_text
+from clrun.system.locks import exclusive
 
 PICTURE = "accuracy_matrix.png"
 FEW = 50  # a report draws at most this number of figures of single runs without --pictures
@@ -66,6 +67,7 @@ def refresh(sweep_dir: Path) -> SweepResult:
     if next(run_folders(sweep_dir), None) is None:
         return read_runs([])
     with exclusive(sweep_dir / ".lock"):
+        remove_leftovers(sweep_dir)
         result = read_runs([sweep_dir])
         _write(result, sweep_dir)
     return replace(result, page=sweep_dir / "report.html")
@@ -119,9 +121,9 @@ def _rebuild(result: SweepResult, target: Path, *, alone: bool, pictures: bool) 
     if alone:
         _write_page(result, target)
         return
-    with writing(target):
-        target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     with exclusive(target / ".lock"):
+        remove_leftovers(target, "report")
         _write(result, target)
         if pictures:
             from clrun.reporting import paper
@@ -168,18 +170,14 @@ def read_runs(roots: Sequence[Path]) -> SweepResult:
 
 
 def _write(result: SweepResult, folder: Path) -> None:
-    with replacing(folder / "sweep.csv") as file:
-        file.write(sweep_csv(result.runs).encode())
-    with replacing(folder / "order_robustness.json") as file:
-        file.write(json_text(result.robustness, indent=1).encode())
-    with replacing(folder / "method_comparison.json") as file:
-        file.write(json_text(result.comparisons, indent=1).encode())
+    replace_text(folder / "sweep.csv", sweep_csv(result.runs))
+    replace_text(folder / "order_robustness.json", json_text(result.robustness, indent=1))
+    replace_text(folder / "method_comparison.json", json_text(result.comparisons, indent=1))
     _write_page(result, folder)
 
 
 def _write_page(result: SweepResult, folder: Path) -> None:
-    with replacing(folder / "report.html") as file:
-        file.write(render(page_of(result, folder.absolute().name)).encode())
+    replace_text(folder / "report.html", render(page_of(result, folder.absolute().name)))
 
 
 def page_of(result: SweepResult, title: str) -> Page:

@@ -13,6 +13,7 @@ OUTSIDE_HASH = (
     "dataset.root",
     "dataset.download",
     "dataset.archive",
+    "dataset.archive_limit_gb",
     "dataset.images.max_pixels",
     "dataset.images.memory",
     "dataset.images.cache",

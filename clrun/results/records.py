@@ -23,16 +23,17 @@ from clrun.system.files import (
     append_text,
     csv_text,
     json_text,
-    locked,
-    missing_folders,
+    make_folder,
     read_json,
     read_regular,
-    remove_empty,
+    refuse_links,
+    replace_text,
     replacing,
-    writing,
 )
+from clrun.system.locks import folder_locked
 
 SCHEMA = 1
+FOLDERS = (".hydra", "logits", "tensorboard")  # folders in the folder of a run
 COLUMNS = (
     "step",
     "position",
@@ -63,25 +64,22 @@ class RunFolder:
 
     def create(self) -> None:
         """Create the folder and its parents."""
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and lock it for this process while the block runs (see `clrun.system.files.locked`).
+        """Create the folder and lock it for this process while the block runs (see `clrun.system.locks`).
 
-        Folders that were created for this and are empty at the end are removed.
+        Folders that were created for this and are empty at the end are removed, as are temporary files of a run that
+        was killed.
 
         Raises:
-            ConfigError: another living process holds the folder, or it cannot be written.
+            ConfigError: another living process holds the folder; it cannot be written; or a folder of FOLDERS in it, or
+                its log, is a symbolic link.
         """
-        missing = missing_folders(self.path)
-        self.create()
-        try:
-            with locked(self.path / "lock"):
-                yield
-        finally:
-            remove_empty(missing)
+        with folder_locked(self.path, "lock", cleaned=FOLDERS):
+            refuse_links(*(self.path / name for name in (*FOLDERS, "clrun.log")))
+            yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml: the resolved configuration in plain types."""
@@ -131,8 +129,7 @@ class RunFolder:
             file.write(b"".join(kept))
 
     def _replace(self, name: str, text: str, *, flush: bool) -> None:
-        with replacing(self.path / name, flush=flush) as file:
-            file.write(text.encode())
+        replace_text(self.path / name, text, flush=flush)
 
 
 @dataclass(frozen=True)

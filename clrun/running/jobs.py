@@ -24,11 +24,13 @@ from clrun.config.check import check
 from clrun.config.compose import Composer, folder_of, plain_config, without_hydra
 from clrun.config.job import JobInfo
 from clrun.system.errors import ConfigError, one_line
-from clrun.system.files import missing_folders, remove_empty, writing
+from clrun.system.files import missing_folders, refuse_links, remove_empty, replace_text, writing
+from clrun.system.locks import folder_locked
 from clrun.system.processes import core_count, torchrun_rank
 
 # Environment variable with the number of jobs that a parallel launcher starts together; the jobs read it.
 JOBS_STARTED = "CLRUN_JOBS_STARTED"
+LOCK = "sweep.lock"  # in the folder of a sweep while its command runs
 
 
 @dataclass(frozen=True)
@@ -220,13 +222,20 @@ class _FailureCollector(Launcher):
 
 def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> Outcome:
     """Run every job of a sweep and rebuild the sweep's tables, whatever happens."""
-    folder, arguments = folder_of(cfg, "hydra.sweep.dir"), [str(o) for o in cfg.hydra.overrides.task]
-    callbacks = Callbacks(cfg)
+    folder = folder_of(cfg, "hydra.sweep.dir")
+    with folder_locked(folder, LOCK):
+        return _held_sweep(composer, cfg, show, folder)
+
+
+def _held_sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None], folder: Path) -> Outcome:
+    """Do the work of `_sweep` while no other process runs a sweep in the folder."""
+    arguments, callbacks = [str(o) for o in cfg.hydra.overrides.task], Callbacks(cfg)
     sweeper = _checked_sweeper(composer, cfg, callbacks, show)
     HydraConfig.instance().set_config(cfg)
     collector = sweeper.launcher = _FailureCollector(sweeper.launcher)
     callbacks.on_multirun_start(config=cfg, config_name=composer.name)
     try:
+        replace_text(folder / "multirun.yaml", "", flush=False)  # Hydra writes into it, and would follow a link
         with writing(folder):
             sweeper.sweep(arguments=arguments)
     finally:
@@ -267,6 +276,7 @@ def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]
     """Return the configuration of every combination, or the mistake in it; two jobs in one folder are a mistake."""
     found: list[DictConfig | ConfigError] = []
     folders: dict[Path, str] = {}
+    root = folder_of(cfg, "hydra.sweep.dir")
     for number, overrides in enumerate(combinations):
         try:
             job = composer.compose_job(cfg, overrides)
@@ -276,6 +286,8 @@ def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]
             if folder in folders:
                 raise ConfigError(f"'{folders[folder]}' and '{text}' would share the folder {folder}")
             folders[folder] = text
+            if not folder.is_absolute():
+                refuse_links(*(root / part for part in (folder, *folder.parents[:-1])))
             found.append(job)
         except ConfigError as error:
             found.append(error)

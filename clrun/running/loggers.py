@@ -1,8 +1,9 @@
 """Where a run is shown while it runs: the console (bars, matrix rows, final table, clrun.log) and TensorBoard."""
 
+import secrets
 import sys
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -10,7 +11,7 @@ from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
 from clrun.reporting.tables import final_table, matrix_header, matrix_row, points, printable
 from clrun.system.errors import ConfigError
-from clrun.system.files import writing
+from clrun.system.files import append_text, make_folder
 from clrun.system.libraries import not_installed
 
 # What is printed on the terminal; "end" is one line at the end, for jobs of a sweep that run at the same time.
@@ -51,15 +52,12 @@ class Console:
 
     def __init__(self) -> None:
         self._bars: list[tqdm[Any]] = []
-        self._file: TextIO | None = None
         self._show: Show = "all"
         self._folder = Path()
 
     def start(self, run: dict[str, Any], stream: Stream, folder: Path, *, show: Show) -> None:
         """Print the header of the accuracy matrix; open the bars on a terminal."""
         self._show, self._folder = show, folder
-        with writing(folder / "clrun.log"):
-            self._file = (folder / "clrun.log").open("a", encoding="utf-8")
         self._print(matrix_header(run))
         if show == "all" and sys.stderr.isatty():
             tasks = tqdm(total=len(stream.tasks), initial=_learned(run), desc="tasks", position=0, leave=False)
@@ -102,21 +100,15 @@ class Console:
             print(f"{printable(run['name'])}: average accuracy {accuracy}  results: {self._folder}", flush=True)
 
     def close(self) -> None:
-        """Close the bars and clrun.log."""
+        """Close the bars."""
         self._close_bars()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _print(self, text: str) -> None:
         """Write a line into clrun.log and, if everything is shown, above the bars."""
         if self._show == "all":
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        if self._file is not None:
-            with writing(self._folder / "clrun.log"):
-                self._file.write(text + "\n")
-                self._file.flush()
+        append_text(self._folder / "clrun.log", text + "\n")
 
     def _close_bars(self) -> None:
         """Remove the bars from the terminal."""
@@ -144,7 +136,10 @@ class TensorBoard:
     def start(self, run: dict[str, Any], stream: Stream, folder: Path, *, show: Show) -> None:
         """Open the event file and start the console."""
         self._console.start(run, stream, folder, show=show)
-        self._writer = self._open(str(folder / "tensorboard"))
+        events = folder / "tensorboard"
+        make_folder(events, below=folder)
+        # The random ending makes the name of the event file one that nobody can have prepared as a link.
+        self._writer = self._open(str(events), filename_suffix=f".{secrets.token_hex(8)}")
         self._steps = run["cost"]["tasks"][-1]["steps"] if run["cost"]["tasks"] else 0
 
     def begin_task(self, task: Task) -> None:

@@ -21,7 +21,7 @@ from clrun.config.job import When
 from clrun.data.stream import Stream
 from clrun.learning.method import Method
 from clrun.running.evaluation import Evaluation
-from clrun.system.files import append_text, csv_text, replacing, writing
+from clrun.system.files import append_text, csv_text, replace_text, replacing
 
 CSV = "predictions.csv"
 
@@ -63,8 +63,7 @@ class Predictions:
         kept = kept[:1] + [line for line in kept[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= learned]
         self._in_csv = {int(line.partition(",")[0]) for line in kept[1:]}
         if self._in_csv:
-            with replacing(path, flush=False) as file:
-                file.write("".join(kept).encode())
+            replace_text(path, "".join(kept), flush=False)
         else:
             path.unlink(missing_ok=True)
         for stored in (self.folder / "logits").glob("after_*.npz"):
@@ -104,9 +103,7 @@ class Predictions:
         """Write logits/after_N.npz; see the head of this module."""
         classes = stream.candidates(learned, stream.setting).any(dim=0).nonzero()[:, 0]
         path = self.folder / "logits" / f"after_{learned}.npz"
-        with writing(path.parent):
-            path.parent.mkdir(exist_ok=True)
         task, row, label = (np.array([found[name] for found in rows]) for name in ("task", "row", "label"))
-        with replacing(path, flush=False) as file:
+        with replacing(path, flush=False, below=self.folder) as file:
             logits = outputs[:, classes].numpy()
             np.savez_compressed(file, logits=logits, classes=classes.numpy(), task=task, row=row, label=label)

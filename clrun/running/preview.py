@@ -18,7 +18,7 @@ from clrun.reporting.tables import SETTINGS
 from clrun.running.build import build_images, order_reads_backbone
 from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError
-from clrun.system.files import writing
+from clrun.system.files import make_folder
 from clrun.system.seeding import generator
 
 FILE = "preview.png"
@@ -42,8 +42,7 @@ def preview(parts: Parts, out: Path, job: JobInfo) -> float:
     """
     parts.hardware.setup(job=job.number or 0, parallel=job.parallel)
     title, text, bands = samples(parts)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     draw_samples(title, text, bands, out / FILE)
     print(f"{len(bands)} tasks drawn: {out / FILE}")
     return math.nan

@@ -37,7 +37,7 @@ from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
 from clrun.system.errors import ConfigError, warn
-from clrun.system.files import json_value, replacing
+from clrun.system.files import append_text, json_value, replace_text
 
 KEPT_NOTES = ("resumed ", "data changed ", UNKNOWN)  # beginnings of notes that stay when a run is resumed again
 UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
@@ -130,8 +130,7 @@ class Recorder:
             if begun or self._is_free():
                 self.folder.write_run(self.run)
             if status == "failed":
-                with (self.folder.path / "clrun.log").open("a", encoding="utf-8") as log:
-                    log.write(traceback.format_exc())
+                append_text(self.folder.path / "clrun.log", traceback.format_exc())
         except (ConfigError, OSError):
             return  # the disk that ended the run cannot store this either
 
@@ -280,10 +279,7 @@ class Recorder:
 
     def _write(self, name: str, text: str) -> None:
         """Write a file of the run's folder atomically."""
-        path = self.folder.path / name
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path, flush=False) as file:
-            file.write(text.encode())
+        replace_text(self.folder.path / name, text, flush=False, below=self.folder.path)
 
     # --- what the engine reports
 

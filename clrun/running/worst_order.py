@@ -27,7 +27,7 @@ from clrun.results.records import RunFolder
 from clrun.running.build import build_stream
 from clrun.running.parts import Config, Parts, options_of
 from clrun.system.errors import ConfigError
-from clrun.system.files import json_text, replacing
+from clrun.system.files import json_text, make_folder, replace_text
 from clrun.system.processes import under_torchrun
 
 RunOrder = Callable[[Parts, Path, JobInfo], float]
@@ -124,6 +124,7 @@ class _Searcher:
     def _try(self, proposal: Proposal) -> None:
         tasks = list(proposal.order)
         folder = self.out / "orders" / slug([f"tasks={tasks}"])
+        make_folder(folder, below=self.out)
         order = {"_target_": "clrun.data.orders.listed", "_partial_": True, "tasks": tasks}
         whole = self.parts.config
         parts = Parts({**whole, "task_order": order, "job": {**whole["job"], "progress": False}})
@@ -172,8 +173,7 @@ class _Searcher:
         if worst is not None:
             accuracy = self.state.accuracies[worst]
             self.record["worst"] = {"number": self.numbers[worst], "order": worst, "accuracy": accuracy}
-        with replacing(self.out / RECORD) as file:
-            file.write(json_text(self.record, indent=1).encode())
+        replace_text(self.out / RECORD, json_text(self.record, indent=1))
 
     def _earlier(self) -> list[dict[str, Any]]:
         """Return completed runs of the same configuration in any task order as trials; one run per order."""

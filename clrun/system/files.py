@@ -1,4 +1,10 @@
-"""Files that stay whole after a kill or on a full disk: replacing, appending, locking; JSON and CSV text."""
+"""The only place where clrun writes files: replacing, creating and appending; JSON and CSV text.
+
+A folder may come from someone else, with symbolic links where clrun is going to write. Therefore no file is written
+through a link: new files get a random name, made by this process alone (O_EXCL) in a folder that is opened once, and
+are renamed within that folder; files that exist are opened without following a link (O_NOFOLLOW). Replaced files stay
+whole after a kill and on a full disk. Locks are in `clrun.system.locks`.
+"""
 
 import csv
 import errno
@@ -8,19 +14,20 @@ import json
 import math
 import os
 import re
-import socket
-import subprocess
-import threading
+import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO, Literal, cast
 
 from clrun.system.errors import ConfigError, first_line
 
-BEAT = 30.0  # seconds after which the holder of a lock touches it again
-SILENCE = 120.0  # a lock of another machine that was not touched for this number of seconds is taken over
+MODE = 0o666  # of new files; the umask takes bits away, so that all of them are 0644 under the usual umask
+TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # names of files that are being written
+ABANDONED = 3600.0  # seconds after which a file that was being written is left over, where there are no locks
+LINK = "is a symbolic link, through which clrun does not write; remove it or choose another folder"
 FORMULA = re.compile(r"[=+\-@\t\r]")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -61,28 +68,40 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, flush: bool = True, below: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a temporary file beside `path` that replaces it when the block ends without an exception.
+
+    A symbolic link at `path` is replaced, its target stays as it is.
 
     Args:
         path: file to replace.
         flush: wait until the content is on the disk, so that it also survives a loss of power.
+        below: a folder above `path`. The folders between are made when they are missing, and refused when they are
+            symbolic links.
 
     Raises:
         ConfigError: the file cannot be written; then `path` is unchanged.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    temporary = temporary_name(path.name)
+    with writing(path), _folder(path.parent, below) as folder:
         try:
-            with temporary.open("wb") as file:
+            with os.fdopen(_open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, path, folder), "w+b") as file:
+                lock(file)  # tells `remove_leftovers` that a process is writing
                 yield file
                 file.flush()
                 if flush:
                     os.fsync(file.fileno())
-            os.replace(temporary, path)
+                os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
             raise
+
+
+def replace_text(path: Path, text: str, *, flush: bool = True, below: Path | None = None) -> None:
+    """Replace the file at `path` by one with this text; see `replacing`."""
+    with replacing(path, flush=flush, below=below) as file:
+        file.write(text.encode())
 
 
 def append_text(path: Path, text: str) -> None:
@@ -91,7 +110,7 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         ConfigError: the file cannot be written; then its content is unchanged.
     """
-    with writing(path), path.open("ab", buffering=0) as file:
+    with writing(path), open_own(path, "append") as file:
         size = os.fstat(file.fileno()).st_size
         rest = memoryview(text.encode())
         try:
@@ -100,6 +119,110 @@ def append_text(path: Path, text: str) -> None:
         except OSError:
             os.ftruncate(file.fileno(), size)
             raise
+
+
+def open_own(path: Path, how: Literal["new", "append", "update", "lock", "read"]) -> BinaryIO:
+    """Open a file without following a symbolic link at its name; "append" and "lock" have no buffer.
+
+    Args:
+        path: the file; its folder may be reached through links.
+        how: "new" makes a file where none may be; "append" and "lock" make one where none is; "update" needs one.
+            "lock" and "update" read and write; "read" reads.
+
+    Raises:
+        OSError: the file cannot be opened, or is a pipe, a device or a second name of another file.
+        ConfigError: there is a symbolic link at `path`.
+    """
+    flags, mode = {
+        "new": (os.O_RDWR | os.O_CREAT | os.O_EXCL, "w+b"),
+        "append": (os.O_WRONLY | os.O_CREAT | os.O_APPEND, "ab"),
+        "update": (os.O_RDWR, "r+b"),
+        "lock": (os.O_RDWR | os.O_CREAT, "r+b"),
+        "read": (os.O_RDONLY, "rb"),
+    }[how]
+    with _folder(path.parent, None) as folder:
+        descriptor = _open(path.name, flags, path, folder)
+    return cast(BinaryIO, os.fdopen(descriptor, mode, 0 if how in ("append", "lock") else -1))
+
+
+def make_folder(path: Path, *, below: Path | None = None) -> None:
+    """Make a folder and its parents as far as they are missing.
+
+    Args:
+        path: the folder.
+        below: a folder above it that exists; from there on symbolic links are refused.
+
+    Raises:
+        ConfigError: it cannot be made, or a folder below `below` is a symbolic link.
+    """
+    with writing(path):
+        if below is None:
+            os.makedirs(path, exist_ok=True)
+        else:
+            with _folder(path, below):
+                return
+
+
+def refuse_links(*paths: Path) -> None:
+    """Refuse symbolic links at paths below which something is going to be written or removed.
+
+    Raises:
+        ConfigError: one of the paths is a symbolic link.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise ConfigError(f"{path}: {LINK}")
+
+
+def temporary_name(name: str) -> str:
+    """Return a new random name for a file that is renamed to `name` when it is complete."""
+    return f"{name}.{secrets.token_hex(8)}.tmp"
+
+
+def remove_leftovers(folder: Path, *inner: str) -> None:
+    """Remove temporary files of killed processes from a folder, and from folders in it that are no symbolic links.
+
+    A process that is writing holds the operating system's lock on its file. On file systems without locks a file
+    counts as left over after an hour.
+    """
+    for place in (folder, *(folder / name for name in inner)):
+        with suppress(OSError, ConfigError), _folder(place, folder, make=False) as opened:
+            for name in filter(TEMPORARY.fullmatch, os.listdir(place)):
+                with suppress(OSError, ConfigError):
+                    _remove_leftover(name, place / name, opened)
+
+
+def _remove_leftover(name: str, path: Path, folder: int) -> None:
+    """Remove a temporary file that no process is writing; see `remove_leftovers`."""
+    with os.fdopen(_open(name, os.O_RDWR, path, folder), "rb") as file:
+        free = lock(file, wait=False)
+        if free or (free is None and time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED):
+            os.unlink(name, dir_fd=folder)
+
+
+def lock(file: BinaryIO, *, wait: bool = True, shared: bool = False) -> bool | None:
+    """Lock an open file until it is closed; the operating system ends the lock when the process ends.
+
+    Returns:
+        True with the lock; False when another process has it and `wait` is false; None on file systems without locks.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def is_at(file: BinaryIO, path: Path) -> bool:
+    """Return whether `path` still names the open file, and not a link to it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def json_value(value: Any) -> Any:
@@ -139,55 +262,6 @@ def csv_cell(value: Any) -> str:
     return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
 
 
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the operating system's lock on the file `path` while the block runs; wait while another process holds it.
-
-    The file is not removed. The lock ends with the process, however that ends.
-    """
-    with writing(path):
-        file = path.open("a")
-    with file:
-        _flock(file)
-        yield
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs, for hours if necessary; never wait for it.
-
-    The file names its holder by process id, host and start time of the process; the start time distinguishes it from a
-    later process with the same id. A lock whose holder has ended is taken over. On the same host this is certain and
-    immediate. Processes on another host cannot be looked up: a holder touches its lock every 30 seconds, and a lock
-    from another host counts as abandoned after 120 seconds without a touch. Two processes that find the same abandoned
-    lock are kept apart by the operating system's lock on the file, which is held only while the file is read and
-    written. On a file system without such locks both could take it within microseconds.
-
-    Raises:
-        ConfigError: a running process holds the lock, or the file cannot be written.
-    """
-    with writing(path):
-        own = _acquire(path)
-    stop = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, stop), daemon=True, name="clrun-lock")
-    beat.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        beat.join()
-        _release(path, own)
-
-
-def lock_holder(path: Path) -> str | None:
-    """Return the holder of the lock file `path` ("process 12 on host"), or None when no running process holds it."""
-    try:
-        with path.open() as file:
-            return _living(file)
-    except OSError:
-        return None
-
-
 def read_json(path: Path, *, remedy: str) -> Any:
     """Return the content of a JSON file.
 
@@ -215,81 +289,49 @@ def read_regular(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _acquire(path: Path) -> str:
-    """Write this process into the lock file and return what was written."""
-    own = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
-    while True:
-        with path.open("a+") as file:
-            _flock(file)
-            if not _is_at(file, path):  # released, hence removed, between opening and locking
-                continue
-            if (other := _living(file)) is not None:
-                raise ConfigError(f"{path.parent}: in use by {other}; wait for it or choose another folder")
-            file.truncate(0)
-            file.write(own)
-            return own
-
-
-def _release(path: Path, own: str) -> None:
-    """Remove the lock file if it still names this process; do nothing when the folder is gone."""
+@contextmanager
+def _folder(path: Path, below: Path | None, *, make: bool = True) -> Iterator[int]:
+    """Yield a descriptor of the folder `path`; below the folder `below` links are refused, and folders made."""
+    flags = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(path if below is None else below, flags)
+    here = below
     try:
-        with path.open("r+") as file:
-            _flock(file)
-            if file.read() == own:
-                path.unlink()
-    except OSError:
-        return
+        for step in () if below is None else path.relative_to(below).parts:
+            assert here is not None and step != ".."
+            here = here / step
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(step, dir_fd=descriptor)
+            try:
+                inner = os.open(step, flags | os.O_NOFOLLOW, dir_fd=descriptor)
+            except OSError:
+                refuse_links(here)
+                raise
+            os.close(descriptor)
+            descriptor = inner
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
-    """Touch the lock file until `stop` is set."""
-    while not stop.wait(BEAT):
-        try:
-            os.utime(path)
-        except OSError:
-            return
+def _open(name: str, flags: int, path: Path, folder: int) -> int:
+    """Open a regular file that has one name, without waiting for the other end of a pipe.
 
-
-def _living(file: IO[str]) -> str | None:
-    """Return the holder named in an open lock file if it may still run; an empty or foreign file has none."""
-    file.seek(0)
+    Args:
+        name: of the file in the folder.
+        flags: of os.open.
+        path: the path for messages.
+        folder: descriptor of the folder.
+    """
     try:
-        content = json.loads(file.read())
-        pid, host, started = int(content["pid"]), str(content["host"]), content["started"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    if host == socket.gethostname():
-        return f"process {pid} on {host}" if started is not None and _started(pid) == started else None
-    silent = time.time() - os.fstat(file.fileno()).st_mtime
-    if silent >= SILENCE:
-        return None
-    return f"process {pid} on {host}, last seen {max(0.0, silent):.0f} s ago (abandoned after {SILENCE:.0f} s)"
-
-
-def _started(pid: int) -> str | None:
-    """Return the start time of process `pid` as the system prints it; None when it has ended or is a zombie."""
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]
-    ps = ["ps", "-o", "lstart=", "-p", str(pid)]
-    return subprocess.run(ps, capture_output=True, text=True, check=False).stdout.strip() or None
-
-
-def _flock(file: IO[str]) -> None:
-    """Lock an open file exclusively until it is closed; do nothing on file systems without locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, MODE, dir_fd=folder)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-
-
-def _is_at(file: IO[str], path: Path) -> bool:
-    """Return whether `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # the second on some BSD systems
+            raise ConfigError(f"{path}: {LINK}") from None
+        raise
+    found = os.fstat(descriptor)
+    several = found.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR)
+    if stat.S_ISREG(found.st_mode) and not several:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "another file has the same content by a hard link" if several else "not a regular file")

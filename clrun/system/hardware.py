@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
 from clrun.system.errors import ConfigError, Count, NumericalError, PositiveInt
+from clrun.system.files import replace_text
 from clrun.system.processes import core_count, under_torchrun
 
 GROUP_TIMEOUT = timedelta(minutes=5)
@@ -222,10 +223,10 @@ def _worker(
     try:
         result = _join(f"file://{folder}/rendezvous", work, arguments, rank, world, backend)
     except (ConfigError, NumericalError) as error:
-        (folder / f"{type(error).__name__}-{rank}").write_text(str(error))
+        replace_text(folder / f"{type(error).__name__}-{rank}", str(error), flush=False)
         raise
     if rank == 0:
-        (folder / "result").write_text(json.dumps(result))
+        replace_text(folder / "result", json.dumps(result), flush=False)
 
 
 def _join(

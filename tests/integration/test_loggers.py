@@ -17,8 +17,8 @@ class Writer:
 
     opened: list["Writer"] = []
 
-    def __init__(self, folder):
-        self.folder, self.scalars, self.closed = folder, [], False
+    def __init__(self, folder, filename_suffix):
+        self.folder, self.suffix, self.scalars, self.closed = folder, filename_suffix, [], False
         self.opened.append(self)
 
     def add_scalar(self, name, value, step):
@@ -60,6 +60,7 @@ def test_steps_go_on_where_a_killed_run_stopped(tmp_path, writers):
     run_interrupted(tmp_path, "logger=tensorboard", *SMALL)
     run(tmp_path, "logger=tensorboard", *SMALL)
     assert [[s for n, _, s in writer.scalars if n == "train/loss"] for writer in writers] == [[3], [6]]
+    assert len({writer.suffix for writer in writers}) == 2, "names of event files cannot be guessed"
 
 
 def test_without_tensorboard(tmp_path, monkeypatch):

@@ -49,11 +49,11 @@ class Write:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.at = 0, None
-        replace, append = os.replace, files.append
+        replace, append = os.replace, files.append_text
 
-        def replacing(source: Path, target: Path) -> None:
+        def replacing(source: str, target: str, **folders: int) -> None:
             self.moment()  # the temporary file is written, its rename not yet done
-            replace(source, target)
+            replace(source, target, **folders)
             self.moment()
 
         def appending(path: Path, text: str) -> None:
@@ -61,7 +61,7 @@ class Write:
             self.moment()
 
         monkeypatch.setattr("clrun.system.files.os.replace", replacing)
-        monkeypatch.setattr("clrun.results.records.append", appending)
+        monkeypatch.setattr("clrun.results.records.append_text", appending)
 
     def moment(self) -> None:
         self.count += 1

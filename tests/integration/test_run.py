@@ -20,7 +20,7 @@ from clrun.results.metrics import AccuracyMatrix, average_accuracy
 from clrun.results.records import RunRecord
 from clrun.system import files
 from clrun.system.errors import ConfigError
-from clrun.system.files import locked
+from clrun.system.locks import locked
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("job.max_tasks=3", "budget.epochs=1")
@@ -279,20 +279,20 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out, options = tmp_path / "run", ("method=finetune", *SHORT)
     run(tmp_path / "whole", *options)
     calls = 0
-    replace, append = os.replace, files.append
+    replace, append = os.replace, files.append_text
 
-    def full(*args: object) -> None:
+    def full(*args: object, **folders: int) -> None:
         nonlocal calls
         calls += 1
         if calls > (6 if failing == "replace" else 2):
             raise OSError(28, "No space left on device")
-        (replace if failing == "replace" else append)(*args)  # type: ignore[arg-type]
+        (replace if failing == "replace" else append)(*args, **folders)  # type: ignore[arg-type, call-arg]
 
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="No space left on device") as error:
         if failing == "replace":
             patch.setattr("clrun.system.files.os.replace", full)
         else:
-            patch.setattr("clrun.results.records.append", lambda path, text: _written(path, text, full))
+            patch.setattr("clrun.results.records.append_text", lambda path, text: _written(path, text, full))
         run(out, *options)
     assert len(str(error.value).splitlines()) == 1
     assert json.loads((out / "run.json").read_text())["status"] in ("running", "failed")
@@ -301,7 +301,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _written(path: Path, text: str, write) -> None:
-    """Append as `clrun.system.files.append` does, with its way of reporting."""
+    """Append as `clrun.system.files.append_text` does, with its way of reporting."""
     with files.writing(path):
         write(path, text)
 

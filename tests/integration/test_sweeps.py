@@ -109,5 +109,5 @@ def test_report_rebuilds_tables_from_runs_alone(command, tmp_path: Path) -> None
     assert Path("a/order_robustness.json").read_text() == kept
     code, out, _ = command("report", "a", "b")
     assert code == 0 and "finetune" in out and "simplecil" in out
-    assert not list(Path("b").glob("*.html.tmp"))
+    assert not list(Path("b").glob("*.tmp"))
     assert len(list(Path("a").glob("*/accuracy_matrix.png"))) == 2, "pictures that were switched off are drawn"

@@ -1,39 +1,30 @@
-"""Files that survive a kill and a full disk; locks that a dead process does not keep."""
+"""Files that survive a kill and a full disk, and are not written through links that someone has put in a folder."""
 
 import json
 import os
 import resource
-import socket
-import subprocess
-import sys
-import threading
-import time
+import stat
 from contextlib import contextmanager
 
 import pytest
 
-from clrun.system import files
 from clrun.system.errors import ConfigError
 from clrun.system.files import (
+    TEMPORARY,
     append_text,
     csv_cell,
     csv_text,
-    exclusive,
     json_text,
-    lock_holder,
-    locked,
+    make_folder,
+    open_own,
     read_json,
+    refuse_links,
+    remove_leftovers,
+    replace_text,
     replacing,
+    temporary_name,
 )
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from clrun.system.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+from clrun.system.locks import locked
 
 
 @contextmanager
@@ -45,17 +36,6 @@ def full_disk(room):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.fixture
-def elsewhere(tmp_path):
-    """A lock file of a process that runs in another Python process; (path, process)."""
-    path = tmp_path / "lock"
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield path, process
-    process.kill()
-    process.wait()
 
 
 def test_replacing_keeps_the_old_file_until_the_block_ends(tmp_path):
@@ -133,123 +113,108 @@ def test_json_has_no_nan():
     assert json.loads(json_text(value)) == {"1": None, "x": [0.1, 3, [1.0, None]], "y": [1, 2]}
 
 
-def test_a_lock_is_held_and_released(tmp_path):
-    path = tmp_path / "lock"
-    with locked(path):
-        assert lock_holder(path) == f"process {os.getpid()} on {socket.gethostname()}"
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"), locked(path):
-            pass
-    assert not path.exists()
-    assert lock_holder(path) is None
+@pytest.fixture
+def home(tmp_path):
+    """A folder with a file, both of which belong to the user and must stay as they are."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret").write_text("mine")
+    yield tmp_path / "home"
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["secret"]
+    assert (tmp_path / "home" / "secret").read_text() == "mine"
 
 
-def test_a_lock_is_released_by_an_error(tmp_path):
-    with pytest.raises(OSError, match="own"), locked(tmp_path / "lock"):
-        raise OSError("own")
-    assert not (tmp_path / "lock").exists()
+def test_a_link_with_the_final_name_is_replaced_and_its_target_kept(home, tmp_path):
+    path = tmp_path / "run.json"
+    path.symlink_to(home / "secret")
+    replace_text(path, "new")
+    assert path.read_text() == "new" and not path.is_symlink()
 
 
-def test_a_living_process_keeps_its_lock_and_a_killed_one_does_not(elsewhere):
-    path, process = elsewhere
-    with pytest.raises(ConfigError, match=f"in use by process {process.pid}"), locked(path):
-        pass
-    process.kill()  # not waited for: a zombie is dead too
-    deadline = time.monotonic() + 10
-    while lock_holder(path) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with locked(path):
-        assert f"process {os.getpid()} " in lock_holder(path)
+def test_links_with_the_name_of_a_temporary_file_are_not_followed(home, tmp_path):
+    path = tmp_path / "run.json"
+    path.with_name("run.json.tmp").symlink_to(home / "secret")
+    replace_text(path, "new")
+    assert path.read_text() == "new"
+    found = {temporary_name("a") for _ in range(100)}
+    assert len(found) == 100 and all(TEMPORARY.fullmatch(name) for name in found)
 
 
-def test_a_later_process_of_the_same_id_is_not_the_holder(tmp_path):
-    path = tmp_path / "lock"
-    path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": "long ago"}))
-    assert lock_holder(path) is None
-    with locked(path):
-        assert json.loads(path.read_text())["started"] != "long ago"
-    assert not path.exists()
+def test_a_temporary_file_that_is_there_already_is_not_opened(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("clrun.system.files.temporary_name", lambda name: "guessed")
+    (tmp_path / "guessed").symlink_to(home / "secret")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        replace_text(tmp_path / "run.json", "new")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}', '"lock"'])
-def test_an_empty_or_foreign_lock_file_holds_nothing(tmp_path, content):
-    path = tmp_path / "lock"
-    path.write_text(content)
-    assert lock_holder(path) is None
-    with locked(path):
-        assert json.loads(path.read_text())["pid"] == os.getpid(), "the file names its new holder"
-    assert not path.exists()
+@pytest.mark.parametrize("target", ["secret", "absent"])
+def test_nothing_is_appended_through_a_link(home, tmp_path, target):
+    path = tmp_path / "clrun.log"
+    path.symlink_to(home / target)
+    with pytest.raises(ConfigError, match=f"^{path}: is a symbolic link") as error:
+        append_text(path, "text")
+    assert len(str(error.value).splitlines()) == 1
+    for how in ("lock", "update", "read"):
+        with pytest.raises(ConfigError, match="is a symbolic link"):
+            open_own(path, how)
+    with pytest.raises(FileExistsError):
+        open_own(path, "new")
 
 
-def test_a_lock_of_another_machine_is_kept_while_it_shows_signs_of_life(tmp_path):
-    path = tmp_path / "lock"
-    path.write_text(json.dumps({"pid": 1, "host": "another", "started": "1"}))
-    with pytest.raises(ConfigError, match="process 1 on another, last seen"), locked(path):
-        pass
-    silent = time.time() - files.SILENCE - 1
-    os.utime(path, (silent, silent))
-    assert lock_holder(path) is None
-    with locked(path):
-        assert json.loads(path.read_text())["host"] == socket.gethostname()
-    assert not path.exists()
+def test_a_folder_that_is_a_link_is_refused_below_the_run_and_allowed_above_it(home, tmp_path):
+    (tmp_path / "real").mkdir()
+    run = tmp_path / "run"
+    run.symlink_to(tmp_path / "real")
+    (run / ".hydra").symlink_to(home)
+    with pytest.raises(ConfigError, match=r"\.hydra: is a symbolic link"):
+        replace_text(run / ".hydra" / "config.yaml", "a: 1", below=run)
+    with pytest.raises(ConfigError, match=r"\.hydra: is a symbolic link"):
+        make_folder(run / ".hydra" / "inner", below=run)
+    with pytest.raises(ConfigError, match=r"\.hydra: is a symbolic link"):
+        refuse_links(run / ".hydra")
+    replace_text(run / "logits" / "after_1.npz", "1", below=run)
+    assert (tmp_path / "real" / "logits" / "after_1.npz").read_text() == "1"
 
 
-def test_a_held_lock_shows_signs_of_life(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BEAT", 0.01)
-    path = tmp_path / "lock"
-    with locked(path):
-        os.utime(path, (0, 0))
-        deadline = time.monotonic() + 10
-        while path.stat().st_mtime == 0 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert time.time() - path.stat().st_mtime < 60
+def test_pipes_and_second_names_of_a_file_are_refused(home, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(ConfigError, match="pipe: cannot be written"):
+        append_text(tmp_path / "pipe", "text")
+    os.close(reader)
+    with pytest.raises(ConfigError, match="pipe: cannot be written"):
+        append_text(tmp_path / "pipe", "text")
+    os.link(home / "secret", tmp_path / "clrun.log")
+    with pytest.raises(ConfigError, match="hard link"):
+        append_text(tmp_path / "clrun.log", "text")
 
 
-def test_a_lock_taken_over_meanwhile_is_not_removed(tmp_path):
-    path = tmp_path / "lock"
-    with locked(path):
-        path.write_text("another's")
-    assert path.read_text() == "another's"
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_all_files_get_the_mode_that_the_umask_leaves(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        replace_text(tmp_path / "a", "1")
+        append_text(tmp_path / "b", "1")
+        for how, name in (("new", "c"), ("lock", "d")):
+            open_own(tmp_path / name, how).close()
+        with locked(tmp_path / "lock"):
+            assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+    finally:
+        os.umask(before)
 
 
-def test_one_of_many_takes_over_a_stale_lock(tmp_path):
-    path = tmp_path / "lock"
-    for _ in range(20):
-        path.write_text(json.dumps({"pid": 2**22 + 1, "host": socket.gethostname(), "started": "1"}))
-        barrier, done, outcomes = threading.Barrier(6), threading.Barrier(6), []
-
-        def take(barrier=barrier, done=done, outcomes=outcomes):
-            barrier.wait()
-            try:
-                with locked(path):
-                    outcomes.append("held")
-                    done.wait()
-            except ConfigError:
-                outcomes.append("refused")
-                done.wait()
-
-        threads = [threading.Thread(target=take) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(outcomes) == ["held"] + ["refused"] * 5
-
-
-def test_exclusive_waits_for_its_holder(tmp_path):
-    path, seen = tmp_path / ".lock", []
-
-    def wait():
-        with exclusive(path):
-            seen.append("second")
-
-    with exclusive(path):
-        thread = threading.Thread(target=wait)
-        thread.start()
-        thread.join(timeout=0.2)
-        assert thread.is_alive() and seen == []
-        seen.append("first")
-    thread.join()
-    assert seen == ["first", "second"]
+def test_leftovers_of_killed_processes_are_removed_and_files_being_written_are_not(home, tmp_path):
+    run = tmp_path / "run"
+    (run / ".hydra").mkdir(parents=True)
+    left = [run / temporary_name("run.json"), run / ".hydra" / temporary_name("config.yaml")]
+    for path in (*left, run / "notes.tmp", home / "secret"):
+        path.write_text("mine")
+    (run / "logits").symlink_to(home)
+    (run / temporary_name("linked")).symlink_to(home / "secret")
+    with replacing(run / "checkpoint.pt") as file:
+        remove_leftovers(run, ".hydra", "logits", "absent")
+        file.write(b"whole")
+    assert not any(path.exists() for path in left)
+    assert (run / "checkpoint.pt").read_bytes() == b"whole" and (run / "notes.tmp").exists()
 
 
 def test_only_regular_json_files_are_read(tmp_path):

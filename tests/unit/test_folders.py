@@ -23,7 +23,13 @@ pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning"
 
 def load(root: Path, **changes: Any) -> Dataset:
     """Return `dataset=folder` or, with `domains` given, `dataset=folder_domains`."""
-    options: dict[str, Any] = {"name": str(root), "root": str(root), "archive": None, "sha256": None}
+    options: dict[str, Any] = {
+        "name": str(root),
+        "root": str(root),
+        "archive": None,
+        "sha256": None,
+        "archive_limit_gb": 500,
+    }
     options |= {"test_fraction": 0.5, "channels": 3, "images": decoding(), "mean": [], "std": []}
     options |= {"val_fraction": 0.0, "seed": 0, "augment": []}
     return (folder_domains if "domains" in changes else folder)(**(options | changes))
@@ -308,7 +314,7 @@ def test_members_outside_the_folder_are_refused(tmp_path: Path, name: str) -> No
         tarred(tmp_path / "a.tgz", [member("good.png"), member(name)]),
     ):
         with pytest.raises(ConfigError) as error:
-            unpack(archive, tmp_path / "out", sha256=None)
+            unpack(archive, tmp_path / "out", sha256=None, limit_gb=10**10)
         assert f"{archive}: refused, its member" in str(error.value) and "would be written outside the folder" in str(
             error.value
         )
@@ -327,7 +333,7 @@ def test_members_outside_the_folder_are_refused(tmp_path: Path, name: str) -> No
 def test_links_and_devices_are_refused(tmp_path: Path, info: tarfile.TarInfo, kind: str) -> None:
     archive = tarred(tmp_path / "a.tgz", [info, member("a/x.png")])
     with pytest.raises(ConfigError, match=f"refused, its member 'a' is a {kind}"):
-        unpack(archive, tmp_path / "out", sha256=None)
+        unpack(archive, tmp_path / "out", sha256=None, limit_gb=10**10)
     assert not (tmp_path / "out").exists()
 
 
@@ -337,7 +343,7 @@ def test_links_in_zip_files_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr(info, "/etc")
     with pytest.raises(ConfigError, match="refused, its member 'a' is a link"):
-        unpack(tmp_path / "a.zip", tmp_path / "out", sha256=None)
+        unpack(tmp_path / "a.zip", tmp_path / "out", sha256=None, limit_gb=10**10)
 
 
 def test_archives_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,16 +364,17 @@ def test_archives_that_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
     for name, text in said.items():
         with pytest.raises(ConfigError) as error:
-            unpack(tmp_path / name, tmp_path / "out", sha256=None)
+            unpack(tmp_path / name, tmp_path / "out", sha256=None, limit_gb=10**10)
         assert text in str(error.value) and not (tmp_path / "out").exists()
     with pytest.raises(
         ConfigError, match=r"its sha256 is \w{64}, not 00 \(dataset.sha256\); download the archive again"
     ):
-        unpack(good, tmp_path / "out", sha256="00")
+        unpack(good, tmp_path / "out", sha256="00", limit_gb=1)
     bomb = zipped(tmp_path / "bomb.zip", {"a/1.png": b""})
     monkeypatch.setattr("clrun.data.reading.archives.Zip.members", lambda self: [_Bomb()])
+    monkeypatch.setattr("clrun.data.reading.archives.RATIO", 10**18)
     with pytest.raises(ConfigError, match=r"bomb.zip: needs 1000000000.0 GB when unpacked, and .* GB; free some space"):
-        unpack(bomb, tmp_path / "out", sha256=None)
+        unpack(bomb, tmp_path / "out", sha256=None, limit_gb=10**10)
     assert not list(tmp_path.glob("out*")) or [p.name for p in tmp_path.glob("out*")] == ["out.lock"]
 
 

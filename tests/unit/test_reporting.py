@@ -305,7 +305,8 @@ def test_a_running_run_without_a_living_process_is_interrupted(tmp_path):
 
 def test_a_sweep_folder_that_cannot_be_written_is_one_clear_line(tmp_path):
     sweep(tmp_path)
-    (tmp_path / "sweep.csv.tmp").mkdir()
+    (tmp_path / "sweep.csv").unlink(missing_ok=True)
+    (tmp_path / "sweep.csv").mkdir()
     with pytest.raises(ConfigError, match="sweep.csv: cannot be written"):
         refresh(tmp_path)
 

@@ -5,6 +5,7 @@ Links are followed, except those that lead back to a folder around them. Hidden 
 names are not those of images are left out with a warning. `clrun.data.decode.Decoding` says how images are decoded.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,13 @@ from clrun.data.reading.listing import Listing, by_hash, class_folders, entries,
 from clrun.data.reading.options import FolderReading, loader
 from clrun.data.reading.sequence import sequence
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, Positive
 
 LAYOUT = "expected train/ and test/ with one folder per class, or only one folder per class"
 
 
 @loader
-def folder(reading: FolderReading, *, archive: str | None, sha256: str | None) -> Dataset:
+def folder(reading: FolderReading, *, archive: str | None, sha256: str | None, archive_limit_gb: Positive) -> Dataset:
     """Return the images of a folder: train/ and test/ with one folder per class each, or only one folder per class.
 
     Without train/ and test/, the hash of an image's path (from the class's folder on, class included) decides whether
@@ -32,13 +33,14 @@ def folder(reading: FolderReading, *, archive: str | None, sha256: str | None) -
         reading: the common options.
         archive: zip or tar file that is unpacked to `root` when there is no such folder; None for none.
         sha256: checksum that the archive must have; None for any.
+        archive_limit_gb: largest size of the archive after unpacking in GB.
 
     Raises:
         ConfigError: no images, a class that is only in test/, two classes that differ only in case, or an image that
             cannot be read; names the file or folder.
     """
     if archive is not None:
-        unpack(Path(archive).expanduser(), reading.home, sha256=sha256)
+        unpack(Path(archive).expanduser(), reading.home, sha256=sha256, limit_gb=archive_limit_gb)
     tree = _tree(reading.home)
     train, test = tree.parts(tree.classes, reading.home, reading.test_fraction)
     return _dataset(reading, train, test, tree.classes)
@@ -46,7 +48,12 @@ def folder(reading: FolderReading, *, archive: str | None, sha256: str | None) -
 
 @loader
 def folder_domains(
-    reading: FolderReading, *, archive: str | None, sha256: str | None, domains: list[str] | None
+    reading: FolderReading,
+    *,
+    archive: str | None,
+    sha256: str | None,
+    archive_limit_gb: Positive,
+    domains: list[str] | None,
 ) -> Dataset:
     """Return the images of several domains with the same classes; one folder per domain, each as `folder` describes.
 
@@ -54,6 +61,7 @@ def folder_domains(
         reading: the common options; `root` holds the folders of the domains.
         archive: zip or tar file that is unpacked to `root` when there is no such folder; None for none.
         sha256: checksum that the archive must have; None for any.
+        archive_limit_gb: largest size of the archive after unpacking in GB.
         domains: names of the folders to use, by task id; None for all, sorted by name.
 
     Raises:
@@ -61,7 +69,7 @@ def folder_domains(
     """
     home = reading.home
     if archive is not None:
-        unpack(Path(archive).expanduser(), home, sha256=sha256)
+        unpack(Path(archive).expanduser(), home, sha256=sha256, limit_gb=archive_limit_gb)
     chosen = domains or subfolders(home)
     _refuse_unknown(home, chosen)
     trees = [_tree(home / domain) for domain in chosen]
@@ -91,7 +99,12 @@ def folder_sequence(reading: FolderReading, *, sets: list[str] | None) -> Datase
             there = some(found) or "none"
             raise ConfigError(f"dataset.sets: no folder {title!r} in {reading.root} (there are: {there})")
     parts = [
-        folder(**(vars(reading) | {"name": title, "root": str(home / title)}), archive=None, sha256=None)
+        folder(
+            **(vars(reading) | {"name": title, "root": str(home / title)}),
+            archive=None,
+            sha256=None,
+            archive_limit_gb=math.inf,
+        )
         for title in sets or found
     ]
     if not parts:

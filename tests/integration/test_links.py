@@ -1,0 +1,126 @@
+"""Folders from someone else, with links where clrun writes: no file outside the folder is made or changed."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from running import run
+
+from clrun.cli import main
+from clrun.system.errors import ConfigError
+from clrun.system.locks import folder_locked
+
+TINY = ("method=finetune", "job.max_tasks=2", "job.max_steps=1", "budget.epochs=1", "job.max_eval_rows=8")
+SWEEP = ("-m", *TINY, "backbone=cnn", "hardware.threads=1", "job.picture=false", "job.progress=false")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A folder outside the folders of runs, which stays as it is."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    yield folder
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+    assert (folder / "mine").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(out, *TINY)
+    return out
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple]:
+    """The command in this process: (exit code, lines of stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: str) -> tuple[int, list[str]]:
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        return int(end.value.code or 0), capfd.readouterr().err.splitlines()
+
+    return call
+
+
+WRITTEN = ("sweep.csv", "report.html", "order_robustness.json", "method_comparison.json", "run/accuracy_matrix.png")
+
+
+@pytest.mark.parametrize("target", ["mine", "absent"])
+def test_a_report_replaces_links_by_files(finished: Path, home: Path, tmp_path: Path, command, target: str) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(finished, folder / "run")
+    for name in WRITTEN:
+        (folder / name).symlink_to(home / target)
+        (folder / f"{name}.tmp").symlink_to(home / target)
+    assert command("report", str(folder))[0] == 0
+    replaced = WRITTEN if target == "absent" else WRITTEN[:-1]  # a picture that is there is not drawn again
+    assert not [name for name in replaced if (folder / name).is_symlink()]
+
+
+@pytest.mark.parametrize(("name", "target"), [(".lock", "mine"), (".lock", "absent"), ("report", "")])
+def test_a_report_refuses_other_links_in_one_line(
+    finished: Path, home: Path, tmp_path: Path, command, name: str, target: str
+) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(finished, folder / "run")
+    (folder / name).symlink_to(home / target)
+    code, lines = command("report", str(folder))
+    assert (code, len(lines)) == (2, 1) and f"{folder / name}: is a symbolic link" in lines[0]
+
+
+@pytest.mark.parametrize("name", [".hydra", "logits", "tensorboard", "clrun.log", "lock"])
+def test_a_run_refuses_links_before_it_writes(home: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).symlink_to(home / "mine" if name in ("clrun.log", "lock") else home)
+    with pytest.raises(ConfigError, match="is a symbolic link") as error:
+        run(out, *TINY, "job.save_logits=final")
+    assert len(str(error.value).splitlines()) == 1
+    assert os.listdir(out) == [name]
+
+
+def test_a_run_replaces_links_by_files(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    names = ("config.yaml", "accuracy.csv", "metrics.jsonl", "model.safetensors")
+    for name in (*names, "checkpoint.pt.tmp", "run.json.tmp", "accuracy.csv.tmp"):
+        (out / name).symlink_to(home / ("mine" if name == "metrics.jsonl" else "absent"))
+    run(out, *TINY, "job.save_model=true", "job.keep_checkpoint=true")
+    assert not [name for name in (*names, "checkpoint.pt", "run.json") if (out / name).is_symlink()]
+    made = {name: (out / name).stat().st_mode & 0o777 for name in (*names, "checkpoint.pt", "run.json", "clrun.log")}
+    assert set(made.values()) == {0o666 & ~_umask()}, made
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_second_sweep_in_a_folder_is_refused_before_anything_starts(tmp_path: Path, command) -> None:
+    folder = tmp_path / "s"
+    with folder_locked(folder, "sweep.lock"):
+        code, lines = command(*SWEEP, "seed=0,1", f"hydra.sweep.dir={folder}")
+        assert code == 2 and len(lines) == 1 and f"{folder}: in use by process {os.getpid()}" in lines[0]
+        assert os.listdir(folder) == ["sweep.lock"]
+    assert not folder.exists()
+
+
+def test_a_sweep_leaves_links_alone(home: Path, tmp_path: Path, command) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "seed=0").symlink_to(home)
+    options = (*SWEEP, "seed=0", f"hydra.sweep.dir={folder}", "hydra.sweep.subdir='seed=${seed}'")
+    code, lines = command(*options)
+    assert code == 2 and len(lines) == 1 and "seed=0: is a symbolic link" in lines[0]
+    (folder / "seed=0").unlink()
+    (folder / "multirun.yaml").symlink_to(home / "mine")
+    assert command(*options)[0] == 0
+    assert not (folder / "multirun.yaml").is_symlink() and (folder / "multirun.yaml").stat().st_size
+    assert not (folder / "sweep.lock").exists()
