@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import cache_folder, exclusive, replacing
+from clrun.system.files import cache_folder, replacing
+from clrun.system.locks import exclusive
 
 Digests = NDArray[np.uint64]
 Stamps = NDArray[np.int64]  # [M, 3]: size in bytes, time of the last change in ns, inode
