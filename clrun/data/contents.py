@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import cache_folder, replacing
+from clrun.system.files import cache_folder, make_folder, replacing
 from clrun.system.locks import exclusive
 
 Digests = NDArray[np.uint64]
@@ -241,7 +241,7 @@ def _store(root: str, known: dict[str, tuple[int, int, int, int]]) -> None:
     """Store the digests of a folder. A cache that cannot be written is left alone: it only saves time."""
     lines = ["\t".join(map(str, (*entry, name))) for name, entry in known.items() if "\n" not in name]
     try:
-        _path(root).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(_path(root).parent)
         with exclusive(_path(root).with_suffix(".lock")), replacing(_path(root), flush=False) as file:
             file.write("\n".join(lines).encode(errors="surrogateescape"))
     except (OSError, ConfigError):
