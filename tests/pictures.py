@@ -19,6 +19,8 @@ PLAIN = Decoding(
     unreadable="error",
     memory=0,
     cache=False,
+    range="auto",
+    verify="none",
 )
 
 

@@ -168,7 +168,7 @@ class Reader:
         """How image files and images of other sizes are read."""
         if self.decoding is not None:
             return replace(self.decoding, size=self.shape[1])
-        return Decoding(self.shape[1], "crop", "bilinear", True, PIXEL_LIMIT, "error", 0, False)
+        return Decoding(self.shape[1], "crop", "bilinear", True, PIXEL_LIMIT, "error", 0, False, "auto", "none")
 
 
 def decoding_node(dataset: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -19,6 +19,8 @@ from clrun.api.images import Reader, decoding_node
 from clrun.api.process import borrowed
 from clrun.config.check import check
 from clrun.config.signature import locate
+from clrun.data.decode import Decoding
+from clrun.data.images import FileImages, JoinedImages
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Setting, Stream, Task
 from clrun.learning.method import Method
@@ -192,8 +194,18 @@ def learner_of(
         restored = restore(folder, parts, digest=config_hash(config))
         reading = decoding_node(config["dataset"])
         decoding = None if reading is None else make(reading)
+        if decoding is not None:
+            decoding = replace(decoding, range=_range(restored.stream, decoding))
     shape = tuple(restored.stream.tasks[0].test.images.shape[1:])
     return Learner(int(config["job"]["eval_batch_size"]), restored, Reader(shape, decoding))
+
+
+def _range(stream: Stream, decoding: Decoding) -> Any:
+    """Return the range of images with more than 8 bits that the data set of a run was read with."""
+    images = stream.tasks[0].test.images
+    while isinstance(images, JoinedImages):
+        images = images.splits[0].images
+    return images.options.range if isinstance(images, FileImages) else decoding.range
 
 
 def _prediction(logits: Tensor, allowed: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

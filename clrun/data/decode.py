@@ -4,6 +4,8 @@ Shapes: `M` files, `S` side of the stored square, `C` channels.
 """
 
 import io
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -15,13 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clrun.data.contents import StoredRows
+from clrun.data.depth import Span, depth, picture
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, Count, Range, first_line, one_line
 
 Pixels = NDArray[np.uint8]
 PIXEL_LIMIT = 178_956_970  # Pillow refuses larger images by itself
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none of Pillow's formats that start other programs
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES: tuple[str, ...] = (
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+)
+SUFFIXES += (".tiff", ".webp")
 ORIENTATION = 0x0112  # EXIF tag
 ELONGATED = 3  # images longer than 3 times their shorter side lose their ends before they are resized
 
@@ -30,9 +47,9 @@ ELONGATED = 3  # images longer than 3 times their shorter side lose their ends b
 class Decoding:
     """How image files become stored images: uint8 squares, grey or RGB.
 
-    Alpha (also of palettes) is laid over white. 16-bit images keep their upper 8 bits, and of animations and
-    multi-page files the first picture is taken. A JPEG more than twice as large as needed is decoded at a fraction of
-    its size that is still twice the wanted one.
+    Alpha (also of palettes) is laid over white. Images with more than 8 bits per value are scaled as `clrun.data.depth`
+    describes, and of animations and multi-page files the first picture is taken. A JPEG more than twice as large as
+    needed is decoded at a fraction of its size that is still twice the wanted one.
 
     Attributes:
         size: S in pixels.
@@ -40,10 +57,14 @@ class Decoding:
         interpolation: method of the resizing, which is antialiased.
         exif: rotate images as their EXIF orientation says. Published data sets are read without, as by torchvision.
         max_pixels: images with more pixels are refused before they are decoded; the error names the file.
-        unreadable: "error" stops at the first file that cannot be decoded; "skip" decodes every file once before the
-            run and leaves out those that fail.
+        unreadable: "error" stops at files that cannot be decoded; "skip" decodes every file once before the run and
+            leaves out those that fail.
         memory: megabytes of decoded images that may stay in memory; a data set that fits is decoded once per process.
         cache: folder for decoded images on disk; true for the user's cache folder, false for no cache.
+        range: what black and white are in files with more than 8 bits per value: the bits that they use, "auto" for the
+            smallest range that holds all values found, or [lowest, highest]. Files of floats need the latter.
+        verify: what is tried of every file before the run: "headers" (is it an image, how large, how many bits),
+            "decode" (can all of it be decoded) or "none"; with "none", "auto" stands for 16 bits.
     """
 
     size: Annotated[int, Range(minimum=1, maximum=4096)]
@@ -54,11 +75,25 @@ class Decoding:
     unreadable: Literal["error", "skip"]
     memory: Count
     cache: bool | str
+    range: Span
+    verify: Literal["headers", "decode", "none"]
+
+    def __post_init__(self) -> None:
+        """Refuse a range without extent.
+
+        Raises:
+            ConfigError: see above.
+        """
+        if isinstance(self.range, list) and not (len(self.range) == 2 and self.range[0] < self.range[1]):
+            raise ConfigError(
+                f"dataset.images.range: expected auto, 8, 10, 12, 14, 16 or [LOWEST,HIGHEST], got {self.range}"
+            )
 
     @property
     def recipe(self) -> str:
         """The options that determine the stored pixels, as text."""
-        return f"{self.size} {self.fit} {self.interpolation} {self.exif}"
+        span = "" if self.range in ("auto", 16) else f" {self.range}"
+        return f"{self.size} {self.fit} {self.interpolation} {self.exif}{span}"
 
 
 class Files(Protocol):
@@ -149,32 +184,63 @@ def decode(file: Path | bytes, name: str, options: Decoding, channels: int) -> P
     Raises:
         ConfigError: the file cannot be opened or decoded, or is too large; the message names it.
     """
-    image_module = libraries.load("PIL.Image")
     try:
-        with image_module.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-            _check_size(image, name, options)
+        with opened(file, name) as image:
+            check_size(image, name, options)
+            if depth(image) > 8:
+                return fitted(_narrow(image, file, options), options, channels)
             image.draft(None, (2 * options.size, 2 * options.size))
             image.load()
             return fitted(image, options, channels)
     except ConfigError:
         raise
     except Exception as error:  # decoders of damaged files raise almost anything
-        raise ConfigError(
-            f"{name}: cannot be decoded ({_reason(file, error)}); repair or remove it, or set "
-            "dataset.images.unreadable=skip"
-        ) from error
+        raise undecodable(file, name, error) from error
+
+
+def opened(file: Path | bytes, name: str) -> Any:
+    """Return an image file as Pillow opens it: its header is read and nothing is decoded.
+
+    Args:
+        file: path of the file, or its content.
+        name: name of the file for error messages.
+
+    Raises:
+        ConfigError: it is a pipe, a socket or a device, which is not opened.
+        OSError: it cannot be read, or is no image.
+    """
+    if isinstance(file, Path) and not (stat.S_ISREG(mode := os.stat(file).st_mode) or stat.S_ISDIR(mode)):
+        raise ConfigError(f"{name}: cannot be decoded (it is a pipe or a device and was not opened); remove it")
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    return libraries.load("PIL.Image").open(source, formats=FORMATS)
+
+
+def undecodable(file: Path | bytes, name: str, error: Exception) -> ConfigError:
+    """Return the error for a file that a decoder has refused."""
+    return ConfigError(
+        f"{name}: cannot be decoded ({_reason(file, error)}); repair or remove it, or set "
+        "dataset.images.unreadable=skip"
+    )
+
+
+def _narrow(image: Any, file: Path | bytes, options: Decoding) -> Any:
+    """Return an image with more than 8 bits per value as one with 8, which has the same EXIF orientation."""
+    made = picture(image, file, options.range)
+    if options.exif and (turn := image.getexif().get(ORIENTATION, 1)) != 1:
+        made.getexif()[ORIENTATION] = turn
+    return made
 
 
 def fitted(image: Any, options: Decoding, channels: int) -> Pixels:
     """Return the stored image [S, S, C] of a Pillow image that is in memory.
 
     Raises:
-        ValueError: it has values of 32 bits.
+        ValueError: its values do not fit `options.range`.
     """
-    return _stored(_converted(_turned(image, options), channels), options)
+    return _stored(_converted(_turned(image, options), options, channels), options)
 
 
-def _check_size(image: Any, name: str, options: Decoding) -> None:
+def check_size(image: Any, name: str, options: Decoding) -> None:
     """Refuse an image that is too large, judged by its header alone."""
     width, height = image.size
     if width * height > options.max_pixels:
@@ -203,13 +269,11 @@ def _turned(image: Any, options: Decoding) -> Any:
     return image
 
 
-def _converted(image: Any, channels: int) -> Pixels:
+def _converted(image: Any, options: Decoding, channels: int) -> Pixels:
     """Return the pixels [H, W, C] of a loaded image of any mode."""
     module = libraries.load("PIL.Image")
-    if image.mode == "F":
-        raise ValueError("32-bit values are not supported; convert the image to 8 or 16 bits per channel")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = module.fromarray(_eight_bits(np.asarray(image)))
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        image = picture(image, b"", options.range)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         colour = image.convert("RGBA")
         image = module.alpha_composite(module.new("RGBA", colour.size, "white"), colour)
@@ -218,13 +282,6 @@ def _converted(image: Any, channels: int) -> Pixels:
         image = image.convert(mode)
     content = bytearray(image.tobytes())  # twice as fast as np.array(image), and writable as torch wants it
     return np.frombuffer(content, dtype=np.uint8).reshape(image.height, image.width, channels)
-
-
-def _eight_bits(values: NDArray[Any]) -> Pixels:
-    """Return the upper 8 of 16 bits."""
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise ValueError("32-bit values are not supported; convert the image to 8 or 16 bits per channel")
-    return (values.astype(np.uint32) >> 8).astype(np.uint8)
 
 
 def _stored(pixels: Pixels, options: Decoding) -> Pixels:

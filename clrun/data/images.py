@@ -25,7 +25,6 @@ from clrun.data.contents import StoredRows, text_digest
 from clrun.data.decode import Decoding, Files, Pixels, decode
 from clrun.data.image_cache import ImageCache
 from clrun.data.split import Batch, Split, TensorSplit
-from clrun.system.errors import ConfigError
 from clrun.system.processes import core_count
 
 Rows = NDArray[np.int64]
@@ -101,14 +100,6 @@ class FileImages(Images):
             if self._decoded is not None:
                 self._decoded[row] = slot
                 self._is_decoded[row] = True
-
-    def problem(self, row: int) -> str | None:
-        """Return why an image cannot be decoded; None when it can."""
-        try:
-            decode(self.files.content(row), self.files.name(row), self.options, self.channels)
-        except ConfigError as error:
-            return str(error).partition(";")[0]
-        return None
 
     def fingerprint(self) -> str:
         """Return a digest of names, sizes and times of the files, and of how they are decoded.
@@ -285,7 +276,6 @@ def _block(images: Images, rows: Rows) -> tuple[int, int, int, int]:
 
 
 _loaded: dict[str, Tensor] = {}
-_unreadable: dict[str, dict[int, str]] = {}
 
 
 def in_memory(split: ImageSplit) -> TensorSplit:
@@ -300,13 +290,3 @@ def in_memory(split: ImageSplit) -> TensorSplit:
         parts = [batch.x.contiguous() for batch in whole.batches(256, view="raw")]
         _loaded[key] = torch.cat([torch.empty(0, *split.images.shape[1:], dtype=torch.uint8), *parts])
     return TensorSplit(_loaded[key], split.labels, split.rows, split.positions, split.transform, split.shift)
-
-
-def unreadable(images: FileImages) -> dict[int, str]:
-    """Return the problem of each image that cannot be decoded, by row. Every image is tried, once per process."""
-    key = images.fingerprint()
-    if key not in _unreadable:
-        with ThreadPoolExecutor(core_count(), "clrun-decode") as pool:
-            problems = pool.map(images.problem, range(len(images.files)))
-            _unreadable[key] = {row: text for row, text in enumerate(problems) if text is not None}
-    return _unreadable[key]

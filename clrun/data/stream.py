@@ -34,6 +34,7 @@ class Dataset:
         parts: the data sets that this one consists of, for `scenario=dataset_sequence`: domains of the same classes, or
             data sets with classes of their own. Their labels, `num_classes` and `class_names` are those of the whole,
             they usually share its stored images, and each has its own `name`; () for a data set without parts.
+        reading: what a user should know about how the images were read, such as the range of 16-bit files; "" for none.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Dataset:
     groups: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     seed: int = 0
     parts: tuple["Dataset", ...] = ()
+    reading: str = ""
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str
         by_dataset=source == BY_DATASET,
     )
     resizing = ["resized" if interpolation == "bilinear" else f"resized ({interpolation})"]
-    steps = resizing if transform.resized != stored[1:] else []
+    steps = [dataset.reading] if dataset.reading else []
+    steps += resizing if transform.resized != stored[1:] else []
     steps += [f"central {crop:g} of the sides"] if crop < 1 else []
     if source == BY_DATASET and len({(part.mean, part.std) for part in dataset.parts}) > 1:
         source = "each part normalised by its own constants"

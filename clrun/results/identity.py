@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 # Keys that cannot change a result: they name a run, or decide what it shows, stores and caches and how fast it is.
+# Files that `dataset.images.unreadable=skip` leaves out change the data of a run, not its configuration.
 OUTSIDE_HASH = (
     "name",
     "logger",
@@ -15,6 +16,8 @@ OUTSIDE_HASH = (
     "dataset.archive",
     "dataset.archive_limit_gb",
     "dataset.images.max_pixels",
+    "dataset.images.unreadable",
+    "dataset.images.verify",
     "dataset.images.memory",
     "dataset.images.cache",
     "hardware.workers",

@@ -91,5 +91,6 @@ Fraction = Annotated[float, Range(minimum=0, maximum=1)]
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the option closest to `name`, or "" when none is close."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    known = {option.casefold(): option for option in options}
+    close = difflib.get_close_matches(name.casefold(), list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{known[close[0]]}'?" if close else ""

@@ -31,7 +31,14 @@ def load(root: Path, **changes: Any) -> Dataset:
         "archive_limit_gb": 500,
     }
     options |= {"test_fraction": 0.5, "channels": 3, "images": decoding(), "mean": [], "std": []}
-    options |= {"val_fraction": 0.0, "seed": 0, "augment": []}
+    options |= {
+        "val_fraction": 0.0,
+        "seed": 0,
+        "augment": [],
+        "empty_classes": "error",
+        "splits": None,
+        "classes": "top",
+    }
     return (folder_domains if "domains" in changes else folder)(**(options | changes))
 
 
@@ -115,11 +122,14 @@ def test_folders_within_a_class_links_and_hidden_files(two: Path, tmp_path: Path
     (two / "train" / "dog" / "others").symlink_to(tmp_path / "elsewhere")
     (two / "train" / "dog" / "loop").symlink_to(two / "train")
     (two / "train" / "dog" / "self").symlink_to(two / "train" / "dog")
-    data = load(two)
+    data, notes = noted(two)
     extra = [name for name in names(data.train) if name.rpartition("/")[2] not in ("0.png", "1.png", "2.png", "3.png")]
-    assert extra[:3] == ["train/cat/more/a.JPG", "train/dog/linked.png", "train/dog/loop/cat/more/a.JPG"]
-    assert "train/dog/others/b.png" in extra and not any("loop/dog" in name or "self" in name for name in extra)
-    assert data.class_names == ("cat", "dog")
+    assert extra == ["train/cat/more/a.JPG", "train/dog/linked.png"] and data.class_names == ("cat", "dog")
+    assert notes == [
+        "data: 1 images are reached a second time through links, and count once: train/dog/others/b.png",
+        f"data: 2 links are not followed because they lead to a folder around them or nowhere: {two}/train/dog/loop, "
+        f"{two}/train/dog/self",
+    ]
 
 
 def test_files_that_are_no_images_are_left_out_with_a_warning(two: Path) -> None:
@@ -156,14 +166,20 @@ def test_grey_images(two: Path) -> None:
             lambda two: write(two / "test" / "cow" / "0.png"),
             "data: only test/ has the classes cow; add training images",
         ),
-        (lambda two: (two / "test" / "dog").rename(two / "test" / "Dog"), "train/dog and test/Dog differ only in case"),
+        (
+            lambda two: (two / "test" / "dog").rename(two / "test" / "Dog"),
+            "the classes 'dog' and 'Dog' (in test/) differ only in case; rename",
+        ),
         (lambda two: write(two / "train" / "CAT" / "0.png"), "the classes 'CAT' and 'cat' differ only in case; rename"),
         (lambda two: (two / "train" / "cow").mkdir(), "data: no training images of cow; add some, remove the class"),
         (
-            lambda two: (two / "test").rename(two / "valid"),
-            "data: contains train/ but no test/; expected train/",
+            lambda two: (two / "test").rename(two / "part"),
+            "data: contains train but no test part; add one, or set dataset.splits={train: train} to take",
         ),
-        (lambda two: (two / "train").rename(two / "training"), "no training images of test, training"),
+        (
+            lambda two: (two / "train").rename(two / "learn"),
+            "data: test look like parts of a data set, but there is no training part",
+        ),
         (lambda two: two.rename(two.parent / "moved"), "dataset.root: there is no folder"),
     ],
 )

@@ -26,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def load(path: Path | str, **changes: Any) -> Dataset:
     options: dict[str, Any] = {"config": None, "revision": None, "train": "train", "test": "test", "image": None}
     options |= {"label": None, "test_fraction": 0.5, "channels": 3, "images": decoding(), "mean": [], "std": []}
-    options |= {"val_fraction": 0.0, "seed": 0, "augment": []}
+    options |= {"val_fraction": 0.0, "seed": 0, "augment": [], "val": None, "empty_classes": "error"}
     return hf(path=str(path), **(options | changes))
 
 
@@ -89,7 +89,7 @@ def test_columns_must_be_named_where_there_are_several(tmp_path: Path) -> None:
     cells = [{"bytes": encoded(Image.new("L", (6, 6), 9)), "path": None}] * 2
     parts = {part: table([1, 0], classes, mask=cells) for part in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ConfigError, match=r"^dataset.image: name the column; 2 are of the kind Image \(of: picture"):
+    with pytest.raises(ConfigError, match=r"^dataset.image: name the column; 2 hold images \(of: picture"):
         load(tmp_path / "saved")
     assert torch.all(images(load(tmp_path / "saved", image="mask").train) == 9)
     for option, name in (("image", "kind"), ("image", "photo"), ("label", "label")):
@@ -104,7 +104,7 @@ def test_hidden_labels_and_damaged_images(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table([1, 0], classes), "test": table([-1, -1], classes)}).save_to_disk(
         tmp_path / "a"
     )
-    with pytest.raises(ConfigError, match=r"a, row 0: the column 'kind' names no class \(it holds -1\)"):
+    with pytest.raises(ConfigError, match=r"a, split test, row 0: the column 'kind' names no class \(it holds -1\)"):
         load(tmp_path / "a")
     good = {"bytes": encoded(Image.fromarray(noise(6, 6, 3))), "path": None}
     cells = [good, {"bytes": b"x", "path": None}, good, None]
@@ -118,7 +118,7 @@ def test_hidden_labels_and_damaged_images(tmp_path: Path) -> None:
     with collecting_warnings(notes := []):
         data = load(tmp_path / "b", images=decoding(unreadable="skip"))
     assert data.train.y.tolist() == [0, 1] and len(images(data.train)) == 2
-    assert notes[0].startswith("dataset=hf: 2 images are left out because they cannot be decoded: ")
+    assert notes[0].startswith("hf: 2 files are left out because they cannot be decoded: ")
 
 
 def test_a_data_set_that_brings_a_program_is_refused(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from clrun.data import images as module
 from clrun.data.decode import Decoding, FileList
 from clrun.data.features import frozen_features
-from clrun.data.images import FileImages, ImageSplit, JoinedImages, in_memory, unreadable
+from clrun.data.images import FileImages, ImageSplit, JoinedImages, in_memory
 from clrun.data.shifts import Rotation
 from clrun.data.split import Batch, Split, TensorSplit, concatenate
 from clrun.data.stream import Stream, Task
+from clrun.data.survey import survey
 from clrun.data.transforms import ImageTransform
 from clrun.running.evaluation import Evaluation
 from clrun.system.errors import ConfigError
@@ -134,7 +135,7 @@ def test_a_damaged_file_is_an_error_that_names_it(files: FileList, workers: int)
     with pytest.raises(ConfigError, match=r"13.png: cannot be decoded \(not an image"):
         whole(split_of(files, workers=workers))
     assert threading.active_count() == before
-    assert unreadable(split_of(files).images) == {
+    assert survey(files, decoding(verify="headers"), 3).problems == {
         13: f"{files.root}/13.png: cannot be decoded (not an image of a known format: BMP, GIF, JPEG, PNG, PPM, TIFF, "
         "WEBP)"
     }

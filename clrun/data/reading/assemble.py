@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clrun.data.reading.options import Reading
+from clrun.data.reading.text import some
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, warn
@@ -25,11 +26,13 @@ class Domains:
         names: names of the D domains.
         train: [N] long, the domain of each training row.
         test: likewise for the test rows; None if every domain is tested on all test rows.
+        val: likewise for the rows of a validation part; None without one.
     """
 
     names: Sequence[str]
     train: Tensor
     test: Tensor | None
+    val: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def assemble(
     mean: Iterable[float],
     std: Iterable[float],
     reading: Reading,
+    val: Rows | Split | None = None,
     groups: Groups | None = None,
     domains: Domains | None = None,
 ) -> Dataset:
@@ -90,20 +94,29 @@ def assemble(
         mean: mean of each channel over the training images, in [0, 1] units.
         std: standard deviation of each channel, likewise.
         reading: validation rows, seed and training augmentations.
+        val: validation rows, likewise, of a data set that has such a part; None to take them from the training rows.
         groups: named partitions of the classes, for `scenario=fixed_groups`.
         domains: the domains of the data set; validation rows are then taken from each class of each domain.
 
     Raises:
-        ConfigError: `reading.val_fraction` leaves a class without training rows.
+        ConfigError: `reading.val_fraction` leaves a class without training rows, or there is a validation part already.
     """
+    if val is not None and reading.val_fraction:
+        raise ConfigError(
+            "dataset.val_fraction: the data set has a validation part already; set dataset.val_fraction=0, or leave "
+            "the part out of dataset.splits, as in dataset.splits={train: train, test: test}"
+        )
     rows, tested = (part if isinstance(part, Split) else TensorSplit(*part) for part in (train, test))
     strata = rows.y if domains is None else domains.train * len(class_names) + rows.y
     kept, held_out = cut_validation(strata, reading.val_fraction, reading.seed, class_names=class_names)
+    validated = None if held_out is None else rows.select(held_out)
+    if val is not None:
+        validated = val if isinstance(val, Split) else TensorSplit(*val)
     whole = Dataset(
         name=name,
         train=rows if held_out is None else rows.select(kept),
         test=tested,
-        val=None if held_out is None else rows.select(held_out),
+        val=validated,
         num_classes=len(class_names),
         class_names=tuple(class_names),
         image_shape=tuple(rows.images.shape[1:]),
@@ -115,13 +128,21 @@ def assemble(
     )
     if domains is None:
         return whole
+    kept_domains = domains.train[kept]
+    held_domains = domains.val if held_out is None else domains.train[held_out]
     parts = []
     for k, domain in enumerate(domains.names):
-        own = tested if domains.test is None else tested.select((domains.test == k).nonzero()[:, 0])
-        train_rows = rows.select(kept[domains.train[kept] == k])
-        val_rows = None if held_out is None else rows.select(held_out[domains.train[held_out] == k])
-        parts.append(replace(whole, name=domain, train=train_rows, test=own, val=val_rows))
+        own = tested if domains.test is None else tested.select(_of(k, domains.test))
+        val_rows = None if validated is None or held_domains is None else validated.select(_of(k, held_domains))
+        parts.append(
+            replace(whole, name=domain, train=whole.train.select(_of(k, kept_domains)), test=own, val=val_rows)
+        )
     return replace(whole, parts=tuple(parts))
+
+
+def _of(domain: int, domains: Tensor) -> Tensor:
+    """Return the rows of one domain, [k] long."""
+    return (domains == domain).nonzero()[:, 0]
 
 
 def cut_validation(
@@ -129,8 +150,9 @@ def cut_validation(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows to train on and those to validate on (None for fraction 0), both [k] long and ascending.
 
-    Of each class the rounded `fraction` is set aside, but at least one row. The rows are drawn by (seed, class) alone
-    with NumPy's RandomState, whose stream is the same in all versions.
+    Of each class the rounded `fraction` is set aside, but at least one row; a class with one row keeps it, and a
+    warning names it. The rows are drawn by (seed, class) alone with NumPy's RandomState, whose stream is the same in
+    all versions.
 
     Args:
         labels: [N] long, class ids; or domain * C + class id to take the fraction from each class of each domain.
@@ -144,15 +166,21 @@ def cut_validation(
     if fraction == 0:
         return torch.arange(len(labels)), None
     held_out = torch.zeros(len(labels), dtype=torch.bool)
+    single = []
     for label in sorted(set(labels.tolist())):
         rows = (labels == label).nonzero()[:, 0]
         count = max(1, round(fraction * len(rows)))
+        name = class_names[label % len(class_names)] if class_names else str(label)
+        if len(rows) == 1 and fraction < 1:
+            single.append(name)
+            continue
         if count >= len(rows):
-            name = class_names[label % len(class_names)] if class_names else label
             raise ConfigError(
                 f"dataset.val_fraction: {fraction:g} leaves class {name} no training rows (it has {len(rows)}); "
                 "choose a smaller fraction"
             )
         shuffled = np.random.RandomState(derive(seed, "validation", label) % 2**32).permutation(len(rows))
         held_out[rows[torch.from_numpy(shuffled[:count])]] = True
+    if single:
+        warn(f"dataset.val_fraction: no validation rows of {some(single)}, with one training row each")
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]

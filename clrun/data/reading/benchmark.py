@@ -9,8 +9,9 @@ from typing import Any
 from clrun.data.images import ImageSplit, in_memory
 from clrun.data.reading.assemble import Domains, Groups, Published, check_counts
 from clrun.data.reading.image_files import from_files
-from clrun.data.reading.listing import Listing, class_folders, entries, list_classes, some
+from clrun.data.reading.listing import Listing, class_folders, entries, list_classes
 from clrun.data.reading.options import DownloadReading, ImageReading
+from clrun.data.reading.text import some
 from clrun.data.stream import Dataset
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, one_line

@@ -6,6 +6,7 @@ function of plain options, so that configurations stay flat: `dataset.val_fracti
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -15,7 +16,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 from clrun.data.augment import parse_augmentations
 from clrun.data.decode import Decoding
 from clrun.data.stream import Dataset
-from clrun.system.errors import Fraction
+from clrun.system.errors import ConfigError, Fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class StoredReading(Reading):
     @property
     def home(self) -> Path:
         """`root` as a path."""
-        return Path(self.root).expanduser()
+        return user_path(self.root, "dataset.root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,10 @@ class OwnReading(Reading):
         images: how images are decoded.
         mean: mean of each channel, in [0, 1] units; [] leaves pixels in [0, 1].
         std: standard deviation of each channel, likewise.
+        empty_classes: "error" refuses classes without training images, "drop" leaves them out.
+
+    Raises:
+        ConfigError: a standard deviation is not above 0, or `mean` and `std` differ in length.
     """
 
     test_fraction: Fraction
@@ -108,6 +113,18 @@ class OwnReading(Reading):
     images: Decoding
     mean: list[float]
     std: list[float]
+    empty_classes: Literal["error", "drop"]
+
+    def __post_init__(self) -> None:
+        """Refuse constants that cannot normalise images."""
+        super().__post_init__()
+        if not all(math.isfinite(value) and value > 0 for value in self.std):
+            raise ConfigError(f"dataset.std: every value must be above 0, got {self.std}; [] leaves pixels in [0, 1]")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, 1, 3):
+            raise ConfigError(
+                f"dataset.mean: mean and std need one value per channel (1 or 3), or none; got {self.mean} and "
+                f"{self.std}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +134,39 @@ class FolderReading(OwnReading):
     Attributes:
         name: name of the data set. It is part of the identity of a run; `root` is not.
         root: folder with the images.
+        splits: names of the folders of the parts, such as {train: a, test: b, val: c}; null finds them by their names,
+            {} reads every folder as a class.
+        classes: "top" makes one class of each folder in a part, with the folders in it; "path" makes one class of each
+            folder that holds images, named by its path.
     """
 
     name: str
     root: str
+    splits: dict[str, str | None] | None
+    classes: Literal["top", "path"]
 
     @property
     def home(self) -> Path:
         """`root` as a path."""
-        return Path(self.root).expanduser()
+        return user_path(self.root, "dataset.root")
+
+
+def user_path(text: str, key: str) -> Path:
+    """Return a path that the user has named; "~" stands for the user's home.
+
+    Args:
+        text: the path.
+        key: the option that names it, for messages.
+
+    Raises:
+        ConfigError: the path is empty, or the home of no user.
+    """
+    if not text.strip():
+        raise ConfigError(f"{key}: is empty; set it to a path (. is the present folder)")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: {text} names the home of an unknown user; write the whole path") from error
 
 
 Kind = TypeVar("Kind", bound=Reading)

@@ -41,6 +41,7 @@ def sequence(name: str, parts: Sequence[Dataset]) -> Dataset:
         mean=_average([part.mean for part in parts]),
         std=_average([part.std for part in parts]),
         parts=tuple(moved),
+        reading="; ".join(dict.fromkeys(part.reading for part in parts if part.reading)),
     )
 
 

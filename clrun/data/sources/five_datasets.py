@@ -20,6 +20,8 @@ LETTERS = Decoding(
     unreadable="skip",
     memory=512,
     cache=False,
+    range="auto",
+    verify="none",
 )  # as `dataset=notmnist` decodes
 
 

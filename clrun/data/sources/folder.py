@@ -1,33 +1,35 @@
 """The user's own folders of images: one data set, several domains of the same classes, or a sequence of data sets.
 
 There is one folder per class, and class ids follow the sorted names. Images may lie in folders within a class's folder.
-Links are followed, except those that lead back to a folder around them. Hidden files are ignored, and other files whose
-names are not those of images are left out with a warning. `clrun.data.decode.Decoding` says how images are decoded.
+Links are followed, except those that lead back to a folder around them; a file that is reached twice counts once.
+Hidden files and folders of file servers and archive programs are ignored, and other files whose names are not those of
+images are left out with a warning. `clrun.data.reading.layout` finds parts and classes, and
+`clrun.data.decode.Decoding` says how images are decoded.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from clrun.data.reading.archives import unpack
 from clrun.data.reading.assemble import Domains
-from clrun.data.reading.image_files import from_files, joined, numbered
-from clrun.data.reading.listing import Listing, by_hash, class_folders, entries, hidden, list_classes, some
-from clrun.data.reading.options import FolderReading, loader
+from clrun.data.reading.image_files import from_files, joined, numbered, with_note
+from clrun.data.reading.layout import merged_classes, part_of, tree
+from clrun.data.reading.listing import Listing, subfolders
+from clrun.data.reading.options import FolderReading, loader, user_path
 from clrun.data.reading.sequence import sequence
+from clrun.data.reading.text import some
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError, Positive
-
-LAYOUT = "expected train/ and test/ with one folder per class, or only one folder per class"
+from clrun.system.errors import ConfigError, Positive, warn
 
 
 @loader
 def folder(reading: FolderReading, *, archive: str | None, sha256: str | None, archive_limit_gb: Positive) -> Dataset:
     """Return the images of a folder: train/ and test/ with one folder per class each, or only one folder per class.
 
-    Without train/ and test/, the hash of an image's path (from the class's folder on, class included) decides whether
-    it is a test image, so that images added later do not move others between the parts.
+    The parts are found by their names (train, training, test, testing, val, valid, validation, dev; in any case), or
+    named by `reading.splits`. Without parts, the hash of an image's path (from the class's folder on, class included)
+    decides whether it is a test image, so that images added later do not move others between the parts.
 
     Args:
         reading: the common options.
@@ -40,10 +42,10 @@ def folder(reading: FolderReading, *, archive: str | None, sha256: str | None, a
             cannot be read; names the file or folder.
     """
     if archive is not None:
-        unpack(Path(archive).expanduser(), reading.home, sha256=sha256, limit_gb=archive_limit_gb)
-    tree = _tree(reading.home)
-    train, test = tree.parts(tree.classes, reading.home, reading.test_fraction)
-    return _dataset(reading, train, test, tree.classes)
+        unpack(user_path(archive, "dataset.archive"), reading.home, sha256=sha256, limit_gb=archive_limit_gb)
+    found = tree(reading.home, reading.splits, reading.classes)
+    train, test, val = found.parts(found.classes, found.home, reading.test_fraction)
+    return with_note(_dataset(reading, train, test, val, found.classes), found.said)
 
 
 @loader
@@ -69,16 +71,17 @@ def folder_domains(
     """
     home = reading.home
     if archive is not None:
-        unpack(Path(archive).expanduser(), home, sha256=sha256, limit_gb=archive_limit_gb)
-    chosen = domains or subfolders(home)
+        unpack(user_path(archive, "dataset.archive"), home, sha256=sha256, limit_gb=archive_limit_gb)
+    chosen = domains or _domains(home)
     _refuse_unknown(home, chosen)
-    trees = [_tree(home / domain) for domain in chosen]
-    classes = sorted({label for tree in trees for label in tree.classes})
-    parts = [tree.parts(classes, home, reading.test_fraction) for tree in trees]
-    trains, tests = [train for train, _ in parts], [test for _, test in parts]
-    return _dataset(
-        reading, joined(trains), joined(tests), classes, domains=Domains(chosen, numbered(trains), numbered(tests))
-    )
+    trees = [tree(home / domain, reading.splits, reading.classes) for domain in chosen]
+    classes = merged_classes(trees, str(home))
+    parts = [found.parts(classes, home, reading.test_fraction) for found in trees]
+    trains, tests = [train for train, _, _ in parts], [test for _, test, _ in parts]
+    vals = [val or Listing(home, (), (), found=True) for _, _, val in parts]
+    val = joined(vals) if any(val is not None for _, _, val in parts) else None
+    of = Domains(chosen, numbered(trains), numbered(tests), None if val is None else numbered(vals))
+    return _dataset(reading, joined(trains), joined(tests), val, classes, domains=of)
 
 
 @loader
@@ -93,7 +96,7 @@ def folder_sequence(reading: FolderReading, *, sets: list[str] | None) -> Datase
         ConfigError: a data set has no folder; or as `folder`.
     """
     home = reading.home
-    found = [entry.name for entry in entries(home) if entry.is_dir() and not hidden(entry.name)]
+    found = subfolders(home)
     for title in sets or ():
         if title not in found:
             there = some(found) or "none"
@@ -107,19 +110,32 @@ def folder_sequence(reading: FolderReading, *, sets: list[str] | None) -> Datase
         )
         for title in sets or found
     ]
+    if len({part.val is None for part in parts}) > 1:
+        lacking = some([part.name for part in parts if part.val is None])
+        raise ConfigError(
+            f"dataset.root: {lacking} in {reading.root} have no validation part, and others have one; add it or remove "
+            "the others, or name the parts to use, as in dataset.splits={train: train, test: test}"
+        )
     if not parts:
         raise ConfigError(f"dataset.root: no folders in {reading.root}; expected one per data set")
     return sequence(Path(reading.name).name, parts)
 
 
 def _dataset(
-    reading: FolderReading, train: Listing, test: Listing, classes: Sequence[str], *, domains: Domains | None = None
+    reading: FolderReading,
+    train: Listing,
+    test: Listing,
+    val: Listing | None,
+    classes: Sequence[str],
+    *,
+    domains: Domains | None = None,
 ) -> Dataset:
     """Return the data set of the listed images."""
     return from_files(
         Path(reading.name).name or "folder",
         train,
         test,
+        val=val,
         class_names=classes,
         channels=reading.channels,
         mean=reading.mean,
@@ -129,79 +145,25 @@ def _dataset(
     )
 
 
-def subfolders(home: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted, without hidden ones.
+def _domains(home: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted, without hidden ones; warn about names of parts.
 
     Raises:
         ConfigError: the folder cannot be read, or contains no folders.
     """
     if not home.is_dir():
         raise ConfigError(f"dataset.root: there is no folder {home}; expected one with one folder per domain")
-    found = [entry.name for entry in entries(home) if entry.is_dir() and not hidden(entry.name)]
+    found = subfolders(home)
     if not found:
         raise ConfigError(f"dataset.root: {home} contains no folders; expected one per domain")
+    if len(parts := [name for name in found if part_of(name) is not None]) > 1:
+        warn(f"{home}: {some(parts)} are learned as domains; if they are parts of one data set, use dataset=folder")
     return found
 
 
 def _refuse_unknown(home: Path, domains: Sequence[str]) -> None:
     """Refuse domains that have no folder."""
-    found = subfolders(home)
+    found = _domains(home)
     for domain in domains:
         if domain not in found:
             raise ConfigError(f"dataset.domains: no folder {domain!r} in {home} (there are: {some(found)})")
-
-
-@dataclass(frozen=True)
-class Tree:
-    """A folder with one folder per class, or two such folders for training and test images.
-
-    Attributes:
-        train: folder of the classes, or of their training images.
-        test: folder of their test images; None if there is none.
-        classes: names of the classes.
-    """
-
-    train: Path
-    test: Path | None
-    classes: list[str]
-
-    def parts(self, classes: Sequence[str], root: Path, fraction: float) -> tuple[Listing, Listing]:
-        """Return training and test images; the position in `classes` is the class id, and paths start from `root`.
-
-        Raises:
-            ConfigError: a folder cannot be read.
-        """
-        train = list_classes(self.train, classes, root=root)
-        if self.test is not None:
-            return train, list_classes(self.test, classes, root=root)
-        start = len(self.train.relative_to(root).as_posix()) + 1 if self.train != root else 0
-        return by_hash(train, fraction, start=start)
-
-
-def _tree(home: Path) -> Tree:
-    """Return the class folders of `home`, which may be divided into train/ and test/.
-
-    Raises:
-        ConfigError: there are no class folders, or a class has no training images.
-    """
-    if not home.is_dir():
-        raise ConfigError(f"dataset.root: there is no folder {home}; {LAYOUT}")
-    train, test = home / "train", home / "test"
-    if not train.is_dir():
-        classes = class_folders(home)
-        if not classes:
-            raise ConfigError(f"{home}: contains no folders; {LAYOUT}")
-        return Tree(home, None, classes)
-    if not test.is_dir():
-        raise ConfigError(f"{home}: contains train/ but no test/; {LAYOUT}")
-    classes = class_folders(train)
-    alone = sorted(set(class_folders(test)) - set(classes))
-    for name in alone:
-        twin = next((c for c in classes if c.casefold() == name.casefold()), None)
-        if twin is not None:
-            raise ConfigError(f"{home}: the classes train/{twin} and test/{name} differ only in case; rename one")
-    if alone:
-        raise ConfigError(f"{home}: only test/ has the classes {some(alone)}; add training images or remove them")
-    if not classes:
-        raise ConfigError(f"{train}: contains no class folders; {LAYOUT}")
-    return Tree(train, test, classes)

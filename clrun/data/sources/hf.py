@@ -4,7 +4,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from clrun.data.contents import Digests, StoredRows, bytes_digest, file_digest
-from clrun.data.images import FileImages, ImageSplit, unreadable
+from clrun.data.images import FileImages, ImageSplit
 from clrun.data.reading.assemble import assemble
-from clrun.data.reading.image_files import check_classes
-from clrun.data.reading.listing import in_test, printable, some
-from clrun.data.reading.options import OwnReading, loader
+from clrun.data.reading.class_names import distinct, match
+from clrun.data.reading.image_files import PARTS, check_classes, renumbered, usable, with_note
+from clrun.data.reading.listing import in_test
+from clrun.data.reading.options import OwnReading, loader, user_path
+from clrun.data.reading.text import printable
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, did_you_mean, one_line, warn
+from clrun.system.errors import ConfigError, did_you_mean, one_line
 
 OLDEST = 4  # from this version on the library refuses data sets with a program
 BATCH = 1000  # rows that are read at once for their digests
@@ -111,10 +113,14 @@ def hf(
     revision: str | None,
     train: str,
     test: str | None,
+    val: str | None,
     image: str | None,
     label: str | None,
 ) -> Dataset:
     """Return an image data set that the library `datasets` reads.
+
+    Classes of the splits are matched by name. A split whose classes are numbers without names has those of the training
+    split.
 
     Args:
         reading: the common options; the hash of a row's number decides whether it is a test row.
@@ -123,27 +129,43 @@ def hf(
         revision: commit or tag on the Hub; None for the newest.
         train: split with the training images.
         test: split with the test images; None to cut them from the training images.
-        image: column of the images; None if there is only one.
-        label: column of the classes; None for the only column of the type ClassLabel.
+        val: split with validation images; None for none.
+        image: column of the images (images, their bytes, or structs of bytes and path); None if there is only one.
+        label: column of the classes; None for the only column of the type ClassLabel, else the only other column.
 
     Raises:
         ConfigError: the library is missing or too old; the data set cannot be loaded or contains a program; there is no
-            such split or column; an image has no class.
+            such split or column; an image has no class; a class is in another split alone; images cannot be decoded.
     """
+    user_path(path, "dataset.path")
     columns = _Columns(path, _tables(path, config, revision), image, label)
-    parts, names = columns.parts(train, test, reading.test_fraction)
-    splits = [
-        _split(files, labels, reading, part) for (files, labels), part in zip(parts, ("train", "test"), strict=True)
-    ]
-    check_classes("hf", splits[0].y.tolist(), splits[1].y.tolist(), names, path)
-    return assemble(
+    parts, names = columns.parts(train, test, val, reading.test_fraction)
+    images, readable, note = usable("hf", [files for files, _ in parts], reading.images, reading.channels)
+    parts = [_kept(files, labels, keep) for (files, labels), keep in zip(parts, readable, strict=True)]
+    ids = check_classes("hf", [labels for _, labels in parts], names, path, empty=reading.empty_classes)
+    names, _ = renumbered(names, {}, ids)
+    splits = []
+    for (files, labels), part in zip(parts, PARTS, strict=False):
+        files, labels = _kept(files, [ids[label] for label in labels], [ids[label] >= 0 for label in labels])
+        stored = FileImages(files, images, channels=reading.channels, part=part)
+        splits.append(ImageSplit(stored, torch.tensor(labels, dtype=torch.long)))
+    dataset = assemble(
         "hf",
-        *splits,
+        splits[0],
+        splits[1],
+        val=splits[2] if val is not None else None,
         class_names=names,
         mean=reading.mean,
         std=reading.std,
         reading=reading,
     )
+    return with_note(dataset, note)
+
+
+def _kept(files: HubFiles, labels: Sequence[int], keep: Sequence[bool]) -> tuple[HubFiles, list[int]]:
+    """Return the rows marked in `keep` with their labels."""
+    rows = tuple(row for row, wanted in zip(files.rows, keep, strict=True) if wanted)
+    return replace(files, rows=rows), [label for label, wanted in zip(labels, keep, strict=True) if wanted]
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,7 @@ class _Columns:
         path: path of the data set.
         tables: its splits by name.
         image: column of the images; None if there is only one.
-        label: column of the classes; None for the only ClassLabel.
+        label: column of the classes; None for the only ClassLabel, else the only other column.
     """
 
     path: str
@@ -163,43 +185,24 @@ class _Columns:
     label: str | None
 
     def parts(
-        self, train: str, test: str | None, fraction: float
+        self, train: str, test: str | None, val: str | None, fraction: float
     ) -> tuple[list[tuple[HubFiles, list[int]]], list[str]]:
-        """Return files and labels (of all rows of the table) of the training and the test part, and the class names."""
-        chosen = [train, train if test is None else test]
-        tables = [_pick(self.tables, name, option) for name, option in zip(chosen, ("train", "test"), strict=True)]
-        image = _column(tables[0], self.image, "image", "Image")
-        label = _column(tables[0], self.label, "label", "ClassLabel")
-        values = [_labels(table, label, self.path) for table in tables]
-        names, numbers = _classes(tables[0], label, values)
-        tested = [test is not None or in_test(str(row), fraction) for row in range(len(values[1]))]
-        rows = (
-            tuple(row for row in range(len(values[0])) if test is not None or not tested[row]),
-            tuple(row for row, own in enumerate(tested) if own),
-        )
+        """Return files and labels of the training, the test and perhaps the validation part, and the class names."""
+        chosen = {"train": train, "test": train if test is None else test} | ({} if val is None else {"val": val})
+        tables = [_pick(self.tables, name, option) for option, name in chosen.items()]
+        image = _image_column(tables[0], self.image)
+        label = _label_column(tables[0], self.label, image)
+        names, labels = _classes(tables, label, self.path, list(chosen.values()))
+        rows: list[Sequence[int]] = [range(len(own)) for own in labels]
+        if test is None:
+            tested = [in_test(str(row), fraction) for row in rows[0]]
+            rows[0], rows[1] = ([row for row in rows[0] if tested[row] is part] for part in (False, True))
         undecoded = libraries.load("datasets").Image(decode=False)
-        parts = [
-            (
-                HubFiles(table.cast_column(image, undecoded), image, f"{self.path} {name}", own),
-                [numbers[v] for v in every],
-            )
-            for table, name, own, every in zip(tables, chosen, rows, values, strict=True)
-        ]
+        parts = []
+        for table, name, own, every in zip(tables, chosen.values(), rows, labels, strict=True):
+            files = HubFiles(table.cast_column(image, undecoded), image, f"{self.path} {name}", tuple(own))
+            parts.append((files, [every[row] for row in own]))
         return parts, names
-
-
-def _split(files: HubFiles, labels: Sequence[int], reading: OwnReading, part: str) -> ImageSplit:
-    """Return the rows of a table; with `unreadable=skip` without those that cannot be decoded."""
-    images, channels = reading.images, reading.channels
-    if images.unreadable == "skip":
-        problems = unreadable(FileImages(files, images, channels=channels, part=""))
-        if problems:
-            named = some([*problems.values()])
-            warn(f"dataset=hf: {len(problems)} images are left out because they cannot be decoded: {named}")
-        kept = tuple(row for k, row in enumerate(files.rows) if k not in problems)
-        files = HubFiles(files.table, files.column, files.title, kept)
-    stored = FileImages(files, images, channels=channels, part=part)
-    return ImageSplit(stored, torch.tensor([labels[row] for row in files.rows], dtype=torch.long))
 
 
 def _tables(path: str, config: str | None, revision: str | None) -> Any:
@@ -235,23 +238,50 @@ def _pick(tables: Any, name: str, option: str) -> Any:
     return tables[name]
 
 
-def _column(table: Any, name: str | None, option: str, kind: str) -> str:
-    """Return the column `name`, or the only one of this kind."""
-    columns: dict[str, str] = {column: type(feature).__name__ for column, feature in table.features.items()}
-    listed = ", ".join(f"{column} ({feature})" for column, feature in columns.items())
+def _listed(table: Any) -> str:
+    """Return the columns of a table with their types."""
+    return ", ".join(f"{column} ({type(feature).__name__})" for column, feature in table.features.items())
+
+
+def _holds_images(feature: Any) -> bool:
+    """Return whether a column may hold encoded images: as such, as bytes, or as structs of bytes and path."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return type(feature).__name__ == "Image" or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _image_column(table: Any, name: str | None) -> str:
+    """Return the column `name`, or the only one with images."""
     if name is not None:
-        if name not in columns or (kind == "Image" and columns[name] != kind):
-            what = "column of images" if kind == "Image" else "column"
-            raise ConfigError(f"dataset.{option}: there is no {what} '{name}' (there are: {listed})")
+        if name not in table.features or not _holds_images(table.features[name]):
+            raise ConfigError(f"dataset.image: there is no column of images '{name}' (there are: {_listed(table)})")
         return name
-    found = [column for column, feature in columns.items() if feature == kind]
+    declared = [column for column, feature in table.features.items() if type(feature).__name__ == "Image"]
+    found = declared or [column for column, feature in table.features.items() if _holds_images(feature)]
     if len(found) != 1:
-        raise ConfigError(f"dataset.{option}: name the column; {len(found)} are of the kind {kind} (of: {listed})")
-    return found[0]
+        raise ConfigError(f"dataset.image: name the column; {len(found)} hold images (of: {_listed(table)})")
+    return str(found[0])
+
+
+def _label_column(table: Any, name: str | None, image: str) -> str:
+    """Return the column `name`, or the only ClassLabel, or the only column beside the images."""
+    if name is not None:
+        if name not in table.features:
+            raise ConfigError(f"dataset.label: there is no column '{name}' (there are: {_listed(table)})")
+        return name
+    found = [column for column, feature in table.features.items() if type(feature).__name__ == "ClassLabel"]
+    others = [column for column in table.features if column != image]
+    if len(found) != 1 and len(others) != 1:
+        raise ConfigError(
+            f"dataset.label: name the column; {len(found)} are of the kind ClassLabel (of: {_listed(table)})"
+        )
+    return str(found[0] if len(found) == 1 else others[0])
 
 
 def _labels(table: Any, column: str, path: str) -> list[int | str]:
     """Return the values of the column of classes."""
+    if column not in table.features:
+        raise ConfigError(f"{path}: there is no column '{column}' (there are: {_listed(table)})")
     values = list(table[column])
     for row, value in enumerate(values):
         if not isinstance(value, int | str) or value == -1:
@@ -259,10 +289,38 @@ def _labels(table: Any, column: str, path: str) -> list[int | str]:
     return values
 
 
-def _classes(table: Any, column: str, values: Sequence[Sequence[int | str]]) -> tuple[list[str], dict[int | str, int]]:
-    """Return the names of the classes and the class id of each value: as the table numbers them, else sorted."""
-    names = getattr(table.features[column], "names", None)
-    if names is not None:
-        return [printable(name) for name in names], {label: label for label in range(len(names))}
-    found = sorted({value for part in values for value in part}, key=lambda value: (isinstance(value, str), value))
-    return [printable(str(value)) for value in found], {value: label for label, value in enumerate(found)}
+def _classes(tables: Sequence[Any], column: str, path: str, parts: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+    """Return the names of the classes, and the class id of each row of each table; classes are matched by name.
+
+    Args:
+        tables: the training table, then others.
+        column: the column of the classes.
+        path: path of the data set, for messages.
+        parts: name of the split of each table, for messages.
+
+    Raises:
+        ConfigError: a row has no class, or a class has no training rows.
+    """
+    own = [getattr(table.features.get(column), "names", None) for table in tables]
+    values = [_labels(table, column, f"{path}, split {part}") for table, part in zip(tables, parts, strict=True)]
+    known = own[0]
+    if known is None:
+        known = [str(v) for v in sorted(set(values[0]), key=lambda value: (isinstance(value, str), value))]
+    names = distinct(known, path)
+    labels = []
+    for part, titles, found in zip(parts, own, values, strict=True):
+        titles = titles if titles is not None else own[0]
+        present = list(dict.fromkeys(found))
+        shown = [_title(value, titles, f"{path}, split {part}") for value in present]
+        ids = dict(zip(present, match(names, shown, where=path, part=f"the split {part}"), strict=True))
+        labels.append([ids[value] for value in found])
+    return [printable(name) for name in names], labels
+
+
+def _title(value: int | str, names: Sequence[str] | None, where: str) -> str:
+    """Return the name of a class."""
+    if names is None or isinstance(value, str):
+        return str(value)
+    if not 0 <= value < len(names):
+        raise ConfigError(f"{where}: there is no class {value}, for there are {len(names)} names of classes")
+    return str(names[value])
