@@ -128,16 +128,25 @@ def assemble(
     )
     if domains is None:
         return whole
-    kept_domains = domains.train[kept]
     held_domains = domains.val if held_out is None else domains.train[held_out]
+    return replace(whole, parts=_domain_parts(whole, domains, domains.train[kept], held_domains))
+
+
+def _domain_parts(whole: Dataset, domains: Domains, trained: Tensor, validated: Tensor | None) -> tuple[Dataset, ...]:
+    """Return each domain of a data set as a data set.
+
+    Args:
+        whole: the data set.
+        domains: its domains.
+        trained: [N] long, the domain of each training row that is left after the validation rows were taken.
+        validated: likewise for the validation rows; None without any.
+    """
     parts = []
     for k, domain in enumerate(domains.names):
-        own = tested if domains.test is None else tested.select(_of(k, domains.test))
-        val_rows = None if validated is None or held_domains is None else validated.select(_of(k, held_domains))
-        parts.append(
-            replace(whole, name=domain, train=whole.train.select(_of(k, kept_domains)), test=own, val=val_rows)
-        )
-    return replace(whole, parts=tuple(parts))
+        test = whole.test if domains.test is None else whole.test.select(_of(k, domains.test))
+        val = None if whole.val is None or validated is None else whole.val.select(_of(k, validated))
+        parts.append(replace(whole, name=domain, train=whole.train.select(_of(k, trained)), test=test, val=val))
+    return tuple(parts)
 
 
 def _of(domain: int, domains: Tensor) -> Tensor:

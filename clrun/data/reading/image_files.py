@@ -87,12 +87,10 @@ def from_files(
         parts, domains = _kept(parts, domains, [[ids[label] >= 0 for label in part.labels] for part in parts])
         parts = [replace(part, labels=tuple(ids[label] for label in part.labels)) for part in parts]
         class_names, groups = renumbered(class_names, groups, ids)
-    splits = [_split(part, images, channels, of) for part, of in zip(parts, PARTS, strict=False)]
+    splits = {of: _split(part, images, channels, of) for part, of in zip(parts, PARTS, strict=False)}
     dataset = assemble(
         name,
-        splits[0],
-        splits[1],
-        val=splits[2] if val is not None else None,
+        **splits,
         class_names=[printable(label) for label in class_names],
         mean=tuple(mean),
         std=tuple(std),
