@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clrun import __version__
 from clrun.config.compose import Composer
+from clrun.reporting.tables import printable
 from clrun.running.jobs import run, task
 from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
 from clrun.system.failures import failure_lines
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if lines := failure_lines(error):
-            print("\n".join(f"clrun: {line}" for line in lines), file=sys.stderr)
+            print("\n".join(f"clrun: {printable(line)}" for line in lines), file=sys.stderr)
         else:
             traceback.print_exc()
         code = 2 if isinstance(error, ConfigError) else 1
@@ -62,7 +63,7 @@ def _warning(
 ) -> str:
     """Return the text of a warning; one line for a warning about the user's data."""
     if issubclass(category, DataWarning):
-        return f"clrun: warning: {message}\n"
+        return f"clrun: warning: {printable(str(message))}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
@@ -88,7 +89,7 @@ def _command(argv: list[str]) -> int:
             overrides = [*args.overrides, "hydra.mode=RUN"] if args.run else args.overrides
             failed = run(composer, overrides, sweep=args.multirun).failed
             for line in failed:
-                print(f"clrun: failed: {line}", file=sys.stderr)
+                print(f"clrun: failed: {printable(line)}", file=sys.stderr)
             return 1 if failed else 0
         composer.compose(
             args.overrides, sweep=args.multirun
@@ -161,7 +162,8 @@ def _report(words: list[str]) -> int:
     parser.add_argument("--pictures", action="store_true")  # draw the figure of every single run, even of more than 50
     args = parser.parse_intermixed_args(words)
     result = report(args.dirs, out=args.out, every_picture=args.pictures)
-    print(f"{result.text}\n\nreport: {result.page or 'no report is written for several folders; pass --out FOLDER'}")
+    page = printable(str(result.page or "no report is written for several folders; pass --out FOLDER"))
+    print(f"{result.text}\n\nreport: {page}")
     return 0
 
 
@@ -178,5 +180,5 @@ def _features(words: list[str]) -> int:
         raise ConfigError(f"features: --keep must be a number of gigabytes of at least 0, got {args.keep:g}")
     if args.action == "prune":
         FeatureCache(args.dir, limit=int(args.keep * 1e9)).make_room()
-    print(listing(args.dir))
+    print("\n".join(map(printable, listing(args.dir).split("\n"))))
     return 0

@@ -1,6 +1,8 @@
 """One run: start it, or read its folder."""
 
+import io
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,14 +16,17 @@ from clrun.reporting.tables import cost_totals
 from clrun.results.metrics import METRICS, AccuracyMatrix, summary
 from clrun.results.records import RunRecord
 from clrun.system import libraries
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, first_line
 from clrun.system.locks import lock_holder
+from clrun.system.reading import MB, read_regular
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from clrun.api.learner import Learner
 
+LOG_LIMIT = 256 * MB  # bytes of metrics.jsonl that are read
+PREDICTIONS_LIMIT = 512 * MB  # bytes of predictions.csv that are read
 Metrics = dict[str, float | None]
 
 
@@ -162,22 +167,30 @@ class Run:
             ConfigError: a line of the file cannot be read.
         """
         path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if not os.path.lexists(path):
+            return _frame([])
         try:
-            return _frame([json.loads(line) for line in lines])
-        except ValueError as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from error
+            records = [json.loads(line) for line in read_regular(path, LOG_LIMIT).splitlines()]
+            if not all(isinstance(record, dict) for record in records):
+                raise ValueError("a line is no record")
+            return _frame(records)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
 
     def predictions(self) -> "pd.DataFrame":
         """Return predictions.csv: task, row, label and the predicted class in each setting of every test row.
 
         Raises:
-            ConfigError: the run did not save them.
+            ConfigError: the run did not save them, or the file cannot be read.
         """
         path = self.folder / "predictions.csv"
-        if not path.exists():
+        if not os.path.lexists(path):
             raise ConfigError(f"{self.folder}: predictions were not saved; the run needs job.save_predictions")
-        frame: pd.DataFrame = libraries.load("pandas").read_csv(path)
+        try:
+            text = io.BytesIO(read_regular(path, PREDICTIONS_LIMIT))
+            frame: pd.DataFrame = libraries.load("pandas").read_csv(text)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
         return frame
 
     def learner(self, *, device: str | None = None, trust: Collection[str] = ()) -> "Learner":
@@ -254,7 +267,7 @@ def _load(folder: Path, *, trusted: bool) -> Run:
     """Return the run in a folder; the configuration of a trusted one comes from this process."""
     if not folder.is_dir():
         raise ConfigError(f"load: no such folder: {folder}")
-    if not (folder / "run.json").exists():
+    if not os.path.lexists(folder / "run.json"):
         below = list(run_folders(folder))
         advice = f"; load_sweep reads the {len(below)} below it" if below else ""
         raise ConfigError(f"load: no run (run.json) in {folder}{advice}")

@@ -26,11 +26,13 @@ import numpy.typing as npt
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import cache_folder, is_at, json_text, lock, open_own, replace_text, temporary_name
 from clrun.system.locks import exclusive
+from clrun.system.reading import MB, read_json
 
 SCHEMA = 1
 ABANDONED = 3600.0  # seconds without a write after which an unfinished file is removed as left by a crash
 HEADER = 128  # bytes of .npy before the rows
 BLOCK = 2**20  # bytes read at once for a checksum
+SIDECAR_LIMIT = MB  # bytes of KEY.json that are read
 MAPPED = 2**25  # bytes up to which features are read through a memory map
 
 Floats = npt.NDArray[np.float32]
@@ -349,10 +351,11 @@ def _identity(path: Path) -> tuple[str, int, int]:
 def _sidecar(path: Path) -> dict[str, Any]:
     """Return the record of the features at `path`; {} if there is none or it is unreadable."""
     try:
-        facts = json.loads(path.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
+        facts = read_json(path.with_suffix(".json"), remedy="", limit=SIDECAR_LIMIT)
+    except ConfigError:
         return {}
-    return facts if isinstance(facts, dict) and facts.get("schema") == SCHEMA else {}
+    sound = isinstance(facts, dict) and facts.get("schema") == SCHEMA and isinstance(facts.get("about", {}), dict)
+    return facts if sound else {}
 
 
 def _locked(path: Path, *, shared: bool) -> BinaryIO | None:

@@ -10,7 +10,7 @@ from clrun.reporting.charts import text
 from clrun.reporting.collect import Run
 from clrun.reporting.groups import Group, differing, labels
 from clrun.reporting.markup import Cell, details, number, order_text, section, table
-from clrun.reporting.tables import SETTINGS
+from clrun.reporting.tables import SETTINGS, command
 from clrun.system.yaml_files import conf_dir, description
 
 LISTED = 200  # most rows of the list of missing runs, and most commands
@@ -121,7 +121,12 @@ def _grid(group: Group) -> str:
 
 
 def _command(run: Run) -> str:
-    return shlex.join(["clrun", *(o for o in run.overrides if not o.startswith("hydra."))]) if run.overrides else "–"
+    return command(_words(run)) or "–" if run.overrides else "–"
+
+
+def _words(run: Run) -> list[str]:
+    """Return the overrides of a run without those of Hydra's own options."""
+    return [word for word in run.overrides if not word.startswith("hydra.")]
 
 
 def reproduction_section(groups: Sequence[Group]) -> str:
@@ -134,6 +139,11 @@ def reproduction_section(groups: Sequence[Group]) -> str:
         if lines
         else "<p>The files of the runs do not record their commands.</p>"
     )
+    if refused := sum(bool(run.overrides) and command(_words(run)) is None for run in every):
+        body += (
+            f"<p>The commands of {refused} runs are not shown: they have words that are no plain overrides, or name a "
+            "class or function. Their overrides are in run.json.</p>"
+        )
     body += "<h3>Versions</h3>" + table(["component", "version"], _versions(every), kind="text")
     names = {task: name for run in every for task, name in run.task_names.items()}
     orders = sorted({run.order for run in every if run.order})
@@ -154,15 +164,15 @@ def text_lines(lines: Sequence[str]) -> str:
 def commands(runs: Sequence[Run]) -> list[str]:
     """Return command lines that start these runs.
 
-    Runs that form more than half of a grid of values become one sweep, with a comment when the sweep has more runs than
-    are here. Other runs, and runs with commas in a value (lists), become one command each.
+    A run with an override that `clrun.reporting.tables.command` refuses has none. Runs that form more than half of a
+    grid of values become one sweep, with a comment when the sweep has more runs than are here. Other runs, and runs
+    with commas in a value (lists), become one command each.
     """
     started: dict[tuple[str, ...], dict[str, dict[str, None]]] = {}
     lists: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for run in runs:
-        words = [word for word in run.overrides if not word.startswith("hydra.")]
-        pairs = sorted(word.partition("=")[::2] for word in words)
-        if not pairs:
+        pairs = sorted(word.partition("=")[::2] for word in _words(run))
+        if not pairs or command(_words(run)) is None:
             continue
         keys = tuple(key for key, _ in pairs)
         values = started.setdefault(keys, {key: {} for key in keys})
@@ -177,8 +187,14 @@ def commands(runs: Sequence[Run]) -> list[str]:
             rest = f"  # starts {size} runs; {len(found)} of them are in this report" if len(found) < size else ""
             lines.append(shlex.join(["clrun", *(["-m"] if size > 1 else []), *words]) + rest)
         else:
-            lines += [shlex.join(["clrun", *map("=".join, zip(keys, values, strict=True))]) for values in found]
+            lines += [shlex.join(["clrun", *map(_word, zip(keys, values, strict=True))]) for values in found]
     return lines
+
+
+def _word(pair: tuple[str, str]) -> str:
+    """Return an override; one that removes a key has no value."""
+    key, value = pair
+    return key if key.startswith("~") and not value else f"{key}={value}"
 
 
 def _natural(value: str) -> tuple[int, str]:

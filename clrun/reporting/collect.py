@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clrun.reporting.tables import cost_totals
+import numpy as np
+
+from clrun.reporting.tables import cost_totals, printable
 from clrun.results.identity import flatten
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
-from clrun.results.records import RunRecord
+from clrun.results.records import CELLS_PER_ROW, RunRecord
 from clrun.system.errors import ConfigError
 from clrun.system.locks import lock_holder
 
@@ -34,6 +36,7 @@ class Run:
         metrics: metrics by setting and name.
         finals: final accuracy of each task id, by setting; only settings in which every task was evaluated.
         matrices: accuracies [T, T] by setting; row i is after i + 1 tasks, a column is a position; NaN = not evaluated.
+            A setting in which next to nothing was evaluated is left out.
         task_names: names by task id, as far as stored.
         overrides: overrides of the command line that started the run.
         versions: versions and device, as stored.
@@ -93,7 +96,7 @@ def collect(roots: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
             if (real := folder.resolve()) in seen:
                 continue
             seen.add(real)
-            label = folder.relative_to(root).as_posix() if len(roots) == 1 else folder.as_posix()
+            label = printable(folder.relative_to(root).as_posix() if len(roots) == 1 else folder.as_posix())
             try:
                 runs.append(_reduced(RunRecord.load(folder), label))
             except ConfigError as error:
@@ -106,6 +109,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
     config = record.config
     interrupted = record.status == "running" and lock_holder(record.folder / "lock") is None
     matrices = dict(_evaluated(record))
+    filled = {setting: matrix for setting, matrix in matrices.items() if _is_filled(matrix)}
     parameters, state_bytes, train_seconds = cost_totals(record.cost)
     return Run(
         folder=record.folder,
@@ -120,8 +124,8 @@ def _reduced(record: RunRecord, label: str) -> Run:
         order=record.order,
         config=flatten(config),
         metrics={setting: summary(matrix) for setting, matrix in matrices.items()},
-        finals={setting: finals for setting, m in matrices.items() if not _has_nan(finals := m.final())},
-        matrices={setting: matrix.by_position()[1:] for setting, matrix in matrices.items()},
+        finals={setting: finals for setting, m in filled.items() if not _has_nan(finals := m.final())},
+        matrices={setting: matrix.by_position()[1:] for setting, matrix in filled.items()},
         task_names=dict(zip(record.order, _strings(record, "task_names"), strict=False)),
         overrides=_strings(record, "overrides"),
         versions=record.versions,
@@ -139,6 +143,11 @@ def _evaluated(record: RunRecord) -> Iterable[tuple[str, AccuracyMatrix]]:
     job = record.config.get("job")
     split = job.get("eval_split", "test") if isinstance(job, dict) else "test"
     return ((setting, matrix) for (name, setting), matrix in record.matrices.items() if name == split)
+
+
+def _is_filled(matrix: AccuracyMatrix) -> bool:
+    """Return whether a proportionate part of the cells was evaluated; a report does not keep other matrices."""
+    return bool(np.count_nonzero(~np.isnan(matrix.correct)) * CELLS_PER_ROW >= matrix.correct.size)
 
 
 def _has_nan(finals: Mapping[int, float]) -> bool:

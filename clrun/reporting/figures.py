@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ANNOTATED = 12  # tasks up to which every cell shows its number and every axis its task names
 TICKS = 20  # most labels on an axis
+TITLE = 80  # characters of the run's name in the title
 NAME = 16  # characters of a task's name
 
 
@@ -70,7 +71,7 @@ def _matrices(run: Mapping[str, Any], path: Path) -> dict[str, Floats]:
         matrices = {
             s: np.array(run["accuracy_matrix"][s], dtype=np.float64) for s in settings_of(run["accuracy_matrix"])
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         matrices = {}
     if not matrices or any(matrix.shape != (tasks, tasks) for matrix in matrices.values()):
         raise ConfigError(
@@ -146,6 +147,7 @@ def _title(figure: "Figure", run: Mapping[str, Any]) -> None:
     """Set the title: name of the run, its seed and, where there is room, its task order."""
     order = " ".join(map(str, run["task_order"]))
     name = printable(str(run.get("name", "")))
+    name = name if len(name) <= TITLE else name[: TITLE - 1] + "…"
     title = f"{name}, seed {run.get('seed')}"
     if len(order) <= 60:
         title += f"\ntask order {order}"

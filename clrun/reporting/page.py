@@ -4,6 +4,8 @@ The HTML is written without a template library, which keeps large reports fast. 
 value is a dash; runs that failed or are missing are listed before the results.
 """
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -63,7 +65,11 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """Return the text of report.html. The same runs give the same text."""
+    """Return the text of report.html. The same runs give the same text.
+
+    Its Content-Security-Policy allows this style and this script alone, and no request: if a text of a run ever got
+    past the escaping, the browser would neither execute it nor send anything.
+    """
     settings = page.settings()
     first = settings[0] if settings else ""
     parts = [_header(page), appendix.problems_section(page.groups, page.robustness, page.skipped), _switch(settings)]
@@ -80,14 +86,23 @@ def render(page: Page) -> str:
     ]
     here = files("clrun.reporting")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("report.css", "report.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}; base-uri 'none'"
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}; form-action \'none\'">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         f"<title>{text(page.title)}: clrun report</title><style>{style}</style></head>"
         f'<body data-setting="{first}"><main>{"".join(parts)}</main><div id="tip" role="status" hidden></div>'
         f"<script>{script}</script></body></html>\n"
     )
+
+
+def _digest(inline: str) -> str:
+    """Return how a Content-Security-Policy names an inline style or script: no other one is used by the browser."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
 def _header(page: Page) -> str:

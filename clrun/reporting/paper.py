@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 12  # a figure with one panel per method shows this number of methods, the best ones
+ROWS = 100  # a figure with one row per method shows this number of methods, the best ones
 COLUMNS = 4  # panels per row
 DPI = 200
 BLUE, ORANGE, GREY = "#0b62c4", "#b3400a", "#777777"
@@ -192,6 +193,7 @@ def _rows(axes: "Axes", names: Sequence[str], title: str) -> None:
 
 
 def _accuracy(entries: Standings) -> "Figure | None":
+    entries = entries[:ROWS]
     figure = _figure(5.2, 0.9 + 0.28 * len(entries))
     axes = figure.subplots()
     for y, (_, _, entry) in enumerate(entries):
@@ -205,7 +207,7 @@ def _accuracy(entries: Standings) -> "Figure | None":
 
 
 def _order_effect(entries: Standings) -> "Figure | None":
-    known = [item for item in entries if item[2]["aopd"] is not None]
+    known = [item for item in entries if item[2]["aopd"] is not None][:ROWS]
     if not known:
         return None
     figure = _figure(5.2, 0.9 + 0.28 * len(known))
@@ -219,7 +221,7 @@ def _order_effect(entries: Standings) -> "Figure | None":
 
 
 def _variance(entries: Standings) -> "Figure | None":
-    known = [item for item in entries if item[2]["task_order_variance"] is not None]
+    known = [item for item in entries if item[2]["task_order_variance"] is not None][:ROWS]
     if not known:
         return None
     figure = _figure(5.2, 0.9 + 0.36 * len(known))

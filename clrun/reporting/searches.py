@@ -9,15 +9,15 @@ from typing import Any
 
 from clrun.reporting.charts import path_of_search, text
 from clrun.reporting.markup import Cell, details, figure, number, order_text, section, table
-from clrun.reporting.tables import SETTINGS, WIDTH, points, printable
+from clrun.reporting.tables import SETTINGS, WIDTH, command, points, printable
+from clrun.results.schema import search_problem
 from clrun.system.errors import ConfigError
-from clrun.system.files import read_json
+from clrun.system.reading import MB, read_json
 
 RECORD = "order_search.json"
 SCHEMA = 1
 LISTED = 40  # number of orders up to which the table of a search is shown unfolded
-KEYS = {"name", "choices", "config_hash", "setting", "budget", "started", "status", "worst", "trials", "again"}
-TRIAL = {"number", "order", "accuracy", "source", "parent", "move", "reused", "status", "folder"}
+LIMIT = 64 * MB  # bytes of the file that are read
 Search = Mapping[str, Any]
 
 
@@ -27,11 +27,12 @@ def read_search(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read or was not written by this version of clrun.
     """
-    search = read_json(path, remedy="remove the file to start a new search")
-    sound = isinstance(search, dict) and search.get("schema") == SCHEMA and search.keys() >= KEYS
-    if not sound or not all(isinstance(trial, dict) and trial.keys() >= TRIAL for trial in search["trials"]):
+    search = read_json(path, remedy="remove the file to start a new search", limit=LIMIT)
+    if not isinstance(search, dict) or search.get("schema") != SCHEMA:
         raise ConfigError(f"{path}: was not written by this version of clrun; remove the file to start a new search")
-    return dict(search)
+    if problem := search_problem(search):
+        raise ConfigError(f"{path}: {problem}; remove the file to start a new search")
+    return search
 
 
 def find_searches(roots: Sequence[Path]) -> tuple[list[Search], list[tuple[str, str]]]:
@@ -45,7 +46,7 @@ def find_searches(roots: Sequence[Path]) -> tuple[list[Search], list[tuple[str, 
                 try:
                     found.append(read_search(Path(folder) / RECORD))
                 except ConfigError as error:
-                    skipped.append((os.path.relpath(folder, root), str(error)))
+                    skipped.append((printable(os.path.relpath(folder, root)), str(error)))
     return found, skipped
 
 
@@ -61,21 +62,30 @@ def conclusion(search: Search) -> str:
     counted = f"{len(known)} orders ({sum(trial['reused'] for trial in known)} of them reused)"
     if low == high:
         return f"all {counted} have the same accuracy, {points(low)} points: the order makes no difference."
-    worst = search["worst"]
+    worst = min(known, key=lambda trial: trial["accuracy"])
     listed = ",".join(map(str, worst["order"]))
+    again = _again(search["again"], f"task_order.tasks=[{listed}]")
     return (
         f"the worst of {counted} is {order_text(worst['order'])} with {points(low)} points; the best has "
-        f"{points(high)}. The lowest of many accuracies is low in part by chance; to check it with other seeds, run:\n"
-        f"{search['again']} "
-        f"{shlex.quote(f'task_order.tasks=[{listed}]')}"
+        f"{points(high)}. The lowest of many accuracies is low in part by chance; to check it with other seeds, "
+        + (f"run:\n{again}" if again else "run it again (the command that the file names is not shown).")
     )
+
+
+def _again(stored: str, order: str) -> str | None:
+    """Return the stored command with an order, built anew from its words; None when it is not a plain command."""
+    try:
+        program, *words = shlex.split(stored)
+    except ValueError:
+        return None
+    return command([*words, order]) if program == "clrun" else None
 
 
 def printed_conclusion(search: Search) -> str:
     """Return the conclusion wrapped for the terminal; the command stays on one line."""
-    found, _, command = conclusion(search).partition("\n")
+    found, _, again = conclusion(search).partition("\n")
     lines = textwrap.wrap(f"search for the worst order, {method_of(search)}: {printable(found)}", WIDTH)
-    return "\n".join([*lines, *([command] if command else [])])
+    return "\n".join([*lines, *([again] if again else [])])
 
 
 def method_of(search: Search) -> str:
@@ -90,7 +100,7 @@ def search_sections(searches: Sequence[Search]) -> str:
 
 def _section(search: Search) -> str:
     title = f"Search for the worst order: {method_of(search)}"
-    first, _, command = conclusion(search).partition("\n")
+    first, _, command_line = conclusion(search).partition("\n")
     rows = [
         [
             Cell(f"{trial['number']}", trial["number"]),
@@ -116,7 +126,7 @@ def _section(search: Search) -> str:
         f"{search['budget']} runs were started; status: {search['status']}."
     )
     picture = figure(path_of_search(dots, "number of the order"), caption) if dots else ""
-    again = f"<pre>{text(command)}</pre>" if command else ""
+    again = f"<pre>{text(command_line)}</pre>" if command_line else ""
     said = f"<p>{text(first[0].upper() + first[1:])}</p>{again}"
     return section(title, f'{said}<div class="figures">{picture}</div>{listed}')
 

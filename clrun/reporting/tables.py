@@ -3,11 +3,14 @@
 Our own text is ASCII; names that come from elsewhere go through `printable`.
 """
 
+import re
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+OVERRIDE = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w./@-]*(=|$)")
 WIDTH = 100
 LISTED = 20  # most entries of a list
 WIDE = 10  # with more tasks a row of the matrix shows a summary instead of every cell
@@ -32,6 +35,20 @@ def settings_of(present: Mapping[str, Any]) -> list[str]:
 def printable(text: str) -> str:
     """Return `text` on one line; control characters, which a terminal would execute, are written as escapes."""
     return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+
+
+def command(words: Sequence[str]) -> str | None:
+    """Return the command `clrun` with these words quoted for a shell; None when a word is neither -m nor an override.
+
+    The words may come from the files of somebody else. An override of Hydra's own options, of the class or function
+    that a node names, or with characters that cannot be seen is never suggested.
+    """
+    for word in words:
+        key, _, _ = word.partition("=")
+        safe = word == "-m" or (OVERRIDE.match(word) and not key.lstrip("+~").startswith("hydra"))
+        if not safe or not word.isprintable() or "_target_" in word:
+            return None
+    return shlex.join(["clrun", *words])
 
 
 def points(value: float | None, width: int = 0) -> str:

@@ -8,32 +8,41 @@ samples whose predicted class belongs to their task), `nll` (mean negative log-l
 """
 
 import csv
+import io
 import json
+import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
 from clrun.results.metrics import AccuracyMatrix, Row
+from clrun.results.schema import SETTINGS, SPLITS, run_problem
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import (
     append_text,
     csv_text,
     json_text,
     make_folder,
-    read_json,
-    read_regular,
     refuse_links,
     replace_text,
     replacing,
 )
 from clrun.system.locks import folder_locked
+from clrun.system.reading import MB, read_json, read_regular
 
 SCHEMA = 1
 FOLDERS = (".hydra", "logits", "tensorboard")  # folders in the folder of a run
+RUN_LIMIT = 256 * MB  # bytes of run.json that are read
+ROWS_LIMIT = 512 * MB  # bytes of accuracy.csv that are read
+BLOCK = 10_000  # lines of accuracy.csv that are held as text at the same time
+ALWAYS = 1_000_000  # cells of a matrix that is made for any number of rows
+CELLS_PER_ROW = 64  # cells per row of accuracy.csv in a larger matrix; a matrix with all its rows has about 2
 COLUMNS = (
     "step",
     "position",
@@ -96,7 +105,7 @@ class RunFolder:
         Raises:
             ConfigError: the file cannot be read or was not written by this version of clrun.
         """
-        return read_run(self.path) if (self.path / "run.json").exists() else None
+        return read_run(self.path) if _is_there(self.path / "run.json") else None
 
     def append_rows(self, rows: Iterable[Row]) -> None:
         """Append rows to accuracy.csv, sorted by (position, task_position, setting); a new file gets a header."""
@@ -176,17 +185,7 @@ class RunRecord:
         run = read_run(run_dir)
         order = tuple(run["task_order"] or ())
         path = run_dir / "accuracy.csv"
-        groups: dict[tuple[str, str], list[list[int]]] = {}
-        if order and path.exists():
-            columns = _columns(path)
-            cells = zip(*(columns[name] for name in ("split", "setting", "phase", *CELL)), strict=True)
-            for split, setting, phase, *cell in cells:
-                if phase == "end":
-                    groups.setdefault((split, setting), []).append(cell)
-        try:
-            matrices = {key: AccuracyMatrix.from_cells(found, order=order) for key, found in groups.items()}
-        except ValueError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        matrices = _matrices(path, order) if order and _is_there(path) else {}
         return cls(
             folder=run_dir,
             name=str(run["name"]),
@@ -211,36 +210,76 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or was not written by this version of clrun.
     """
     path = run_dir / "run.json"
-    run = read_json(path, remedy="remove it to run again")
+    run = read_json(path, remedy="remove it to run again", limit=RUN_LIMIT)
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         raise ConfigError(f"{path}: not written by this version of clrun (schema {SCHEMA}); remove it to run again")
-    order = run.get("task_order") or []
-    sound = isinstance(run.get("config"), dict) and isinstance(run.get("status"), str) and _is_int(run.get("seed"))
-    sound = sound and all(isinstance(run.get(key) or {}, dict) for key in ("choices", "cost", "versions", "logme"))
-    if not sound or not isinstance(order, list) or not all(map(_is_int, order)) or len(set(order)) < len(order):
-        raise ConfigError(f"{path}: config, status, seed or task_order is missing or malformed; remove it to run again")
+    if problem := run_problem(run):
+        raise ConfigError(f"{path}: {problem}; remove it to run again")
     return {"name": "", "task_order": None, **run}
 
 
-def _columns(path: Path) -> dict[str, list[Any]]:
-    """Return the columns of an accuracy.csv by name.
+def _matrices(path: Path, order: tuple[int, ...]) -> dict[tuple[str, str], AccuracyMatrix]:
+    """Return the counts at the ends of tasks in an accuracy.csv by (split, setting).
 
-    Columns and not one mapping per row, because a report reads a million rows. An incomplete last line, which a kill
-    may leave, is left out.
+    A matrix has as many cells as the square of the number of tasks. Beyond `ALWAYS` cells it is made only for a
+    proportionate number of rows, so that memory is linear in the size of the file.
 
     Raises:
-        ConfigError: the file cannot be read or has other columns.
+        ConfigError: the file cannot be read, has other columns, or contradicts the order.
     """
     try:
-        text = read_regular(path).decode()
-        lines = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
-        if not lines or tuple(lines[0]) != COLUMNS:
-            raise ValueError("its first line is not the header of accuracy.csv")
-        values = list(zip(*lines[1:], strict=True)) or [()] * len(COLUMNS)
-        kinds = [int if name in INTEGERS else float if name == "nll" else str for name in COLUMNS]
-        return {name: list(map(kind, column)) for name, kind, column in zip(COLUMNS, kinds, values, strict=True)}
-    except (OSError, ValueError, csv.Error) as error:
+        groups = _cells_by_group(path)
+        tasks = len(order)
+        for (split, setting), cells in groups.items():
+            rows = len(cells) // len(CELL)
+            if (tasks + 1) * tasks > max(ALWAYS, CELLS_PER_ROW * rows):
+                raise ValueError(
+                    f"{rows} rows of {split} {setting} are too few for a matrix of {tasks} tasks; read it again when "
+                    "more tasks are learned"
+                )
+        width = len(CELL)
+        return {
+            key: AccuracyMatrix.from_cells((cells[i : i + width] for i in range(0, len(cells), width)), order=order)
+            for key, cells in groups.items()
+        }
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
+
+
+def _cells_by_group(path: Path) -> dict[tuple[str, str], "array[int]"]:
+    """Return the columns `CELL` of the rows at the ends of tasks, one row after the other, by (split, setting).
+
+    An incomplete last line, which a kill may leave, is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no text, has other columns, or a value of another type.
+    """
+    data = read_regular(path, ROWS_LIMIT)
+    lines = io.TextIOWrapper(io.BytesIO(data[: data.rfind(b"\n") + 1]), encoding="utf-8", newline="")
+    reader = csv.reader(lines, strict=True)
+    if tuple(next(reader, ())) != COLUMNS:
+        raise ValueError("its first line is not the header of accuracy.csv")
+    groups: dict[tuple[str, str], array[int]] = {}
+    while block := list(islice(reader, BLOCK)):
+        for split, setting, phase, *cell in _typed(block):
+            if phase == "end":
+                groups.setdefault((split, setting), array("q")).extend(cell)
+    return groups
+
+
+def _typed(block: list[list[str]]) -> Iterator[tuple[Any, ...]]:
+    """Return (split, setting, phase, *CELL) of each row, after the types of all columns were checked.
+
+    Columns and not rows are converted, because a report reads a million rows.
+    """
+    texts = dict(zip(COLUMNS, zip(*block, strict=True), strict=True))
+    columns: dict[str, Any] = {name: list(map(int, texts[name])) for name in INTEGERS}
+    list(map(float, texts["nll"]))
+    if unknown := (set(texts["split"]) - set(SPLITS)) | (set(texts["setting"]) - set(SETTINGS)):
+        raise ValueError(f"'{min(unknown)[:40]}' is no split and no setting")
+    named = ("split", "setting", "phase")
+    return zip(*(texts[name] for name in named), *(columns[name] for name in CELL), strict=True)
 
 
 def _header() -> str:
@@ -263,5 +302,6 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_there(path: Path) -> bool:
+    """Return whether something has this name, be it a link to nothing."""
+    return os.path.lexists(path)

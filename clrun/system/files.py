@@ -6,10 +6,8 @@ are renamed within that folder; files that exist are opened without following a 
 whole after a kill and on a full disk. Locks are in `clrun.system.locks`.
 """
 
-import csv
 import errno
 import fcntl
-import io
 import json
 import math
 import os
@@ -28,7 +26,11 @@ MODE = 0o666  # of new files; the umask takes bits away, so that all of them are
 TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")  # names of files that are being written
 ABANDONED = 3600.0  # seconds after which a file that was being written is left over, where there are no locks
 LINK = "is a symbolic link, through which clrun does not write; remove it or choose another folder"
-FORMULA = re.compile(r"[=+\-@\t\r]")
+BREAK = r"\n\r\u2028\u2029"  # characters that end a line for some reader; others are control characters
+CONTROL = re.compile(r"[\0-\x08\v\f\x0e-\x1f\x7f-\x9f]")  # a terminal would execute them
+FORMULA = re.compile(rf"(?:\A|(?<=[{BREAK}]))(?=[^\S{BREAK}]*[=+\-@\t\r\uff1d\uff0b\uff0d\uff20])")
+EMPTY = '""'  # a line with one empty cell; readers skip a line without characters
+QUOTED = re.compile(rf'[",{BREAK}]')
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -240,53 +242,42 @@ def json_value(value: Any) -> Any:
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """Return `value` as JSON text with a line end; see `json_value`."""
-    return json.dumps(json_value(value), indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+    return encodable(json.dumps(json_value(value), indent=indent, allow_nan=False, ensure_ascii=False)) + "\n"
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Return `rows` as CSV text with LF line ends; cells are written by `csv_cell`."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
-    return buffer.getvalue()
+    """Return `rows` as CSV text with LF line ends; cells are written by `csv_cell`.
+
+    A cell with a quote, a comma or any character that ends a line is quoted, so that every reader finds the same cells.
+    """
+    lines = (",".join(map(_quoted, map(csv_cell, row))) for row in rows)
+    return "".join(f"{line or EMPTY}\n" for line in lines)
 
 
 def csv_cell(value: Any) -> str:
     """Return the text of one CSV cell: floats in full precision, None as an empty cell.
 
-    A spreadsheet would run a text that begins with = + - @, tab or carriage return as a formula. Such a text gets a
-    leading apostrophe unless it is a number.
+    A spreadsheet would run a text that begins with = + - @, tab or carriage return as a formula, and a reader that does
+    not know quotes begins a new cell after each line break. An apostrophe is put before each such beginning, unless the
+    whole text is a number. Other control characters, and half characters (lone surrogates, as in the name of a foreign
+    folder), are written as escapes.
     """
     if value is None:
         return ""
     text = str(value)
-    return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
+    if NUMBER.fullmatch(text):
+        return text
+    text = CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", encodable(text))
+    return FORMULA.sub("'", text)
 
 
-def read_json(path: Path, *, remedy: str) -> Any:
-    """Return the content of a JSON file.
-
-    Args:
-        path: a regular file; a pipe or device of that name is refused because reading it could block for ever.
-        remedy: end of the error message, which says what to do.
-
-    Raises:
-        ConfigError: the file cannot be read or is not JSON.
-    """
-    try:
-        return json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from error
+def encodable(text: str) -> str:
+    """Return `text` with half characters (lone surrogates), which no file can hold, as escapes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the content of a regular file.
-
-    Raises:
-        OSError: the file does not exist, cannot be read, or is a pipe or device, which could block its reader for ever.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(None, "not a regular file" if path.exists() else "no such file")
-    return path.read_bytes()
+def _quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"' if QUOTED.search(cell) else cell
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from clrun.system.files import (
     json_text,
     make_folder,
     open_own,
-    read_json,
     refuse_links,
     remove_leftovers,
     replace_text,
@@ -215,19 +214,3 @@ def test_leftovers_of_killed_processes_are_removed_and_files_being_written_are_n
         file.write(b"whole")
     assert not any(path.exists() for path in left)
     assert (run / "checkpoint.pt").read_bytes() == b"whole" and (run / "notes.tmp").exists()
-
-
-def test_only_regular_json_files_are_read(tmp_path):
-    (tmp_path / "good").write_text('{"a": 1}')
-    assert read_json(tmp_path / "good", remedy="remove it") == {"a": 1}
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "bad").write_text("{")
-    (tmp_path / "deep").write_text("[" * 100_000)
-    for name, reason in (
-        ("pipe", "not a regular file"),
-        ("absent", "no such file"),
-        ("bad", "Expecting"),
-        ("deep", ""),
-    ):
-        with pytest.raises(ConfigError, match=rf"/{name}: cannot be read \(.*{reason}.*\); remove it$"):
-            read_json(tmp_path / name, remedy="remove it")

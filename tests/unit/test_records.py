@@ -174,12 +174,12 @@ def test_a_run_that_ended_before_its_stream_has_no_matrices(folder):
     ("change", "says"),
     [
         ({"schema": 2}, "not written by this version"),
-        ({"config": None}, "malformed"),
-        ({"seed": "0"}, "malformed"),
-        ({"seed": True}, "malformed"),
-        ({"task_order": [1, 1]}, "malformed"),
-        ({"task_order": "01"}, "malformed"),
-        ({"cost": [1]}, "malformed"),
+        ({"config": None}, "config: expected a mapping"),
+        ({"seed": "0"}, "seed: expected a whole number"),
+        ({"seed": True}, "seed: expected a whole number"),
+        ({"task_order": [1, 1]}, "task_order: has a task twice"),
+        ({"task_order": "01"}, "task_order: expected a list"),
+        ({"cost": [1]}, "cost: expected a mapping"),
         ({"task_order": [1, 4]}, "position 1"),
     ],
 )

@@ -1,0 +1,271 @@
+"""Forms of the JSON files in a run's folder: keys, types and sizes are checked before anything else sees the values.
+
+A form is a function of a value and its place in the file; it returns one line about the first problem, or None.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Form = Callable[[Any, str], str | None]
+
+DEEPEST = 40  # levels of lists and mappings inside each other
+LONGEST = 100_000  # characters of a text
+LARGEST = 2**63 - 1  # absolute value of a whole number
+TASKS = 100_000  # most tasks of a run
+LISTED = 100_000  # most entries of a list or mapping of texts
+OPTIONS = 20_000  # most keys of a configuration, those of inner mappings included
+
+
+def text(value: Any, place: str) -> str | None:
+    """Accept a text."""
+    return None if isinstance(value, str) else f"{place}: expected a text"
+
+
+def whole(value: Any, place: str) -> str | None:
+    """Accept a whole number."""
+    return None if type(value) is int else f"{place}: expected a whole number"
+
+
+def count(value: Any, place: str) -> str | None:
+    """Accept a whole number of at least 0."""
+    return None if type(value) is int and value >= 0 else f"{place}: expected a whole number of at least 0"
+
+
+def number(value: Any, place: str) -> str | None:
+    """Accept a finite number."""
+    fits = type(value) in (int, float) and math.isfinite(value)
+    return None if fits else f"{place}: expected a number"
+
+
+def amount(value: Any, place: str) -> str | None:
+    """Accept a finite number of at least 0."""
+    return None if number(value, place) is None and value >= 0 else f"{place}: expected a number of at least 0"
+
+
+def fraction(value: Any, place: str) -> str | None:
+    """Accept a number from 0 to 1."""
+    return None if number(value, place) is None and 0 <= value <= 1 else f"{place}: expected a number from 0 to 1"
+
+
+def flag(value: Any, place: str) -> str | None:
+    """Accept true and false."""
+    return None if isinstance(value, bool) else f"{place}: expected true or false"
+
+
+def plain(value: Any, place: str) -> str | None:
+    """Accept a text, a number, true, false or null."""
+    return f"{place}: expected a text or a number" if isinstance(value, list | dict) else None
+
+
+def anything(value: Any, place: str) -> str | None:
+    """Accept every value."""
+
+
+def nullable(form: Form) -> Form:
+    """Accept null and what `form` accepts."""
+    return lambda value, place: None if value is None else form(value, place)
+
+
+def unless_empty(form: Form) -> Form:
+    """Accept null, an empty list or mapping, and what `form` accepts."""
+    return lambda value, place: form(value, place) if value else None
+
+
+def one_of(*choices: str) -> Form:
+    """Accept one of these texts."""
+    said = ", ".join(choices)
+    return lambda value, place: None if value in choices else f"{place}: expected one of {said}"
+
+
+def listed(form: Form, most: int = LISTED) -> Form:
+    """Accept a list of at most `most` values that `form` accepts."""
+
+    def check(value: Any, place: str) -> str | None:
+        if not isinstance(value, list):
+            return f"{place}: expected a list"
+        if len(value) > most:
+            return f"{place}: has {len(value):,} entries, at most {most:,} are read"
+        problems = (form(item, f"{place}[{i}]") for i, item in enumerate(value))
+        return next((problem for problem in problems if problem), None)
+
+    return check
+
+
+def mapping(form: Form, most: int = LISTED) -> Form:
+    """Accept a mapping of at most `most` keys to values that `form` accepts."""
+
+    def check(value: Any, place: str) -> str | None:
+        if not isinstance(value, dict):
+            return f"{place}: expected a mapping"
+        if len(value) > most:
+            return f"{place}: has {len(value):,} keys, at most {most:,} are read"
+        problems = (form(item, f"{place}.{key}") for key, item in value.items())
+        return next((problem for problem in problems if problem), None)
+
+    return check
+
+
+def record(required: Mapping[str, Form], optional: Mapping[str, Form] | None = None) -> Form:
+    """Accept a mapping with the required keys; other keys than the optional ones may be there and are not looked at."""
+
+    def check(value: Any, place: str) -> str | None:
+        if not isinstance(value, dict):
+            return f"{place}: expected a mapping" if place else "expected a mapping"
+        dot = f"{place}." if place else ""
+        if missing := [key for key in required if key not in value]:
+            return f"{dot}{missing[0]}: is missing"
+        forms = {**required, **(optional or {})}
+        problems = (form(value[key], f"{dot}{key}") for key, form in forms.items() if key in value)
+        return next((problem for problem in problems if problem), None)
+
+    return check
+
+
+def options(value: Any, place: str) -> str | None:
+    """Accept the nested mappings of a configuration."""
+    if not isinstance(value, dict):
+        return f"{place}: expected a mapping"
+    found, rest = 0, [value]
+    while rest and found <= OPTIONS:
+        node = rest.pop()
+        found += len(node)
+        rest += [item for item in node.values() if isinstance(item, dict)]
+    return f"{place}: has more than {OPTIONS:,} keys" if found > OPTIONS else None
+
+
+def unsound(value: Any) -> str | None:
+    """Return what is wrong with a whole JSON value: depth, length of a text, size of a number, half a character."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for node in level:
+            items = [*node, *node.values()] if isinstance(node, dict) else node if isinstance(node, list) else [node]
+            if problem := _unsound_items(items):
+                return problem
+            inner += [item for item in items if isinstance(item, list | dict)]
+        if not inner:
+            return None
+        level = inner
+    return f"it has more than {DEEPEST} levels of lists and mappings"
+
+
+def _unsound_items(items: list[Any]) -> str | None:
+    """Return what is wrong with the texts and whole numbers among `items`."""
+    kinds = set(map(type, items))
+    if int in kinds and any(type(item) is int and abs(item) > LARGEST for item in items):
+        return "it has a whole number beyond 64 bits"
+    if str not in kinds:
+        return None
+    texts = [item for item in items if isinstance(item, str)]
+    if max(map(len, texts)) > LONGEST:
+        return f"it has a text of more than {LONGEST:,} characters"
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return "it has half a character (a lone surrogate)"
+    return None
+
+
+SETTINGS = ("til", "cil", "dil")
+SPLITS = ("test", "val")
+STATES = ("running", "completed", "failed", "interrupted")
+_TOTALS = nullable(mapping(count))
+_COST_OF_TASK = record(
+    {},
+    {
+        "task": whole,
+        "position": count,
+        "steps": nullable(count),
+        "train_seconds": nullable(amount),
+        "eval_seconds": nullable(amount),
+        "parameters": _TOTALS,
+        "state_bytes": _TOTALS,
+        "tuning": mapping(anything),
+    },
+)
+_COST = record(
+    {},
+    {
+        "tasks": nullable(listed(_COST_OF_TASK, TASKS)),
+        "train_seconds": nullable(amount),
+        "eval_seconds": nullable(amount),
+        "parameters": _TOTALS,
+        "state_bytes": _TOTALS,
+        "flops_per_image": nullable(count),
+    },
+)
+RUN = record(
+    {"status": one_of(*STATES), "seed": whole, "config": options},
+    {
+        "name": text,
+        "error": nullable(text),
+        "choices": nullable(mapping(plain)),
+        "overrides": nullable(listed(text)),
+        "config_hash": text,
+        "task_order": nullable(listed(whole, TASKS)),
+        "task_names": nullable(listed(text, TASKS)),
+        "task_classes": nullable(listed(listed(whole), TASKS)),
+        "setting": nullable(one_of(*SETTINGS)),
+        "notes": nullable(listed(text)),
+        "accuracy_matrix": nullable(mapping(anything)),  # only its figure reads it, and checks it
+        "metrics": nullable(mapping(mapping(nullable(number)), len(SETTINGS))),
+        "cost": unless_empty(_COST),
+        "versions": nullable(mapping(plain)),
+        "logme": nullable(record({}, {"all": nullable(number)})),
+        "started": nullable(text),
+        "finished": nullable(text),
+    },
+)
+"""run.json; keys that are not named here may be there."""
+
+
+def run_problem(run: Any) -> str | None:
+    """Return what is wrong with the content of a run.json; None for nothing."""
+    if problem := unsound(run) or RUN(run, ""):
+        return problem
+    order = run.get("task_order")
+    if order is None:
+        return None
+    if len(set(order)) < len(order):
+        return "task_order: has a task twice"
+    for key in ("task_names", "task_classes"):
+        if run.get(key) is not None and len(run[key]) != len(order):
+            return f"{key}: has {len(run[key])} entries for {len(order)} tasks"
+    return None
+
+
+_TRIAL = record(
+    {
+        "number": count,
+        "order": listed(whole, TASKS),
+        "accuracy": nullable(fraction),
+        "source": text,
+        "parent": nullable(count),
+        "move": nullable(text),
+        "reused": flag,
+        "status": text,
+        "folder": text,
+    }
+)
+SEARCH = record(
+    {
+        "name": text,
+        "choices": mapping(plain),
+        "config_hash": text,
+        "setting": one_of(*SETTINGS),
+        "budget": whole,
+        "started": whole,
+        "status": text,
+        "worst": nullable(record({"order": listed(whole, TASKS), "accuracy": nullable(fraction)})),
+        "trials": listed(_TRIAL),
+        "again": text,
+    },
+    {"overrides": listed(text), "command": text},
+)
+"""order_search.json."""
+
+
+def search_problem(search: Any) -> str | None:
+    """Return what is wrong with the content of an order_search.json; None for nothing."""
+    return unsound(search) or SEARCH(search, "")
