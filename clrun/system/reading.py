@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clrun.system.errors import ConfigError, first_line
+from clrun.system.files import open_own
 
 MB = 2**20
 # Bounds on a JSON file that are checked before it is parsed, because parsed values need many times their bytes.
@@ -21,19 +22,17 @@ def read_regular(path: Path, limit: int) -> bytes:
 
     Raises:
         OSError: the file does not exist, cannot be read, is too large, or is a link, a pipe or a device.
+        ConfigError: a link was put there between the look at the file and its opening.
     """
     kind = os.lstat(path).st_mode  # before opening, which has effects on some devices
     if stat.S_ISLNK(kind):
         raise OSError(None, "a link, which is not followed; put the file itself there")
     if not stat.S_ISREG(kind):
         raise OSError(None, "not a regular file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)
-    with open(descriptor, "rb") as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise OSError(None, "not a regular file")
-        if state.st_size > limit:
-            raise OSError(None, f"{state.st_size / MB:,.1f} MB, at most {limit / MB:,.0f} MB are read")
+    with open_own(path, "read") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(None, f"{size / MB:,.1f} MB, at most {limit / MB:,.0f} MB are read")
         return file.read(limit)
 
 
