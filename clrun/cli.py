@@ -69,6 +69,11 @@ def _warning(
 
 def _command(argv: list[str]) -> int:
     """Run the command line and return the exit code."""
+    if ended := [word.rstrip("\r") for word in argv if word.endswith("\r")]:
+        raise ConfigError(
+            f"'{ended[0]}': a carriage return follows, as at the end of lines of Windows files; convert the script "
+            "with dos2unix or sed -i 's/\\r$//' FILE"
+        )
     commands = {"list": _list, "report": _report, "features": _features}
     before = _config_dir_words(argv)
     if len(argv) > before and argv[before] in commands:

@@ -191,6 +191,9 @@ def _unreadable_override(error: OverrideParseException) -> str:
             return f"'{error.override}': a command is the first word, as in: clrun {error.override} ..."
         commands = did_you_mean(str(error.override), COMMANDS)
         return f"'{error.override}': neither a command nor KEY=VALUE{commands or '; see clrun --help'}"
+    key, _, value = str(error.override).partition("=")
+    if "LexerNoViableAlt" in str(error):  # its text is a caret below the first character that cannot stand unquoted
+        return f"'{error.override}': cannot be read; quote the value: '{key}=\"{value}\"'"
     lines = [x for x in str(error).splitlines() if not x.startswith(("Error parsing override", "See https"))]
     reason = " ".join(lines).partition(" expecting {")[0]
     return f"'{error.override}': cannot be read: {reason}; quote values with special characters: 'KEY=\"VALUE\"'"

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
@@ -261,6 +262,8 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, 
             lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
             parsed = parser.parse_overrides([*lines, *cfg.hydra.overrides.task])
             [combinations] = sweeper.split_arguments(parsed, None)
+            if not combinations:
+                raise ConfigError(_without_runs(cfg.hydra.overrides.task))
             jobs = _jobs(composer, cfg, combinations)
             _check(jobs)
             pairs = zip(combinations, jobs, strict=True)
@@ -270,6 +273,12 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, 
     except HydraException as error:  # of the sweep's own options: no run has started
         raise ConfigError(one_line(error)) from error
     return sweeper
+
+
+def _without_runs(overrides: Sequence[str]) -> str:
+    """Return the message for a sweep that has no runs because an override has no values."""
+    empty = [word for word in overrides if re.search(r"=(range|choice|glob|interval)\(", word)] or list(overrides)
+    return f"{' '.join(empty)}: gives no values, so that the sweep has no runs; range(1,4) gives 1, 2 and 3"
 
 
 def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]) -> list[DictConfig | ConfigError]:

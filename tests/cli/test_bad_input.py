@@ -45,6 +45,19 @@ FOUND_BY_HYDRA = {
     "no such folder": (["--config-dir", "nowhere"], "--config-dir: no such folder: nowhere"),
     "no such file": (["--config-name", "mine"], "there is no configuration file 'mine' (--config-name)"),
     "unknown interpolation": (["name=${nothing}"], "name: Interpolation key 'nothing' not found"),
+    "unquoted home": (
+        ["dataset=folder", "dataset.root=~/x"],
+        """'dataset.root=~/x': cannot be read; quote the value: 'dataset.root="~/x"'""",
+    ),
+    "end of a Windows line": (
+        ["method=er", "dataset=digits\r"],
+        "'dataset=digits': a carriage return follows, as at the end of lines of Windows files; convert the script ...",
+    ),
+    "name in capitals": (["method=ER"], "no method named 'ER'; did you mean 'er'? (available: ..."),
+    "empty sweep": (
+        ["-m", "seed=range(0)"],
+        "seed=range(0): gives no values, so that the sweep has no runs; range(1,4) gives 1, 2 and 3",
+    ),
     "empty interpolation": (["name=${"], "'name=${': cannot be read: ..."),
     "two commands": (["--cfg", "job", "-m"], "Only one of --run, --multirun, --cfg, --info and --shell_completion ..."),
     "misspelt --cfg": (["--cfg", "jobs"], "argument --cfg/-c: invalid choice: 'jobs' ..."),

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol, cast
 
+from clrun.data.reading.listing import hidden, is_image
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import make_folder, open_own, writing
 from clrun.system.locks import exclusive
@@ -167,8 +168,9 @@ class Tar:
 def unpack(archive: Path, folder: Path, *, sha256: str | None, limit_gb: float) -> None:
     """Unpack a zip or tar file into a new folder; do nothing if the folder exists.
 
-    If the archive has a single folder at its top, as most have, its content is unpacked without that folder. Processes
-    that unpack into the same folder wait for each other. The folder gets its name when it is complete.
+    If the archive has a single folder at its top, as most have, its content is unpacked without that folder; see
+    `placed`. Processes that unpack into the same folder wait for each other. The folder gets its name when it is
+    complete.
 
     Args:
         archive: .zip, .tar, .tar.gz, .tgz, .tar.bz2 or .tar.xz.
@@ -197,7 +199,7 @@ def unpack(archive: Path, folder: Path, *, sha256: str | None, limit_gb: float) 
                 _refuse_unsafe(archive, members)
                 _refuse_too_large(bound, folder.parent, members)
                 with writing(folder):
-                    _write(content, members, temporary)
+                    _write(content, members, archive, temporary)
                     temporary.rename(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -267,16 +269,42 @@ def _refuse_too_large(bound: Bound, folder: Path, members: Sequence[Member]) -> 
         )
 
 
-def _write(content: Archive, members: Sequence[Member], folder: Path) -> None:
-    """Write the files of an archive into `folder`, without a single folder at the top."""
-    files = [member for member in members if member.kind == "file"]
-    parts = [PurePosixPath(member.name).parts for member in files]
-    tops = {path[0] for path in parts}
-    start = 1 if len(tops) == 1 and min(map(len, parts)) > 1 else 0
+def _write(content: Archive, members: Sequence[Member], archive: Path, folder: Path) -> None:
+    """Write the files of an archive into `folder`; see `placed`."""
     make_folder(folder)
-    for member, path in zip(files, parts, strict=True):
-        target = folder.joinpath(*path[start:])
+    for member, path in placed(archive, members):
+        target = folder.joinpath(*path)
         make_folder(target.parent)
         target.unlink(missing_ok=True)  # of two members of one name the last counts
         with content.open(member) as source, open_own(target, "new") as file:
             shutil.copyfileobj(source, file)
+
+
+def placed(archive: Path, members: Sequence[Member]) -> list[tuple[Member, tuple[str, ...]]]:
+    """Return the files of an archive that are written, each with its path in the new folder.
+
+    Backslashes count as slashes, as Windows programs write them. Hidden files, and those that archive programs add for
+    themselves (`__MACOSX`), are left out. If all images lie in a single folder at the top, that folder is left out of
+    the paths; files beside it, such as a README, stay at the top.
+
+    Args:
+        archive: the file, for messages.
+        members: what the archive holds.
+
+    Raises:
+        ConfigError: no file is left, or a member is both a file and a folder.
+    """
+    files = [(m, PurePosixPath(m.name.replace("\\", "/")).parts) for m in members if m.kind == "file"]
+    files = [(member, path) for member, path in files if path and not any(map(hidden, path))]
+    if not files:
+        raise ConfigError(f"{archive}: holds no files, or hidden ones alone")
+    tops = {path[0] for _, path in files if len(path) > 1}
+    loose = any(is_image(path[0]) for _, path in files if len(path) == 1)
+    if len(tops) == 1 and not loose:
+        below = {path[1:] for _, path in files if len(path) > 1}
+        files = [(m, path[1:] if len(path) > 1 else path) for m, path in files if len(path) > 1 or path not in below]
+    folders = {path[:end] for _, path in files for end in range(1, len(path))}
+    for member, path in files:
+        if path in folders:
+            raise ConfigError(f"{archive}: refused, its member {member.name!r} is both a file and a folder")
+    return files
