@@ -124,6 +124,7 @@ class RunFolder:
         """Cut metrics.jsonl before the first record of the task at position `learned`, or before an incomplete line."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
+            path.unlink(missing_ok=True)  # a link to a file that does not exist
             return
         kept = []
         for line in path.read_bytes().splitlines(keepends=True):

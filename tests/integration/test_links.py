@@ -85,12 +85,13 @@ def test_a_run_refuses_links_before_it_writes(home: Path, tmp_path: Path, name: 
     assert os.listdir(out) == [name]
 
 
-def test_a_run_replaces_links_by_files(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["mine", "absent"])
+def test_a_run_replaces_links_by_files(home: Path, tmp_path: Path, target: str) -> None:
     out = tmp_path / "run"
     out.mkdir()
     names = ("config.yaml", "accuracy.csv", "metrics.jsonl", "model.safetensors")
     for name in (*names, "checkpoint.pt.tmp", "run.json.tmp", "accuracy.csv.tmp"):
-        (out / name).symlink_to(home / ("mine" if name == "metrics.jsonl" else "absent"))
+        (out / name).symlink_to(home / target)
     run(out, *TINY, "job.save_model=true", "job.keep_checkpoint=true")
     assert not [name for name in (*names, "checkpoint.pt", "run.json") if (out / name).is_symlink()]
     made = {name: (out / name).stat().st_mode & 0o777 for name in (*names, "checkpoint.pt", "run.json", "clrun.log")}
