@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import cache_folder, make_folder, replacing
+from clrun.system.files import cache_folder, make_folder, remove_leftovers, replacing
 from clrun.system.locks import exclusive
 
 Digests = NDArray[np.uint64]
@@ -243,6 +243,7 @@ def _store(root: str, known: dict[str, tuple[int, int, int, int]]) -> None:
     try:
         make_folder(_path(root).parent)
         with exclusive(_path(root).with_suffix(".lock")), replacing(_path(root), flush=False) as file:
+            remove_leftovers(_path(root).parent)
             file.write("\n".join(lines).encode(errors="surrogateescape"))
     except (OSError, ConfigError):
         return

@@ -68,6 +68,8 @@ def task(cfg: DictConfig) -> float:
         hydra={f"{name}.yaml": OmegaConf.to_yaml(node) for name, node in texts.items()},
     )
     try:
+        if sweep:
+            _refuse_linked(Path(hydra.sweep.dir), Path(hydra.sweep.subdir))
         check(config, choices)  # again: values that a sweeper chooses during the sweep could not be checked before it
         return run_config(config, Path(hydra.runtime.output_dir), job=info)
     except Exception as error:
@@ -295,12 +297,17 @@ def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]
             if folder in folders:
                 raise ConfigError(f"'{folders[folder]}' and '{text}' would share the folder {folder}")
             folders[folder] = text
-            if not folder.is_absolute():
-                refuse_links(*(root / part for part in (folder, *folder.parents[:-1])))
+            _refuse_linked(root, folder)
             found.append(job)
         except ConfigError as error:
             found.append(error)
     return found
+
+
+def _refuse_linked(root: Path, inner: Path) -> None:
+    """Refuse the folder of a job whose path below the folder of the sweep has a symbolic link."""
+    if not inner.is_absolute():
+        refuse_links(*(root / part for part in (inner, *inner.parents[:-1])))
 
 
 def _refresh(folder: Path, show: Callable[[str], None]) -> None:
