@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from clrun.reporting.tables import cost_totals, printable
+from clrun.results.data_record import data_digest
 from clrun.results.identity import flatten
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
 from clrun.results.records import CELLS_PER_ROW, RunRecord
@@ -46,6 +47,7 @@ class Run:
         train_seconds: training time of all tasks; None when unknown.
         logme: LogME of the frozen features over all training samples; None when not recorded.
         searched: whether a search for the worst order chose the order.
+        data: digest of the data that the run has seen; "" when not recorded.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Run:
     train_seconds: float | None
     logme: float | None = None
     searched: bool = False
+    data: str = ""
 
 
 def run_folders(root: Path) -> Iterator[Path]:
@@ -135,6 +138,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         train_seconds=train_seconds,
         logme=record.logme,
         searched=record.choices.get("task_order") == "adversarial",
+        data=data_digest(record.stored),
     )
 
 

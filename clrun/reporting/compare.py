@@ -1,8 +1,8 @@
 """method_comparison.json: the methods of a sweep compared on the same orders and seeds.
 
-Groups are compared when their data set and scenario are equal. Two methods are compared on the (order, seed) pairs that
-both have completed, and the ranking of all methods uses the pairs that all of them have completed. Seeds of an order
-are averaged first.
+Groups are compared when their data set, the data that they have seen and their scenario are equal. Two methods are
+compared on the (order, seed) pairs that both have completed, and the ranking of all methods uses the pairs that all of
+them have completed. Seeds of an order are averaged first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ COMPARED_WITHIN = ("dataset", "scenario")  # keys that must be equal for a compa
 def compare(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return one entry for each data set, scenario and setting in which at least two groups can be compared."""
     names = dict(zip(map(id, groups), labels(groups), strict=True))
-    comparable: dict[str, list[Group]] = {}
+    comparable: dict[tuple[str, str], list[Group]] = {}
     for group in groups:
         if group.searched:
             continue  # its orders were chosen because they are bad for this one method
         config = group.runs[0].config
         shared = config_hash({key: value for key, value in config.items() if at_or_below(key, COMPARED_WITHIN)})
-        comparable.setdefault(shared, []).append(group)
+        comparable.setdefault((shared, group.data), []).append(group)
     entries = []
     for members in comparable.values():
         for setting in SETTINGS:

@@ -1,6 +1,7 @@
 """Experiment groups: runs whose configurations differ in seed, task order and keys that cannot change a result only.
 
-Within a group orders and seeds vary; statistics compare results on the same task id.
+The runs of a group have seen the same data (`clrun.reporting.data_groups`). Within a group orders and seeds vary;
+statistics compare results on the same task id.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from clrun.reporting.collect import Run
+from clrun.reporting.data_groups import DataOfRuns
 from clrun.reporting.tables import SETTINGS
 from clrun.results import order_effects, robustness
 from clrun.results.identity import config_hash, inside_hash
@@ -37,11 +39,13 @@ class Group:
         key: hash of the configuration that they share.
         differing: keys and values that distinguish the group from others of the same method, backbone and data set.
         runs: the runs of the group.
+        data: digest of the data that they have seen; "" when unknown.
     """
 
     key: str
     differing: Mapping[str, object]
     runs: list[Run]
+    data: str = ""
 
     @property
     def triple(self) -> tuple[str, str, str]:
@@ -203,24 +207,25 @@ def finals_of(complete: Mapping[Pair, Run], setting: str) -> tuple[list[tuple[in
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Sort runs into experiment groups, in order of first appearance.
 
-    Runs whose order was chosen by a search for the worst one form groups of their own.
+    Runs whose order was chosen by a search for the worst one form groups of their own, and so do runs on other data.
     """
     members: dict[tuple[str, ...], list[Run]] = {}
+    data = DataOfRuns(runs)
     for run in runs:
         chosen = "searched" if run.searched else ""
-        members.setdefault((run.method, run.backbone, run.dataset, group_key(run.config), chosen), []).append(run)
+        shared = (run.method, run.backbone, run.dataset, group_key(run.config), chosen, data.of(run))
+        members.setdefault(shared, []).append(run)
     alike: dict[tuple[str, ...], list[Mapping[str, object]]] = {}
     for key, group in members.items():
         alike.setdefault(key[:3], []).append(group[0].config)
     names = {key: differing(configs, WITHIN_GROUP) for key, configs in alike.items()}
-    return [
-        Group(
-            key[3],
-            {name: group[0].config.get(name) for name in names[key[:3]]} | ({"orders": key[4]} if key[4] else {}),
-            group,
-        )
-        for key, group in members.items()
-    ]
+    groups = []
+    for key, group in members.items():
+        values = {name: group[0].config.get(name) for name in names[key[:3]]}
+        values |= {"orders": key[4]} if key[4] else {}
+        values |= {"data": label} if (label := data.label(group[0])) else {}
+        groups.append(Group(key[3], values, group, key[5]))
+    return groups
 
 
 def labels(groups: Sequence[Group]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from clrun.reporting import searches as order_searches
 from clrun.reporting.collect import Run, collect, run_folders
 from clrun.reporting.compare import compare
+from clrun.reporting.data_groups import DataOfRuns
 from clrun.reporting.groups import SEARCHED, Group, differing, group_runs, labels
 from clrun.reporting.page import Page, render
 from clrun.reporting.tables import SETTINGS, WIDTH, Line, Standing, comparison_table, listing, printable
@@ -155,7 +156,7 @@ def read_runs(roots: Sequence[Path]) -> SweepResult:
     entries = [group.entries() for group in groups]
     parts = [comparison_table(_lines(groups, entries))] if groups else []
     comparisons = compare(groups)
-    notes = [*_notes(groups), *dict.fromkeys(caveat for entry in comparisons for caveat in entry["caveats"])]
+    notes = [*_notes(runs, groups), *dict.fromkeys(caveat for entry in comparisons for caveat in entry["caveats"])]
     if any(group.searched for group in groups):
         notes.append(f"orders=searched: {SEARCHED}")
     parts += ["\n".join(textwrap.wrap(f"note: {note}", WIDTH)) for note in notes]
@@ -182,7 +183,7 @@ def _write_page(result: SweepResult, folder: Path) -> None:
 
 def page_of(result: SweepResult, title: str) -> Page:
     """Return the content of report.html."""
-    notes = _notes(result.groups)
+    notes = _notes(result.runs, result.groups)
     return Page(title, result.groups, result.robustness, result.comparisons, result.skipped, notes, result.searches)
 
 
@@ -195,6 +196,8 @@ def sweep_csv(runs: Sequence[Run]) -> str:
 def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     """Return the header and one line per run: fractions in full precision, every config key in which the runs differ.
 
+    Where runs of one data set have seen different data, the column `data` has the first digits of their digest.
+
     None stands for a value that a run does not have; orders are task ids separated by spaces.
     """
     settings = [setting for setting in SETTINGS if any(setting in run.metrics for run in runs)]
@@ -202,8 +205,11 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     keys = differing([run.config for run in runs], ("seed", "name"))
     header = [*COLUMNS, *(f"{setting}_{name}" for setting, name in measured)]
     header += ["parameters", "state_bytes", "train_seconds", "logme", "error", *keys]
+    data = DataOfRuns(runs)
+    seen = [data.label(run) for run in runs]
+    header += ["data"] if any(seen) else []
     lines: list[list[Any]] = []
-    for run in runs:
+    for run, digest in zip(runs, seen, strict=True):
         line: list[Any] = [run.label, run.name, run.status, run.method, run.backbone, run.dataset]
         line += [run.config.get("scenario.setting"), run.seed, " ".join(map(str, run.order))]
         line += [run.metrics.get(setting, {}).get(name) for setting, name in measured]
@@ -214,6 +220,7 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
             run.logme,
             printable(run.error),
             *(run.config.get(key) for key in keys),
+            *([digest or None] if any(seen) else []),
         ]
         lines.append(line)
     return header, lines
@@ -235,9 +242,9 @@ def _lines(groups: Sequence[Group], entries: Sequence[list[dict[str, Any]]]) -> 
     return lines
 
 
-def _notes(groups: Sequence[Group]) -> list[str]:
+def _notes(runs: Sequence[Run], groups: Sequence[Group]) -> list[str]:
     """Return caveats about the sets of runs behind the lines of the table."""
-    notes = []
+    notes = DataOfRuns(runs).notes()
     pairs = {frozenset(group.complete(setting)) for group in groups for setting in group.settings[:1]}
     if len(pairs - {frozenset()}) > 1:
         notes.append("the methods were run on different sets of orders and seeds; compare them with care.")

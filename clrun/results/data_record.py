@@ -64,6 +64,13 @@ class Changes:
         return "; ".join(self.phrases[:8]) + more
 
 
+def data_digest(run: Mapping[str, Any]) -> str:
+    """Return the digest of the data that a run has seen, from run.json; "" when it is not recorded."""
+    data = run.get("data")
+    found = data.get("digest") if isinstance(data, Mapping) else None
+    return found if isinstance(found, str) else ""
+
+
 def data_changes(
     before: Record,
     now: Record,

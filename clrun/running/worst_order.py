@@ -14,6 +14,7 @@ from typing import Any
 
 from clrun.config.compose import slug
 from clrun.config.job import JobInfo
+from clrun.data.identity import identify
 from clrun.data.order_search import Order, OrderSearch, Proposal
 from clrun.data.orders import canonical
 from clrun.data.split import Plain
@@ -22,6 +23,7 @@ from clrun.reporting import refresh
 from clrun.reporting.collect import Run, collect
 from clrun.reporting.groups import at_or_below
 from clrun.reporting.searches import RECORD, SCHEMA, read_search
+from clrun.results.data_record import data_changes
 from clrun.results.identity import config_hash, flatten
 from clrun.results.records import RunFolder
 from clrun.running.build import build_stream
@@ -56,13 +58,21 @@ def search_worst_order(parts: Parts, out: Path, job: JobInfo, *, run: RunOrder) 
         raise ConfigError("task_order=adversarial: starts many runs; set hardware.processes instead of using torchrun")
     if parts.job.max_tasks is not None:
         raise ConfigError("job.max_tasks: with a limit, orders would differ in the learned tasks; set it to null")
-    stream = build_stream(parts, parts.load_dataset(), canonical, Plain())
+    dataset = parts.load_dataset()
+    stream = build_stream(parts, dataset, canonical, Plain())
+    data = identify(dataset, stream).record
+    del dataset
     folder = RunFolder(out)
     stored = read_search(out / RECORD) if parts.job.resume and (out / RECORD).exists() else None
     if stored is not None and stored["config_hash"] != _hash(parts.config, HIDDEN):
         raise ConfigError(f"{out}: holds a search with another configuration; choose another hydra.run.dir")
+    if stored is not None and (earlier := stored.get("data")) and (changes := data_changes(earlier, data)):
+        raise ConfigError(
+            f"{out}: the data are no longer those of this search: {changes.text}; put them back, or choose another "
+            "hydra.run.dir to begin a search with the data as they are"
+        )
     with folder.locked():
-        searcher = _Searcher(parts, out, job, stream, run)
+        searcher = _Searcher(parts, out, job, stream, run, data)
         try:
             searcher.search(stored)
         finally:
@@ -77,7 +87,9 @@ def search_worst_order(parts: Parts, out: Path, job: JobInfo, *, run: RunOrder) 
 class _Searcher:
     """Runs the orders that the search proposes and writes its record."""
 
-    def __init__(self, parts: Parts, out: Path, job: JobInfo, stream: Stream, run: RunOrder) -> None:
+    def __init__(
+        self, parts: Parts, out: Path, job: JobInfo, stream: Stream, run: RunOrder, data: dict[str, Any]
+    ) -> None:
         self.parts, self.out, self.job, self.run, self.setting = parts, out, job, run, stream.setting
         self.options = options_of(parts.task_order)
         self.numbers: dict[Order, int] = {}
@@ -95,6 +107,7 @@ class _Searcher:
             "setting": self.setting,
             "seed": parts.seed,
             "n_tasks": len(stream.tasks),
+            "data": data,
             "budget": self.options["budget"],
             "started": 0,
             "status": "running",
@@ -176,7 +189,10 @@ class _Searcher:
         replace_text(self.out / RECORD, json_text(self.record, indent=1))
 
     def _earlier(self) -> list[dict[str, Any]]:
-        """Return completed runs of the same configuration in any task order as trials; one run per order."""
+        """Return completed runs of the same configuration in any task order as trials; one run per order.
+
+        Runs on other data are left out. One that does not record its data counts as one on these.
+        """
         own, found = _hash(self.parts.config, ("task_order",)), dict[Order, dict[str, Any]]()
         runs = collect([Path(folder) for folder in self.options["reuse"]])[0]
         for run in sorted(runs, key=lambda one: str(one.folder)):
@@ -189,7 +205,12 @@ class _Searcher:
 
     def _is_comparable(self, run: Run, own: str) -> bool:
         complete = run.status == "completed" and len(run.order) == self.state.n_tasks
-        return complete and _hash(run.config, ("task_order",)) == own
+        if not complete or _hash(run.config, ("task_order",)) != own:
+            return False
+        if run.data in ("", self.record["data"]["digest"]):
+            return True
+        self._say(f"not reused, because its data were others: {run.folder}")
+        return False
 
     def _again(self) -> str:
         """Return the command that repeats an order with other seeds; the order itself is to be added."""

@@ -10,6 +10,8 @@ import pytest
 from pictures import write
 from running import run, run_interrupted
 
+from clrun.reporting import refresh
+from clrun.reporting.sweep import sweep_table
 from clrun.running.engine import Engine
 from clrun.system.errors import ConfigError
 
@@ -167,3 +169,66 @@ def test_a_run_from_before_data_were_recorded_goes_on(tmp_path: Path, monkeypatc
     assert record(tmp_path / "run")["status"] == "completed"
     assert any("before clrun recorded the data" in note for note in record(tmp_path / "run")["notes"])
     assert record(tmp_path / "run")["data"]["train"]["rows"] > 0
+
+
+SWEPT = ("dataset=folder", "dataset.name=photos", "dataset.images.size=8", "scenario.n_tasks=3", "backbone=mlp")
+SWEPT += ("budget.epochs=1", "job.max_steps=1")
+
+
+def sweep(folder: Path, name: str, photos: Path, *options: str) -> None:
+    run(folder / name, *SWEPT, f"dataset.root={photos}", *options)
+
+
+def test_a_report_does_not_compare_runs_on_other_data(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    sweep(out, "a0", photos, "method=finetune")
+    sweep(out, "a1", photos, "method=finetune", "seed=1")
+    same = refresh(out)
+    assert len(same.groups) == 1 and "data" not in same.text and "data" not in sweep_table(same.runs)[0]
+    remove_tests(photos)
+    sweep(out, "b0", photos, "method=finetune", "seed=2")
+    sweep(out, "b1", photos, "method=er", "method.capacity=8", "seed=1")
+    other = refresh(out)
+    digests = [record(out / name)["data"]["digest"][:6] for name in ("a0", "b0")]
+    assert sorted((group.triple[0], group.differing["data"], len(group.runs)) for group in other.groups) == sorted(
+        [("finetune", digests[0], 2), ("finetune", digests[1], 1), ("er", digests[1], 1)]
+    )
+    assert f"from data={digests[0]}" in flat(other.text) and "1 test row gone (of class dog)" in flat(other.text)
+    assert {frozenset(entry["methods"]) for entry in other.comparisons} == {
+        frozenset({f"finetune data={digests[1]}", f"er data={digests[1]}"})
+    }
+    assert {entry["group"].partition("data=")[2] for entry in other.robustness} == set(digests)
+    header, lines = sweep_table(other.runs)
+    assert [line[header.index("data")] for line in lines] == [digests[0], digests[0], digests[1], digests[1]]
+    assert f"data={digests[1]}" in (out / "report.html").read_text()
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_runs_that_do_not_record_their_data_are_told(photos: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        sweep(tmp_path, name, photos, "method=finetune", f"seed={ord(name)}")
+    stored = record(tmp_path / "b")
+    del stored["data"]
+    (tmp_path / "b" / "run.json").write_text(json.dumps(stored))
+    result = refresh(tmp_path)
+    assert len(result.groups) == 1 and "1 run from before clrun recorded data (such as b)" in flat(result.text)
+
+
+def test_a_search_reuses_no_runs_on_other_data(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "earlier"
+    sweep(earlier, "a", photos, "method=finetune")
+    options = ("method=finetune", "task_order=adversarial", f"task_order.reuse=[{earlier}]", "job.progress=true")
+    sweep(tmp_path, "same", photos, *options, "task_order.budget=1")
+    assert [t["reused"] for t in json.loads((tmp_path / "same" / "order_search.json").read_text())["trials"]][0]
+    remove_tests(photos)
+    sweep(tmp_path, "other", photos, *options, "task_order.budget=1")
+    assert "not reused, because its data were others" in capsys.readouterr().out
+    trials = json.loads((tmp_path / "other" / "order_search.json").read_text())["trials"]
+    assert not any(trial["reused"] for trial in trials)
+    with pytest.raises(ConfigError, match="no longer those of this search: 1 test row gone"):
+        sweep(tmp_path, "same", photos, *options, "task_order.budget=2")
