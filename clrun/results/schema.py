@@ -4,6 +4,7 @@ A form is a function of a value and its place in the file; it returns one line a
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -195,6 +196,37 @@ _COST = record(
         "flops_per_image": nullable(count),
     },
 )
+_ROWS_OF_CLASS = re.compile(r"\d{1,15} [0-9a-f]{16} [0-9a-f]{16}")
+
+
+def _rows_of_class(value: Any, place: str) -> str | None:
+    """Accept the number of rows of a class and the digests of their names and contents."""
+    sound = isinstance(value, str) and _ROWS_OF_CLASS.fullmatch(value)
+    return None if sound else f"{place}: expected a number of rows and two digests"
+
+
+_PART = nullable(record({"rows": count, "digest": text, "by_class": listed(_rows_of_class)}))
+_DATA = record(
+    {
+        "digest": text,
+        "classes": record({"count": count, "digest": text, "names": listed(text)}),
+        "per_task": mapping(text),
+    }
+    | dict.fromkeys(("train", "test", "val"), _PART)
+)
+
+
+def data(value: Any, place: str) -> str | None:
+    """Accept a record of the data of a run (`clrun.results.data_record`)."""
+    if problem := _DATA(value, place):
+        return problem
+    names = len(value["classes"]["names"])
+    for part in ("train", "test", "val"):
+        if value[part] is not None and len(value[part]["by_class"]) != names:
+            return f"{place}.{part}.by_class: expected one entry per class, of {names}"
+    return None
+
+
 RUN = record(
     {"status": one_of(*STATES), "seed": whole, "config": options},
     {
@@ -215,6 +247,7 @@ RUN = record(
         "logme": nullable(record({}, {"all": nullable(number)})),
         "started": nullable(text),
         "finished": nullable(text),
+        "data": nullable(data),
     },
 )
 """run.json; keys that are not named here may be there."""
@@ -261,7 +294,7 @@ SEARCH = record(
         "trials": listed(_TRIAL),
         "again": text,
     },
-    {"overrides": listed(text), "command": text},
+    {"overrides": listed(text), "command": text, "data": data},
 )
 """order_search.json."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from clrun.data.identity import Identity, changed_files, unpacked
 from clrun.data.stream import Stream, Task
 from clrun.results.data_record import Changes, NamedRows, data_changes
+from clrun.results.schema import data
 from clrun.running.build import Built, identity
 from clrun.running.checkpoint import RunState
 from clrun.running.parts import Parts
@@ -42,10 +43,10 @@ def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts) -> 
     changes = _changes(state.data, stored_identity(built.data), folder)
     if not changes:
         return []
-    before, now = state.data["record"].get("per_task", {}), built.data.record["per_task"]
+    before, now = state.data["record"]["per_task"], built.data.record["per_task"]
     order = [task.id for task in built.stream.tasks]
     used = order[: state.learned + parts.job.eval_initial]
-    unused = isinstance(before, dict) and all(before.get(str(task)) == now[str(task)] for task in used)
+    unused = all(before.get(str(task)) == now[str(task)] for task in used)
     if unused and order[: state.learned] == [cost["task"] for cost in state.costs] and _is_repair(changes, parts):
         return [f"data changed before this run learned from them: {changes.text}"]
     raise ConfigError(
@@ -108,13 +109,15 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
     Raises:
         ConfigError: the stored one is malformed.
     """
+    problem = data(before.get("record"), "record")
     try:
-        return data_changes(before["record"], now["record"], _rows(before), _rows(now))
+        if problem is None:
+            return data_changes(before["record"], now["record"], _rows(before), _rows(now))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        what = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(
-            f"{folder}: the identity of the data in its checkpoint is malformed ({what}); choose another hydra.run.dir"
-        ) from error
+        problem = f"rows: {one_line(error)}"
+    raise ConfigError(
+        f"{folder}: the identity of the data in its checkpoint is malformed ({problem}); choose another hydra.run.dir"
+    )
 
 
 def _rows(stored: Mapping[str, Any]) -> dict[str, NamedRows]:

@@ -1,5 +1,6 @@
 """A run knows its data: it goes on only with the data that it has learned from, and says when they have changed."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from running import run, run_interrupted
 
 from clrun.reporting import refresh
 from clrun.reporting.sweep import sweep_table
+from clrun.results.schema import run_problem
+from clrun.running import checkpoint_file
 from clrun.running.engine import Engine
 from clrun.system.errors import ConfigError
 
@@ -232,3 +235,37 @@ def test_a_search_reuses_no_runs_on_other_data(
     assert not any(trial["reused"] for trial in trials)
     with pytest.raises(ConfigError, match="no longer those of this search: 1 test row gone"):
         sweep(tmp_path, "same", photos, *options, "task_order.budget=2")
+
+
+def test_a_malformed_identity_is_refused(photos: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", *OPTIONS, f"dataset.root={photos}", "job.max_tasks=1")
+    stored = record(tmp_path / "run")
+    assert run_problem(stored) is None
+    for path, value in (
+        (("digest",), 3),
+        (("classes", "names"), ["ant"]),
+        (("train", "by_class", 0), "3"),
+        (("test",), []),
+        (("per_task",), None),
+    ):
+        broken = copy.deepcopy(stored)
+        place = broken["data"]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        assert (run_problem(broken) or "").startswith("data.")
+
+
+def test_malformed_rows_of_a_checkpoint_are_refused(stopped: tuple[Path, bytes], photos: Path) -> None:
+    out, whole = stopped
+    (photos / "train" / "dog" / "3.png").write_bytes(whole)
+    file = out / "checkpoint.pt"
+    header, method = checkpoint_file.read(file)
+    assert header.data is not None
+    good = header.data
+    names = ("config_hash", "learned", "steps", "rows", "costs", "referenced", "start")
+    for bad in ({}, {"record": 3}, good | {"rows": {"train": {"names": "x"}}}, good | {"rows": 5}):
+        plain = {name: getattr(header, name) for name in names}
+        checkpoint_file.write(file, plain | {"data": bad}, [method], flush=False)
+        with pytest.raises(ConfigError, match="identity of the data in its checkpoint is malformed"):
+            run(out, *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
