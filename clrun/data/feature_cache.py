@@ -325,7 +325,7 @@ def _fits(file: BinaryIO, shape: tuple[int, int]) -> bool:
     try:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0(file) if version == (1, 0) else None
-    except ValueError:
+    except Exception:  # the header is a Python literal: what its parser raises depends on the damage
         return False
     size = os.fstat(file.fileno()).st_size
     return (

@@ -11,12 +11,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from running import THREADS, flip, rewrite, run, run_interrupted
 
 from clrun import api
 from clrun.backbones.weights import read_weights
+from clrun.data import feature_cache
+from clrun.data.feature_cache import FeatureCache
 from clrun.running import checkpoint_file
 from clrun.running.restoring import _unshared
 from clrun.system.checksums import BLANK, SEAL, broken_seal, seal
@@ -322,3 +325,28 @@ def test_torchrun_with_another_number_of_processes(tmp_path: Path, whole: bytes)
     assert code != 0 and "divided among 1 process, and now there are 2 processes; start it without torchrun" in text
     assert end("one", 0)[0] == 0
     assert (tmp_path / "one" / "accuracy.csv").read_bytes() == whole
+
+
+# --- cached features
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_flipped_bits_of_cached_features_are_found(suffix: str, tmp_path: Path) -> None:
+    """They are computed again, or the damaged part of their description plays no part in what is read."""
+    rows = np.arange(12, dtype=np.float32).reshape(4, 3)
+
+    def features() -> np.ndarray:
+        found = FeatureCache(tmp_path).get(
+            {"of": "rows"}, shape=(4, 3), compute=lambda: [rows], agrees=lambda found: True, about={"dataset": "rows"}
+        )
+        return found.take(np.arange(4))
+
+    features()
+    [stored] = tmp_path.glob(f"*{suffix}")
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for bit in range(0, 8 * len(files[stored]), 3):
+        for file, content in files.items():
+            file.write_bytes(content)
+        flip(stored, bit)
+        feature_cache._intact.clear()  # as in another process
+        assert np.array_equal(features(), rows), bit
