@@ -42,7 +42,7 @@ from running import quiet, run, run_interrupted  # noqa: E402
 from test_resume import CHEAP, fitting  # noqa: E402
 
 FAMILIES = ("finetune", "ewc", "er", "der", "a_gem", "icarl", "lwf", "packnet", "halrp", "l2p", "simplecil", "joint")
-SHORT = ("job.max_tasks=3", "budget.epochs=1", "job.max_steps=2", "job.max_eval_rows=16")
+SHORT = ("job.max_tasks=3", "budget.epochs=1", "job.max_steps=2", "job.max_eval_rows=16", "job.save_model=true")
 LEFT = 77  # exit code of a process that the system did not give what it needed
 HEAVIER = 700_000  # KiB by which reading a folder may make a process grow
 Attempt = Callable[[], Result]
@@ -75,36 +75,37 @@ class Method:
         return Result("refused" if ended.refused else "wrong", f"exit code {ended.code}: {last}")
 
     @cached_property
-    def whole(self) -> bytes:
-        """The accuracy.csv of an undisturbed run; its features are in the cache from then on."""
-        made(self.run(self.work / "whole"))
-        return (self.work / "whole" / "accuracy.csv").read_bytes()
-
-    @cached_property
-    def operations(self) -> int:
-        """The number of file operations of an undisturbed run."""
-        assert self.whole
-        out = self.work / "counted"
+    def _completed(self) -> Ended:
+        """An undisturbed run, which prints the number of its file operations; its features stay in the cache."""
 
         def counting() -> None:
             count = lib.at_file_operation(0, lib.kill_myself)
-            run(out, *self.options)
+            run(self.completed, *self.options)
             print(count())
 
-        return int(made(forked(counting, self.log)).text.split()[-1])
+        return made(forked(counting, self.log))
+
+    @property
+    def completed(self) -> Path:
+        """The folder of the undisturbed run."""
+        return self.work / "whole"
+
+    @cached_property
+    def whole(self) -> bytes:
+        """The accuracy.csv of the undisturbed run."""
+        assert self._completed.code == 0
+        return (self.completed / "accuracy.csv").read_bytes()
+
+    @property
+    def operations(self) -> int:
+        """The number of file operations of the undisturbed run."""
+        return int(self._completed.text.split()[-1])
 
     @cached_property
     def interrupted(self) -> Path:
         """The folder of a run that was interrupted after two tasks, with two generations of its checkpoint."""
         out = self.work / "interrupted"
         made(forked(lambda: run_interrupted(out, *self.options, at=2), self.log))
-        return out
-
-    @cached_property
-    def stored(self) -> Path:
-        """The folder of a completed run with its weights."""
-        out, options = self.work / "stored", (*self.options, "job.save_model=true")
-        made(forked(partial(run, out, *options), self.log))
         return out
 
 
@@ -220,7 +221,8 @@ class Soak:
         from clrun import api
 
         out = self.folder()
-        shutil.copytree(method.stored, out)
+        assert method.whole
+        shutil.copytree(method.completed, out)
         what = damage(out / "model.safetensors")
         ended = forked(lambda: api.load(out).learner(), self.log)
         return Result("refused" if ended.refused else "wrong", f"{method.name}, {what}: {ended.text[-300:]}")
@@ -339,7 +341,7 @@ class Soak:
     def hostile(self) -> Iterator[Attempt]:
         """Yield attempts without end."""
         assert self.methods[0].whole
-        for name, folder in hostile_folders(self.methods[0].work / "whole", self.work, self.seed):
+        for name, folder in hostile_folders(self.methods[0].completed, self.work, self.seed):
             yield partial(self.report, name, folder)
 
     def report(self, name: str, folder: Path) -> Result:
