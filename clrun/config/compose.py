@@ -41,7 +41,7 @@ def slug(overrides: Sequence[str]) -> str:
     because a sweep over data sets of the user's own varies it.
     """
     keys = {o: re.split("[=@]", o.lstrip("+~"))[0].replace("/", ".") for o in overrides}
-    identifying = sorted(o for o, key in keys.items() if inside_hash(key) or key == "dataset.root")
+    identifying = sorted(o for o, key in keys.items() if inside_hash(key) or key in ("dataset.root", "dataset.file"))
     text = re.sub(r"[^\w.-]+", "-", "_".join(identifying)).strip(".-_")[:SLUG_LENGTH]
     return f"{text or 'default'}-{hashlib.sha256(repr(identifying).encode()).hexdigest()[:8]}"
 

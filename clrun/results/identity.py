@@ -12,6 +12,7 @@ OUTSIDE_HASH = (
     "name",
     "logger",
     "dataset.root",
+    "dataset.file",
     "dataset.download",
     "dataset.archive",
     "dataset.archive_limit_gb",

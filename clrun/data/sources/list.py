@@ -1,0 +1,180 @@
+"""The user's own images, named by a list in a CSV, TSV or text file."""
+
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from clrun.data.reading.assemble import Domains, Groups
+from clrun.data.reading.class_names import composed, distinct, match
+from clrun.data.reading.image_files import from_files, with_note
+from clrun.data.reading.layout import found_parts, given_parts
+from clrun.data.reading.listing import Listing, in_test
+from clrun.data.reading.options import OwnReading, loader, user_path
+from clrun.data.reading.rows import Row, read_rows
+from clrun.data.reading.text import some
+from clrun.data.stream import Dataset
+from clrun.system.errors import ConfigError, warn
+
+Parts = dict[str, tuple[Row, ...]]
+
+
+@loader
+def list(
+    reading: OwnReading,
+    *,
+    name: str,
+    file: str,
+    root: str | None,
+    columns: Sequence[str] | None,
+    splits: dict[str, str | None] | None,
+) -> Dataset:
+    """Return the images that a list names: path, label, and perhaps split, and domain or task.
+
+    Class ids follow the sorted names of the classes; names that are all whole numbers are sorted as numbers. Without
+    splits, the hash of a path as written decides whether it is a test image. Domains become the parts of the data set;
+    tasks become the groups of classes "task", for `scenario=fixed_groups scenario.groups=task`.
+
+    Args:
+        reading: the common options.
+        name: name of the data set, part of the identity of a run.
+        file: the list.
+        root: folder that the paths start from; None for the folder of the list.
+        columns: names of the columns in order (path, label, split, domain, task; - for one to ignore), for a list
+            without a first line of names; None to find them.
+        splits: names of the parts in the column of splits, as {train: a, test: b, val: c}; None to find them.
+
+    Raises:
+        ConfigError: the list cannot be read, a class is in another part alone, an image has two labels or cannot be
+            read; names the file and the line.
+    """
+    listed = user_path(file, "dataset.file")
+    rows = _distinct_paths(listed, read_rows(listed, columns))
+    home = listed.parent if root is None else user_path(root, "dataset.root")
+    parts, said = _parts(listed, rows, splits, reading.test_fraction)
+    classes = _classes(listed, parts["train"])
+    for part, own in parts.items():
+        match(classes, distinct((row.label for row in own), str(listed)), where=str(listed), part=f"the {part} part")
+    listings = {part: _listing(home, own, classes) for part, own in parts.items()}
+    dataset = from_files(
+        Path(name).stem or "list",
+        listings["train"],
+        listings["test"],
+        val=listings.get("val"),
+        class_names=classes,
+        channels=reading.channels,
+        mean=reading.mean,
+        std=reading.std,
+        reading=reading,
+        groups=_groups(listed, rows, classes),
+        domains=_domains(parts),
+    )
+    return with_note(dataset, said)
+
+
+def _distinct_paths(file: Path, rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Return the rows, each path once; a warning names repeated ones.
+
+    Raises:
+        ConfigError: a path has two labels.
+    """
+    found: dict[str, Row] = {}
+    again = []
+    for row in rows:
+        other = found.setdefault(_plain(row.path), row)
+        if composed(other.label) != composed(row.label):
+            raise ConfigError(
+                f"{file}: line {other.line} says that {other.path} is '{other.label}', and line {row.line} that it is "
+                f"'{row.label}'; remove one"
+            )
+        if other is not row:
+            again.append(row.path)
+    if again:
+        warn(f"{file}: {len(again)} paths are named again, and count once, where they are first: {some(again)}")
+    return tuple(found.values())
+
+
+def _plain(path: str) -> str:
+    """Return a path with slashes and without "./"."""
+    return posixpath.normpath(path.replace("\\", "/"))
+
+
+def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None, fraction: float) -> tuple[Parts, str]:
+    """Return the rows of each part, and a word on what is tested on where it is not simply a test part.
+
+    Raises:
+        ConfigError: it is unclear which rows are training rows.
+    """
+    names = tuple(dict.fromkeys(row.split for row in rows if row.split))
+    if not names and splits:
+        raise ConfigError(f"dataset.splits: {file} has no column of splits; add one, or set dataset.splits=null")
+    chosen = found_parts(names, str(file)) if splits is None else given_parts(splits, names, str(file))
+    if names and not chosen and splits is None:
+        raise ConfigError(
+            f"{file}: the splits {some(names)} are unclear; name them, as in dataset.splits={{train: {names[0]}, "
+            "test: NAME}"
+        )
+    ignored = tuple(row for row in rows if chosen and row.split not in chosen.values())
+    if ignored:
+        warn(f"{file}: {len(ignored)} rows of other splits are ignored: {some(sorted({row.split for row in ignored}))}")
+    parts = {part: tuple(row for row in rows if row.split == title) for part, title in chosen.items()}
+    train = parts.get("train", tuple(rows))
+    if "test" not in parts:
+        parts["train"] = tuple(row for row in train if not in_test(_plain(row.path), fraction))
+        parts["test"] = tuple(row for row in train if in_test(_plain(row.path), fraction))
+    said = "" if chosen.get("test") in (None, "test") else f"tested on {chosen['test']}"
+    return parts, said
+
+
+def _classes(file: Path, rows: Sequence[Row]) -> Sequence[str]:
+    """Return the names of the classes, sorted; whole numbers as numbers."""
+    names = distinct((row.label for row in rows), str(file))
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+
+
+def _listing(home: Path, rows: Sequence[Row], classes: Sequence[str]) -> Listing:
+    """Return the images of some rows."""
+    ids = {name: label for label, name in enumerate(classes)}
+    names = tuple(_stored(home, row.path) for row in rows)
+    return Listing(home, names, tuple(ids[composed(row.label)] for row in rows))
+
+
+def _stored(home: Path, path: str) -> str:
+    """Return a path as it is stored: with slashes where a list of a Windows program has backslashes."""
+    if "\\" in path and not (home / path).exists():
+        return path.replace("\\", "/")
+    return path
+
+
+def _groups(file: Path, rows: Sequence[Row], classes: Sequence[str]) -> Groups:
+    """Return the classes of each task, by sorted task; {} without a column of tasks.
+
+    Raises:
+        ConfigError: a class is in two tasks.
+    """
+    task_of: dict[str, str] = {}
+    for row in rows:
+        if row.task:
+            other = task_of.setdefault(composed(row.label), row.task)
+            if other != row.task:
+                raise ConfigError(
+                    f"{file}, line {row.line}: the class {row.label} is in the tasks {other} and {row.task}; name the "
+                    "column domain if all tasks have the same classes"
+                )
+    if not task_of:
+        return {}
+    numbers = all(task.isdecimal() for task in task_of.values())
+    tasks = sorted(set(task_of.values()), key=lambda task: (int(task) if numbers else 0, task))
+    members = {task: tuple(k for k, name in enumerate(classes) if task_of.get(name) == task) for task in tasks}
+    return {"task": tuple(own for own in members.values() if own)}
+
+
+def _domains(parts: Parts) -> Domains | None:
+    """Return the domains of the rows of each part, by sorted name; None without a column of domains."""
+    names = sorted({row.domain for own in parts.values() for row in own if row.domain})
+    if not names:
+        return None
+    of = {part: torch.tensor([names.index(row.domain) for row in own]) for part, own in parts.items()}
+    return Domains(names, **of)
