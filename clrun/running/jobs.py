@@ -32,6 +32,8 @@ from clrun.system.processes import core_count, torchrun_rank
 # Environment variable with the number of jobs that a parallel launcher starts together; the jobs read it.
 JOBS_STARTED = "CLRUN_JOBS_STARTED"
 LOCK = "sweep.lock"  # in the folder of a sweep while its command runs
+# What Hydra itself writes into the folder of a run on request (hydra.job_logging, hydra.output_subdir).
+WRITTEN = ("clrun.log", ".hydra", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
         HydraConfig.instance().set_config(cfg)
         task(without_hydra(cfg))
         return out
+    refuse_links(*(out / name for name in WRITTEN))
     missing = missing_folders(out)
     callbacks = Callbacks(cfg)
     context = HydraContext(config_loader=composer.hydra.config_loader, callbacks=callbacks)
@@ -305,9 +308,10 @@ def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]
 
 
 def _refuse_linked(root: Path, inner: Path) -> None:
-    """Refuse the folder of a job whose path below the folder of the sweep has a symbolic link."""
+    """Refuse the folder of a job if its path below the folder of the sweep has a symbolic link, or Hydra finds one."""
     if not inner.is_absolute():
-        refuse_links(*(root / part for part in (inner, *inner.parents[:-1])))
+        refuse_links(*(root / part for part in (*inner.parents[-2::-1], inner)))
+    refuse_links(*(root / inner / name for name in WRITTEN))
 
 
 def _refresh(folder: Path, show: Callable[[str], None]) -> None:

@@ -11,8 +11,9 @@ What `locked` relies on, in this order:
    system itself has set, so that the clocks of two machines need not agree.
 
 What remains possible: on a file system without locks two processes that find the same abandoned lock within
-microseconds can both take it; and a holder that was suspended for more than SILENCE seconds on another machine loses
-its lock without being told.
+microseconds can both take it. Where the heartbeat decides, a holder that was suspended for more than SILENCE seconds
+loses its lock without being told, and so may a holder during the BEAT seconds after the clock of the file system was
+set forward.
 """
 
 import json

@@ -104,6 +104,18 @@ def _umask() -> int:
     return mask
 
 
+@pytest.mark.parametrize("name", ["clrun.log", ".hydra/config.yaml"])
+def test_files_that_hydra_writes_on_request_are_no_links(home: Path, tmp_path: Path, command, name: str) -> None:
+    out = tmp_path / "run"
+    (out / ".hydra").mkdir(parents=True)
+    (out / name).symlink_to(home / "mine")
+    logging = ("hydra/job_logging=default", "hydra.output_subdir=.hydra")
+    code, lines = command(*SWEEP[1:], *logging, f"hydra.run.dir={out}")
+    assert code == 2 and len(lines) == 1 and f"{out / name}: is a symbolic link" in lines[0]
+    code, lines = command(*SWEEP, *logging, f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=run")
+    assert code == 2 and len(lines) == 1 and f"{out / name}: is a symbolic link" in lines[0]
+
+
 def test_a_second_sweep_in_a_folder_is_refused_before_anything_starts(tmp_path: Path, command) -> None:
     folder = tmp_path / "s"
     with folder_locked(folder, "sweep.lock"):
