@@ -289,7 +289,7 @@ def test_a_reader_that_looks_at_a_free_lock_does_not_make_it_look_taken(tmp_path
     files.lock(file, shared=True)
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: file.close())
     with locked(path):
-        pass
+        assert file.closed and json.loads(path.read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("name", ["lock", ".lock"])
