@@ -32,6 +32,8 @@ class Job:
         eval_split: rows to evaluate on.
         eval_batch_size: rows per evaluation batch.
         max_tasks: learn only the first tasks, at most this many; null learns all.
+        start_from: folder of a complete run to go on from in a new folder, with a larger `max_tasks` or another length
+            of the budget (`clrun.running.start_from`); null begins with the first task.
         max_steps: upper limit of the steps of each fit; null for none.
         max_eval_rows: evaluate at most this many rows per task; null for all.
         tuning: chooses hyper-parameters for each task (`clrun.running.tuning`); null learns each task once, as
@@ -56,6 +58,7 @@ class Job:
     eval_split: Literal["test", "val"]
     eval_batch_size: PositiveInt
     max_tasks: PositiveInt | None
+    start_from: str | None
     max_steps: PositiveInt | None
     max_eval_rows: PositiveInt | None
     tuning: Callable[..., Any] | None

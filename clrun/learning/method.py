@@ -35,6 +35,7 @@ class Method(nn.Module):
     needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
     hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
     depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
+    depends_on_task_count: bool = False  # what it learns from a task depends on the number of all tasks
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     knobs: tuple[Knob, ...] = ()  # options that trade plasticity for stability, in the order of their decay
     order_invariant: bool = False  # claim of this instance: final predictions do not depend on the task order

@@ -46,6 +46,7 @@ class ClosedForm(Method):
         super().__init__(backbone, num_classes)
         self.width = int(backbone.num_features)  # type: ignore[arg-type]
         self.forget_tasks, self.keep_task_statistics = list(forget_tasks), keep_task_statistics
+        self.depends_on_task_count = bool(forget_tasks)  # they are unlearned after the last task
         self.kept = nn.ModuleDict()
         self.statistics = nn.ModuleDict()
         self.lost: list[int] = []  # classes of forgotten tasks without any row left

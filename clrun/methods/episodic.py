@@ -34,6 +34,7 @@ class Episodic(Method):
         super().__init__(backbone, num_classes, compete=compete)
         self.capacity = capacity
         self.memory: Buffer = RULES[memory](capacity)
+        self.depends_on_task_count = memory == "ring"
 
     def check(self, stream: Stream) -> None:
         self._check_ring(self.capacity, len(stream.tasks), 1)

@@ -120,6 +120,7 @@ class Halrp(TaskNetworks):
         self.sweeps, self.unfold = sweeps, conv == "unfold"
         self.l1, self.l2, self.centre = l1, l2, 1.0 if l2_centre == "one" else 0.0
         self.growth, self.threshold = growth, threshold
+        self.depends_on_task_count = growth is not None  # each task has its share
         self.order_invariant = base == "backbone"
         self.allowance: float | None = None  # bytes that one task may add
         self.added: list[tuple[int, int]] = []  # by each task but that of the base: bytes, and numbers

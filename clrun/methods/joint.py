@@ -54,7 +54,7 @@ class Joint(Method):
     ) -> None:
         super().__init__(backbone, num_classes, compete=compete)
         self.mode, self.restart = mode, restart and mode == "incremental"
-        self.order_invariant = mode == "once"
+        self.order_invariant = self.depends_on_task_count = mode == "once"
         self.initial = clone(backbone.state_dict()) if self.restart else {}
 
     def begin_task(self, task: Task, ctx: Context) -> None:

@@ -54,6 +54,7 @@ class ReplayFinetune(Method):
     ) -> None:
         super().__init__(backbone, num_classes, compete=compete)
         self.policy, self.per_task = memory, per_task
+        self.depends_on_task_count = memory == "full"
         self.memory = Exemplars("t")
         self.replayed = 0  # number of exemplars in a batch, over all processes
 

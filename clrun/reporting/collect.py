@@ -48,6 +48,7 @@ class Run:
         logme: LogME of the frozen features over all training samples; None when not recorded.
         searched: whether a search for the worst order chose the order.
         data: digest of the data that the run has seen; "" when not recorded.
+        start: how the run went on from another one, where no uninterrupted run has its result; else "".
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Run:
     logme: float | None = None
     searched: bool = False
     data: str = ""
+    start: str = ""
 
 
 def run_folders(root: Path) -> Iterator[Path]:
@@ -139,6 +141,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         logme=record.logme,
         searched=record.choices.get("task_order") == "adversarial",
         data=data_digest(record.stored),
+        start=_start(record.stored.get("started_from")),
     )
 
 
@@ -152,6 +155,14 @@ def _evaluated(record: RunRecord) -> Iterable[tuple[str, AccuracyMatrix]]:
 def _is_filled(matrix: AccuracyMatrix) -> bool:
     """Return whether a proportionate part of the cells was evaluated; a report does not keep other matrices."""
     return bool(np.count_nonzero(~np.isnan(matrix.correct)) * CELLS_PER_ROW >= matrix.correct.size)
+
+
+def _start(stored: Any) -> str:
+    """Return the lengths with which the first tasks of a run were learned that went on from another one."""
+    if not stored or stored["identical"]:
+        return ""
+    old = " ".join(f"{key}={pair[0]}" for key, pair in sorted(stored["changed"].items()) if key != "job.max_tasks")
+    return f"{stored['learned']} tasks with {old}"
 
 
 def _has_nan(finals: Mapping[int, float]) -> bool:

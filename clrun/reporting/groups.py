@@ -207,13 +207,14 @@ def finals_of(complete: Mapping[Pair, Run], setting: str) -> tuple[list[tuple[in
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Sort runs into experiment groups, in order of first appearance.
 
-    Runs whose order was chosen by a search for the worst one form groups of their own, and so do runs on other data.
+    Runs whose order was chosen by a search for the worst one form groups of their own, and so do runs on other data and
+    those that went on from another run with another length of the budget (`job.start_from`).
     """
     members: dict[tuple[str, ...], list[Run]] = {}
     data = DataOfRuns(runs)
     for run in runs:
         chosen = "searched" if run.searched else ""
-        shared = (run.method, run.backbone, run.dataset, group_key(run.config), chosen, data.of(run))
+        shared = (run.method, run.backbone, run.dataset, group_key(run.config), chosen, data.of(run), run.start)
         members.setdefault(shared, []).append(run)
     alike: dict[tuple[str, ...], list[Mapping[str, object]]] = {}
     for key, group in members.items():
@@ -223,6 +224,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     for key, group in members.items():
         values = {name: group[0].config.get(name) for name in names[key[:3]]}
         values |= {"orders": key[4]} if key[4] else {}
+        values |= {"start": key[6]} if key[6] else {}
         values |= {"data": label} if (label := data.label(group[0])) else {}
         groups.append(Group(key[3], values, group, key[5]))
     return groups

@@ -227,6 +227,22 @@ def data(value: Any, place: str) -> str | None:
     return None
 
 
+def _pair(value: Any, place: str) -> str | None:
+    """Accept a list of two plain values."""
+    two = isinstance(value, list) and len(value) == 2
+    return listed(plain)(value, place) if two else f"{place}: expected a list of two values"
+
+
+START = record(
+    {
+        "folder": text,
+        "learned": count,
+        "config_hash": text,
+        "changed": mapping(_pair),
+        "identical": flag,
+    }
+)
+"""The run that another one went on from."""
 RUN = record(
     {"status": one_of(*STATES), "seed": whole, "config": options},
     {
@@ -248,6 +264,7 @@ RUN = record(
         "started": nullable(text),
         "finished": nullable(text),
         "data": nullable(data),
+        "started_from": nullable(START),
     },
 )
 """run.json; keys that are not named here may be there."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clrun.results.records import COLUMNS
+from clrun.results.schema import START
 from clrun.system.checksums import crc_of
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import json_value, replacing, writing
@@ -217,6 +218,8 @@ def _checked(content: Any, tasks: int | None) -> Header:
     _check_methods(content["methods"], content["world"])
     for name in LATER:
         _kind(name, content[name], (dict, type(None)), "a mapping or null")
+    if content["start"] is not None and (problem := START(content["start"], "start")):
+        raise _Wrong("start", content["start"], f"the record of a run ({problem})")
     rows = _check_rows(content["rows"], content["learned"], content["steps"], tasks)
     return Header(**{name: content[name] for name in names - {"schema", "rows"}}, rows=rows)
 

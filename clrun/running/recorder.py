@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from clrun.config.job import JobInfo
@@ -36,6 +37,8 @@ from clrun.running.parts import Parts
 from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
+from clrun.running.start_from import copy_log, start_from
+from clrun.running.start_from import note as note_on_start
 from clrun.system.errors import ConfigError, warn
 from clrun.system.files import append_text, json_value, replace_text
 
@@ -159,17 +162,27 @@ class Recorder:
         """Do what `resumed` says, but leave the identity of the data as it was stored."""
         method = built.method
         self.backbone_digests = checkpoint.fingerprints(method.backbone)
-        if not self.options.resume:
-            return method, RunState()
-        self.storable = checkpoint.parts(method)
-        if not checkpoint_file.generations(self.checkpoint):
-            return method, RunState()
+        if self.options.resume:
+            self.storable = checkpoint.parts(method)
+        if not self.options.resume or not checkpoint_file.generations(self.checkpoint):
+            return self._started(built)
         method, state, damage = checkpoint.resume(
             self.checkpoint, method, config_hash=self.hash, hardware=self.hardware, tasks=len(built.stream.tasks)
         )
         changed = check_resumed(built, state, self.folder.path, self.parts)
         self.damaged = damage is not None
         self.run["notes"] += [*self._notes_on_resuming(state.learned, damage), *changed]
+        return method, state
+
+    def _started(self, built: Built) -> tuple[Method, RunState]:
+        """Return the new method and no progress, or those of the run that `job.start_from` names."""
+        if self.options.start_from is None:
+            return built.method, RunState()
+        folder = Path(self.options.start_from).expanduser()
+        method, state = start_from(folder, built, self.parts)
+        self.run["notes"] += check_resumed(built, state, folder, self.parts)
+        if self.hardware.main:
+            copy_log(folder, self.folder.path)
         return method, state
 
     def _notes_on_resuming(self, learned: int, damage: str | None) -> list[str]:
@@ -211,6 +224,9 @@ class Recorder:
         if frozen:
             self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
             self.run["notes"] += feature_notes(built.cache, built.images)
+        if state.start is not None:
+            self.run["started_from"] = state.start
+            self.run["notes"].append(note_on_start(state.start))
         if built.method.depends_on_batch:
             self.run["notes"].append("predictions depend on the composition of the test batch; not comparable")
         tasks = len(stream.tasks)
