@@ -132,8 +132,8 @@ def open_own(path: Path, how: Literal["new", "append", "update", "lock", "read"]
             "lock" and "update" read and write; "read" reads.
 
     Raises:
-        OSError: the file cannot be opened, or is a pipe, a device or a second name of another file.
-        ConfigError: there is a symbolic link at `path`.
+        OSError: the file cannot be opened, or is a pipe or a device.
+        ConfigError: there is a symbolic link at `path`, or a file to append to or to lock has a second name.
     """
     flags, mode = {
         "new": (os.O_RDWR | os.O_CREAT | os.O_EXCL, "w+b"),
@@ -321,8 +321,13 @@ def _open(name: str, flags: int, path: Path, folder: int) -> int:
             raise ConfigError(f"{path}: {LINK}") from None
         raise
     found = os.fstat(descriptor)
-    several = found.st_nlink > 1 and flags & (os.O_WRONLY | os.O_RDWR)
+    several = found.st_nlink > 1 and flags & os.O_CREAT
     if stat.S_ISREG(found.st_mode) and not several:
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "another file has the same content by a hard link" if several else "not a regular file")
+    if several:
+        raise ConfigError(
+            f"{path}: has a second name by a hard link, whose content would change with it; put a copy in its place "
+            "or choose another folder"
+        )
+    raise OSError(errno.EINVAL, "not a regular file")
