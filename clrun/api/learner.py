@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
     probabilities: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Learner:
     """A trained method with the data set's own preprocessing.
 
@@ -55,6 +55,9 @@ class Learner:
     batch_size: int
     _restored: Restored
     _reader: Reader
+
+    def __repr__(self) -> str:
+        return f"Learner({type(self.method).__name__}, tasks={list(self.tasks)}, input={self.input!r})"
 
     @property
     def method(self) -> Method:
@@ -222,7 +225,8 @@ def _refuse_strangers(folder: Path, config: Mapping[str, Any], trust: tuple[str,
     Raises:
         ConfigError: see above.
     """
-    for target in _targets(config):
+    strangers = []
+    for target in dict.fromkeys(_targets(config)):
         if target in _own_targets() or any(target == name or target.startswith(f"{name}.") for name in trust):
             continue
         if target.startswith("torch.optim."):
@@ -231,10 +235,13 @@ def _refuse_strangers(folder: Path, config: Mapping[str, Any], trust: tuple[str,
             found = locate(target)
             if isinstance(found, type) and issubclass(found, Optimizer):
                 continue
-        module = target.rpartition(".")[0]
+        strangers.append(target)
+    if strangers:
+        verb = "is" if len(strangers) == 1 else "are"
+        modules = list(dict.fromkeys([*trust, *(target.rpartition(".")[0] for target in strangers)]))
         raise ConfigError(
-            f"{folder / 'run.json'}: names {target}, which is not clrun's; if you trust this folder and that code, "
-            f"call learner(trust=['{module}'])"
+            f"{folder / 'run.json'}: names {', '.join(strangers)}, which {verb} not clrun's; if you trust this folder "
+            f"and that code, call learner(trust={modules})"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clrun.config.groups import GROUPS
 from clrun.system.errors import ConfigError
 
 Overrides = str | Iterable[str] | Mapping[str, Any]
@@ -70,6 +71,8 @@ def _of_mapping(values: Mapping[str, Any], prefix: str = "", *, sweep: bool) -> 
             if not value:
                 raise ConfigError(f"{name}: a sweep needs at least one value")
             found.append(f"{name}={','.join(text_of(item, name) for item in value)}")
+        elif name in GROUPS and isinstance(value, list | tuple):
+            raise ConfigError(f"{name}: expected one choice, got {value!r}; clrun.sweep runs several")
         else:
             found.append(f"{name}={text_of(value, name)}")
     return found

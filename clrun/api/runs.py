@@ -193,7 +193,7 @@ class Run:
             raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
         return frame
 
-    def learner(self, *, device: str | None = None, trust: Collection[str] = ()) -> "Learner":
+    def learner(self, *, device: str | None = None, trust: str | Collection[str] = ()) -> "Learner":
         """Return the trained method, ready to predict.
 
         It is read from checkpoint.pt (`run` keeps it; the command line does so with job.keep_checkpoint=true), else
@@ -203,15 +203,15 @@ class Run:
 
         Args:
             device: "cpu", "cuda", "cuda:1"; None is the run's `hardware.device`.
-            trust: names of modules that the run's configuration may name, as ["my_package"].
+            trust: name or names of modules that the run's configuration may name, as ["my_package"].
 
         Raises:
             ConfigError: the folder holds no trained method, it cannot be restored here, or a part is not trusted.
         """
         from clrun.api.learner import learner_of
 
-        everything = self._trusted
-        return learner_of(self.folder, self.config, device=device, trust=None if everything else tuple(trust))
+        names = (trust,) if isinstance(trust, str) else tuple(trust)
+        return learner_of(self.folder, self.config, device=device, trust=None if self._trusted else names)
 
     def _names(self) -> list[str]:
         """Return the names of the tasks by position, with the id where two are called the same."""

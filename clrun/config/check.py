@@ -13,6 +13,7 @@ from clrun.config.signature import locate, mismatch, parameters
 from clrun.system.errors import ConfigError, Count, did_you_mean
 
 PLAIN: dict[str, Any] = {"name": str, "seed": Count}
+FACTORIES = ("scenario", "task_order", "backbone", "method")  # called during the run, with more arguments
 
 
 def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
@@ -66,7 +67,9 @@ def _known_problems(group: str, node: Any, choice: str | None) -> list[str]:
 
 def _group_problems(group: str, node: Any, choice: str | None) -> Iterator[str]:
     """Yield the problems of a top-level node."""
-    if not isinstance(node, Mapping) or "_target_" not in node:
+    if choice and isinstance(node, Mapping) and "_target_" not in node:
+        yield f"{group}={choice}: its YAML file has no _target_, which names the class or function"
+    elif not isinstance(node, Mapping) or "_target_" not in node:
         yield f"{group}: expected a node with a _target_, got {node!r}; set {group}=CHOICE (see clrun list {group})"
     else:
         yield from _node_problems(node, group, f"{group}={choice}" if choice else group)
@@ -129,7 +132,10 @@ def _option_problems(
         variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         at_run_time = partial and parameter.kind is not parameter.KEYWORD_ONLY
         if key not in options and parameter.default is parameter.empty and not (variadic or at_run_time):
-            yield f"{path}.{key}: is missing; {label} needs it, set {path}.{key}=..."
+            own = f"add it to the YAML file, or set +{path}.{key}=..."
+            clruns = f"add _partial_: true to the YAML file if clrun is to pass it, or set +{path}.{key}=..."
+            positional = not partial and parameter.kind is not parameter.KEYWORD_ONLY and path in FACTORIES
+            yield f"{path}.{key}: is missing; {label} needs it: {clruns if positional else own}"
 
 
 def _construction_problems(

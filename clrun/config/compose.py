@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from clrun.config.groups import RESERVED
+from clrun.config.groups import GROUPS, RESERVED
 from clrun.results.identity import inside_hash
 from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
@@ -111,7 +111,11 @@ class Composer:
                     loader.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=True)
                     cfg.hydra.mode = RunMode.RUN
                     return cfg
-            cfg = loader.load_configuration(self.name, [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+            later = _applied_by_the_jobs(overrides)
+            given = [later.get(text, text) for text in overrides]
+            cfg = loader.load_configuration(self.name, [*given, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+            back = {text: original for original, text in later.items()}
+            cfg.hydra.overrides.task = [back.get(text, text) for text in cfg.hydra.overrides.task]
             return cfg
         except Exception as error:  # composing only reads overrides and files, so that every error is about them
             raise ConfigError(self._problem(error, overrides)) from error
@@ -170,7 +174,9 @@ class Composer:
             available += f"; joblib: {joblib}; submitit_slurm and submitit_local: {slurm}"
         where = re.match("In '(.*?)'", str(error))
         file = "" if where is None or where[1] in (self.name, "hydra/config") else f"{where[1]}: "
-        return f"{file}no {group} named '{member}'{did_you_mean(member, known)} (available: {available})"
+        found = any(source.provider == "command-line" for source in self.hydra.config_loader.get_sources())
+        own = "" if found or group not in GROUPS else "; your own choices need --config-dir FOLDER"
+        return f"{file}no {group} named '{member}'{did_you_mean(member, known)} (available: {available}{own})"
 
     def _unreadable_file(self) -> str | None:
         """Return the first YAML file on the search path that cannot be read; None when all can."""
@@ -207,6 +213,23 @@ def _omegaconf_line(error: BaseException) -> str:
     if (missing := text.partition("Missing mandatory value: ")[2]) and error.full_key:
         return f"{missing}: needs a value; set {missing}=..."  # the interpolation of another key needs it
     return f"{error.full_key}: {text}" if error.full_key else text
+
+
+def _applied_by_the_jobs(overrides: Sequence[str]) -> dict[str, str]:
+    """Return the options of groups with several choices, each with a form that only the jobs of the sweep apply.
+
+    The configuration of the sweep itself has the default choice of such a group, which may lack the option.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = {o.key_or_group for o in parsed if o.is_sweep_override()} & {*GROUPS, "experiment"}
+    found = {}
+    for override in parsed:
+        group, _, inner = override.key_or_group.partition(".")
+        key, _, value = (override.input_line or "").partition("=")
+        below = inner and (group in swept or ("experiment" in swept and group in GROUPS))
+        if below and value and not (override.is_delete() or override.is_sweep_override()):
+            found[f"{key}={value}"] = f"{key}=choice({value})"
+    return found
 
 
 def folder_of(cfg: DictConfig, key: str) -> Path:

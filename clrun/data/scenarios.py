@@ -321,7 +321,7 @@ def _stream(
     """Return the stream whose task id k is `blocks[k]`."""
     ids = order(len(blocks))
     if not isinstance(ids, Sequence) or sorted(ids) != list(range(len(blocks))):
-        raise ConfigError(f"task_order: must return a list of the {len(blocks)} task ids, each once, got {ids}")
+        raise ConfigError(f"task_order: must return a list of the {len(blocks)} task ids, each once, got {ids!r}")
     tasks = []
     for index, k in enumerate(ids):
         block = blocks[k]

@@ -163,6 +163,7 @@ class _Step:
             batch = self._prepared(self.method.mix(rows, self.ctx))
             with hardware.autocast():
                 value = self.loss(batch, self.ctx)
+            _check_scalar(value)
         for parameter in self.parameters:
             parameter.grad = None  # what optimizer.zero_grad does, in less time
         if weight:
@@ -179,6 +180,19 @@ class _Step:
         """Return the prepared batch, which also holds the raw rows."""
         x = self.split.transform.train(raw.x, self.augmentation)
         return Batch(self.ctx.hardware.layout(x), raw.y, raw.t, raw.i, raw.x)
+
+
+def _check_scalar(value: Any) -> None:
+    """Refuse a loss that cannot be minimised, before the first gradient.
+
+    Raises:
+        TypeError: the loss is no scalar tensor, or nothing that is trained has a part in it.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        found = type(value).__name__
+        if isinstance(value, Tensor):
+            found = f"a tensor {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")
+        raise TypeError(f"the loss must be a scalar tensor with a gradient, got {found}")
 
 
 def _check_loss(value: Tensor, ctx: Context) -> None:

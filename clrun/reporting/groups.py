@@ -5,7 +5,7 @@ statistics compare results on the same task id.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -236,9 +236,19 @@ def labels(groups: Sequence[Group]) -> list[str]:
     found = []
     for group in groups:
         names = [group.triple[0], *(name for name, shown in zip(group.triple[1:], varies, strict=True) if shown)]
-        names += [f"{last_part(key, group.differing)}={value}" for key, value in group.differing.items()]
+        names += _choices(group.differing)
         found.append(" ".join(names))
     return found
+
+
+def _choices(differing: Mapping[str, object]) -> Iterator[str]:
+    """Yield "option=value" for each differing option; where the class differs, its name and the options that it has."""
+    for key, value in differing.items():
+        node, _, last = key.rpartition(".")
+        if last == "_target_":
+            yield f"{node}={str(value).rpartition('.')[2]}"
+        elif value is not None or f"{node}._target_" not in differing:
+            yield f"{last_part(key, differing)}={value}"
 
 
 def differing(configs: Sequence[Mapping[str, object]], without: Iterable[str]) -> list[str]:

@@ -335,7 +335,7 @@ def _draw_opd(axes: "Axes", group: Group, setting: str) -> None:
     axes.set_ylabel("task", fontsize=8)
     step = -(-len(tasks) // 12) or 1
     axes.set_yticks(range(0, len(tasks), step), [str(task) for task in tasks[::step]])
-    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_ylim(max(len(tasks), 1) - 0.5, -0.5)
     axes.set_xlabel("final accuracy (points)", fontsize=9)
     _clean(axes)
 

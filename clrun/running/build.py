@@ -191,19 +191,23 @@ def _untrained(parts: Parts) -> Any:
     return partial(factory, **{key: value for key, value in WEIGHT_OPTIONS.items() if key in options_of(factory)})
 
 
-def _check_features(backbone: nn.Module, name: str, image_shape: tuple[int, ...]) -> None:
+def _check_features(backbone: Any, name: str, image_shape: tuple[int, ...]) -> None:
     """Refuse a backbone without `num_features`; one that is not clrun's own is tried on one black image, in a copy.
 
     Raises:
         ConfigError: see above, or its features are not [B, num_features].
     """
-    width = getattr(backbone, "num_features", None)
+    if not isinstance(backbone, nn.Module):
+        raise ConfigError(f"backbone: {name} is no torch.nn.Module")
+    width, size = (getattr(backbone, key, None) for key in ("num_features", "input_size"))
     if not isinstance(width, int):
         raise ConfigError(f"backbone: {name} has no num_features; set self.num_features to the width of its features")
     if name.startswith("clrun."):
         return
+    if size is not None and not (isinstance(size, tuple | list | torch.Size) and len(size) == len(image_shape)):
+        raise ConfigError(f"backbone: {name} has input_size={size!r}, expected (channels, height, width)")
     with torch.no_grad():
-        image = torch.zeros(1, *(getattr(backbone, "input_size", None) or image_shape))
+        image = torch.zeros(1, *(size or image_shape))
         features = copy.deepcopy(backbone).eval()(image)
     if features.shape != (1, width):
         shape = f"[B, {', '.join(map(str, features.shape[1:]))}]"

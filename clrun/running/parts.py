@@ -212,6 +212,8 @@ def _rows_problem(split: Split, dataset: Dataset) -> str | None:
         return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
     if not all(spread > 0 for spread in dataset.std):
         return f"the standard deviations {dataset.std}, expected numbers above 0"
+    if len(labels) != len(images):
+        return f"{len(images)} images and {len(labels)} labels, expected one label per image"
     if not isinstance(split, TensorSplit) or len(dataset.image_shape) == 1:
         return None
     wrong = not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.dim() != 4

@@ -184,6 +184,7 @@ def test_own_methods_are_trusted_in_their_process_alone(tmp_path):
     expected = done.learner().predict(images).labels
     with pytest.raises(ConfigError, match=rf"names {Own.__module__}\.Own, which is not clrun's"):
         load(done.folder).learner()
+    assert repr(load(done.folder).learner(trust=Own.__module__)).startswith("Learner(Own, tasks=['")
     np.testing.assert_array_equal(load(done.folder).learner(trust=[Own.__module__]).predict(images).labels, expected)
 
 

@@ -35,6 +35,7 @@ OVERRIDE = re.compile(r"'?[a-z_./]+=(?!False|True)\S+")  # False and True are ar
 OF: dict[str, list[str] | None] = {  # options that not every choice of the group has
     "dataset.images": ["dataset=folder", "dataset.root=my_images"],
     "dataset.download": ["dataset=mnist"],
+    "dataset.archive": ["dataset=folder", "dataset.root=my_images"],
     "method.forget_tasks": ["method=ncm"],
     "task_order.order": ["dataset=cifar100", "scenario.n_tasks=10", "task_order=cifar100_split"],
     "job.eval_split": ["dataset.val_fraction=0.2"],
@@ -42,6 +43,7 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "dataset=folder_domains": ["dataset.root=my_domains", "scenario=dataset_sequence", "scenario.setting=dil"],
     "dataset=folder": ["dataset.root=my_images"],
     "scenario=fixed_groups scenario.groups=mine": None,  # the groups of the reader's own data set
+    "data=1f2e3d...": None,  # part of a printed line
 }
 STANDS_FOR = {"job.eval_every=N": "job.eval_every=2", "METHOD": "l2p"}  # where composing needs a value
 

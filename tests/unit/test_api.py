@@ -135,6 +135,7 @@ WRONG = {
     ),
     "no text": ([3], "overrides: expected texts 'KEY=VALUE', got 3; a mapping takes other values"),
     "a key": ({3: 1}, "overrides: expected a text as key, got 3"),
+    "several choices": ({"method": ["er", "ewc"]}, "method: expected one choice, got ['er', 'ewc']; clrun.sweep runs"),
     "a tensor": (
         {"seed": torch.zeros(2)},
         "seed: a Tensor cannot be an option; expected None, bool, int, float, str, a",

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from clrun.config.check import check
-from clrun.config.compose import slug
+from clrun.config.compose import Composer, slug
 from clrun.config.signature import locate, mismatch, parameters
 from clrun.results.identity import OUTSIDE_HASH, config_hash, differing_keys, flatten
 from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
@@ -218,8 +218,11 @@ def test_each_problem_has_one_line(changes, line):
     [
         ("method", "method: is missing; set method=CHOICE (see clrun list method)"),
         ("seed", "seed: is missing; set seed=..."),
-        ("method.inner", "method.inner: is missing; method=learner needs it, set method.inner=..."),
-        ("logger.a", "logger.a: is missing; logger needs it, set logger.a=..."),
+        (
+            "method.inner",
+            "method.inner: is missing; method=learner needs it: add it to the YAML file, or set +method.inner=...",
+        ),
+        ("logger.a", "logger.a: is missing; logger needs it: add it to the YAML file, or set +logger.a=..."),
     ],
 )
 def test_missing_options(without, line):
@@ -305,3 +308,29 @@ def test_slug_of_a_long_order_is_a_file_name(tmp_path):
     for name in names:
         (tmp_path / name).mkdir()
         assert len(name) < 120
+
+
+def test_a_class_without_partial_is_told_so():
+    [line] = problems({"method._partial_": False, "method.num_classes": 2})
+    assert line.startswith("method.backbone: is missing; method=learner needs it: add _partial_: true to the YAML file")
+
+
+def test_a_choice_without_target_is_named():
+    assert problems({}, ("method._target_",)) == [
+        "method=learner: its YAML file has no _target_, which names the class or function"
+    ]
+
+
+@pytest.mark.parametrize("group", ["method=ewc,si", "experiment=null,null"])
+def test_an_option_below_a_swept_choice_is_left_to_the_jobs(group):
+    overrides = [group, "method.strength=3", "+method.new=[1,2]", "seed=1"]
+    with Composer.of(config_path=None, config_name=None, config_dir=None) as composer:
+        cfg = composer.compose(overrides, sweep=True)
+        assert list(cfg.hydra.overrides.task) == overrides
+        assert cfg.seed == 1 and "strength" not in cfg.method
+        job = composer.compose_job(cfg, ["method=ewc", "method.strength=3", "+method.new=[1,2]"])
+        assert job.method.strength == 3 and job.method.new == [1, 2]
+        with pytest.raises(ConfigError, match="^method.strength: unknown option of method=er$"):
+            composer.compose_job(cfg, ["method=er", "method.strength=3"])
+        with pytest.raises(ConfigError, match="^method.strength: unknown option of method=er$"):
+            composer.compose(["seed=1,2", "method.strength=3"], sweep=True)

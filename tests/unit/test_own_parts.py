@@ -66,6 +66,10 @@ DATASETS = {
         lambda: made(IMAGES, LABELS.numpy()),
         "dataset: own.part gives train rows with labels of ndarray, expected a tensor [N] of torch.int64",
     ),
+    "fewer labels than images": (
+        lambda: made(IMAGES, LABELS[:30]),
+        "dataset: own.part gives train rows with 40 images and 30 labels, expected one label per image",
+    ),
     "nothing to test": (
         without_test_rows_of_some_tasks,
         "dataset: there are no test rows of task 1 (c/d); add images of its classes, ...",
@@ -94,6 +98,10 @@ class Maps(Net):
         return x.expand(-1, 8, -1, -1)
 
 
+class SideAlone(Net):
+    num_features, input_size = 8, 16
+
+
 class Right(Net):
     num_features = 8
 
@@ -101,6 +109,8 @@ class Right(Net):
 BACKBONES = {
     "no width": (Net, "backbone: own.part has no num_features; set self.num_features to the width of its features"),
     "another width": (WrongWidth, "backbone: own.part returns features [B, 8], expected [B, num_features] = [B, 9]"),
+    "no module": (lambda shape: 3, "backbone: own.part is no torch.nn.Module"),
+    "a side": (SideAlone, "backbone: own.part has input_size=16, expected (channels, height, width)"),
     "maps": (Maps, "backbone: own.part returns features [B, 8, 8, 8], expected [B, num_features] = [B, 8]"),
 }
 
@@ -191,7 +201,9 @@ def test_part_of_another_kind(group, kind, config, tmp_path):
 
 
 def test_traceback_names_the_file_of_a_method_whose_mistake_shows_later(config, tmp_path):
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(
+        TypeError, match=r"the loss must be a scalar tensor with a gradient, got a tensor \[3\]"
+    ) as error:
         run_config(config("method", ManyLosses), tmp_path / "run", job=JobInfo(None, 1, {}, False, [], {}))
     text = "".join(traceback.format_exception(error.value))
     assert "In a run with method=own.part (somewhere/own.py)" in text

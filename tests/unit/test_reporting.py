@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import pytest
 
 from clrun.reporting import refresh, report
 from clrun.reporting.figures import draw_accuracy_matrix
+from clrun.reporting.groups import Group, labels
 from clrun.reporting.tables import Line, Standing, comparison_table, final_table, matrix_header, matrix_row
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import RunFolder
@@ -542,3 +544,15 @@ def test_a_run_without_matrix_is_one_clear_line(tmp_path):
         with pytest.raises(ConfigError, match="no accuracy matrix"):
             draw_accuracy_matrix(run | {"accuracy_matrix": matrix}, tmp_path / "x.png")
     assert math.isfinite(run["metrics"]["cil"]["average_accuracy"])
+
+
+def test_label_of_another_class_has_the_options_that_it_has():
+    runs = [SimpleNamespace(method="er", backbone="cnn", dataset="digits")]
+    common = {"job.max_steps": None, "scenario._target_": "clrun.data.scenarios.class_split"}
+    first = Group("a", common | {"scenario.groups": None, "scenario.n_tasks": 4}, runs)
+    other = {"scenario._target_": "clrun.data.scenarios.fixed_groups", "scenario.groups": "pairs"}
+    second = Group("b", common | other | {"scenario.n_tasks": None}, runs)
+    assert labels([first, second]) == [
+        "er max_steps=None scenario=class_split n_tasks=4",
+        "er max_steps=None scenario=fixed_groups groups=pairs",
+    ]
