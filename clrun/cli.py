@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clrun import __version__
 from clrun.config.compose import Composer
+from clrun.config.environment import masked
 from clrun.reporting.tables import printable
 from clrun.running.jobs import run, task
 from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         if lines := failure_lines(error):
-            print("\n".join(f"clrun: {printable(line)}" for line in lines), file=sys.stderr)
+            print("\n".join(f"clrun: {printable(masked(line))}" for line in lines), file=sys.stderr)
         else:
             traceback.print_exc()
         code = 2 if isinstance(error, ConfigError) else 1
@@ -63,7 +64,7 @@ def _warning(
 ) -> str:
     """Return the text of a warning; one line for a warning about the user's data."""
     if issubclass(category, DataWarning):
-        return f"clrun: warning: {printable(str(message))}\n"
+        return f"clrun: warning: {printable(masked(str(message)))}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
@@ -94,7 +95,7 @@ def _command(argv: list[str]) -> int:
             overrides = [*args.overrides, "hydra.mode=RUN"] if args.run else args.overrides
             failed = run(composer, overrides, sweep=args.multirun).failed
             for line in failed:
-                print(f"clrun: failed: {printable(line)}", file=sys.stderr)
+                print(f"clrun: failed: {printable(masked(line))}", file=sys.stderr)
             return 1 if failed else 0
         composer.compose(
             args.overrides, sweep=args.multirun

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from clrun.api.images import Reader, decoding_node
 from clrun.api.process import borrowed
 from clrun.config.check import check
+from clrun.config.environment import needs_environment, resolved
 from clrun.config.signature import locate
 from clrun.data.decode import Decoding
 from clrun.data.images import FileImages, JoinedImages
@@ -28,7 +30,7 @@ from clrun.results.identity import config_hash
 from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts, make
 from clrun.running.restoring import Restored, restore
-from clrun.system.errors import ConfigError, did_you_mean
+from clrun.system.errors import ConfigError, did_you_mean, first_line
 from clrun.system.yaml_files import conf_dir
 
 
@@ -190,6 +192,7 @@ def learner_of(
     if trust is not None:
         _refuse_strangers(folder, config, trust)
     with borrowed():
+        config = _with_environment(folder, config, trust)
         check(config, {})
         hardware = {**config["hardware"], "processes": 1} | ({} if device is None else {"device": device})
         parts = Parts({**config, "hardware": hardware})
@@ -209,6 +212,24 @@ def _range(stream: Stream, decoding: Decoding) -> Any:
     while isinstance(images, JoinedImages):
         images = images.splits[0].images
     return images.options.range if isinstance(images, FileImages) else decoding.range
+
+
+def _with_environment(folder: Path, config: Mapping[str, Any], trust: tuple[str, ...] | None) -> Mapping[str, Any]:
+    """Return the configuration with the values that its expressions (`${oc.env:ROOT}`) have in this process.
+
+    Raises:
+        ConfigError: there are expressions in a folder that is not trusted with them; or a variable is not set.
+    """
+    keys = needs_environment(config)
+    if keys and trust is not None and "oc.env" not in trust:
+        raise ConfigError(
+            f"{folder / 'run.json'}: {', '.join(keys)} is read from the environment; if you trust this folder with it, "
+            "call learner(trust=['oc.env'])"
+        )
+    try:
+        return resolved(config) if keys else config
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{folder / 'run.json'}: {first_line(error)}") from error
 
 
 def _prediction(logits: Tensor, allowed: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from clrun.config.groups import GROUPS, RESERVED
+from clrun.config.kinds import ANY, KINDS, Kind, kind_of, wrong_kind
 from clrun.config.signature import locate, mismatch, parameters
 from clrun.system.errors import ConfigError, Count, did_you_mean
 
@@ -72,7 +73,7 @@ def _group_problems(group: str, node: Any, choice: str | None) -> Iterator[str]:
     elif not isinstance(node, Mapping) or "_target_" not in node:
         yield f"{group}: expected a node with a _target_, got {node!r}; set {group}=CHOICE (see clrun list {group})"
     else:
-        yield from _node_problems(node, group, f"{group}={choice}" if choice else group)
+        yield from _node_problems(node, group, f"{group}={choice}" if choice else group, KINDS[group])
 
 
 def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -86,32 +87,37 @@ def _setting_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield f"{why}scenario.setting={setting} cannot use it ({allowed})"
 
 
-def _node_problems(node: Mapping[str, Any], path: str, label: str) -> Iterator[str]:
-    """Yield the problems of a node with a `_target_` and of the nodes inside it."""
+def _node_problems(node: Mapping[str, Any], path: str, label: str, kind: Kind) -> Iterator[str]:
+    """Yield the problems of a node with a `_target_` and of the nodes inside it; `kind` is what its place expects."""
     try:
         target = locate(str(node["_target_"]))
     except ConfigError as error:
         yield f"{path}._target_: {error}"
         return
+    if wrong := wrong_kind(target, str(node["_target_"]), kind):
+        yield f"{path}._target_: {wrong}"
+        return
     options = {key: value for key, value in node.items() if key not in RESERVED}
     partial = bool(node.get("_partial_", False))
     problems = list(_option_problems(target, options, path, label, partial=partial))
+    takes = parameters(target)
     for key, value in options.items():
-        problems += _nested_problems(value, f"{path}.{key}")
+        expected = kind_of(takes[key].annotation) if key in takes else ANY
+        problems += _nested_problems(value, f"{path}.{key}", expected)
     yield from problems or _construction_problems(target, options, path, partial=partial)
 
 
-def _nested_problems(value: Any, path: str) -> Iterator[str]:
-    """Yield the problems of the nodes with a `_target_` inside a value."""
+def _nested_problems(value: Any, path: str, kind: Kind) -> Iterator[str]:
+    """Yield the problems of the nodes with a `_target_` inside a value; `kind` is what the value's option expects."""
     if isinstance(value, Mapping):
         if "_target_" in value:
-            yield from _node_problems(value, path, str(value["_target_"]).rpartition(".")[2])
+            yield from _node_problems(value, path, str(value["_target_"]).rpartition(".")[2], kind)
         else:
             for key, item in value.items():
-                yield from _nested_problems(item, f"{path}.{key}")
+                yield from _nested_problems(item, f"{path}.{key}", ANY)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _nested_problems(item, f"{path}[{i}]")
+            yield from _nested_problems(item, f"{path}[{i}]", ANY)
 
 
 def _option_problems(

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from clrun.config.environment import masked, recorded, recorded_key, register
 from clrun.config.groups import GROUPS, RESERVED
+from clrun.config.plugins import hide_working_folder, mention_hidden
 from clrun.results.identity import inside_hash
 from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
@@ -46,15 +48,29 @@ def slug(overrides: Sequence[str]) -> str:
     return f"{text or 'default'}-{hashlib.sha256(repr(identifying).encode()).hexdigest()[:8]}"
 
 
+def typed_overrides(cfg: DictConfig) -> list[str]:
+    """Return the overrides of a composed configuration as they were typed: no interpolation in them is resolved."""
+    return [str(override) for override in OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)]  # type: ignore[union-attr]
+
+
 def _slug_of_job(*, _root_: DictConfig) -> str:
-    return slug(list(_root_.hydra.overrides.task))
+    return slug(typed_overrides(_root_))
+
+
+def _name_of_folder(*, _root_: DictConfig) -> str:
+    """Return the name of the run for its folder; a name from the environment is not shown."""
+    written = str(recorded_key(_root_, "name"))
+    return re.sub(r"[^\w.-]+", "-", written).strip("-") if "${" in written else written
 
 
 HYDRA_BASE = "1.3"
 version.setbase(HYDRA_BASE)
+hide_working_folder()
+register()
 # Registered on import: workers of parallel launchers import this module with the task function before they use it.
 OmegaConf.register_new_resolver("clrun.unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
 OmegaConf.register_new_resolver("clrun.slug", _slug_of_job, replace=True)
+OmegaConf.register_new_resolver("clrun.name", _name_of_folder, replace=True)
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class Composer:
                 raise ConfigError(f"--config-dir: no such folder: {config_dir}")
             anchor = SearchPathQuery(provider="schema")
             search_path.prepend("command-line", f"file://{os.path.abspath(config_dir)}", anchor)
+        mention_hidden()
         initialized, composed = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
         GlobalHydra.instance().clear()
         try:
@@ -256,11 +273,24 @@ def plain_config(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: an interpolation cannot be resolved.
     """
+    return _plain(cfg, lambda own: OmegaConf.to_container(own, resolve=True))
+
+
+def recorded_config(cfg: DictConfig) -> dict[str, Any]:
+    """Return the same as `plain_config`, with the expression in the place of each value from the environment.
+
+    Raises:
+        ConfigError: an interpolation cannot be resolved.
+    """
+    return _plain(cfg, recorded)
+
+
+def _plain(cfg: DictConfig, convert: Callable[[DictConfig], Any]) -> dict[str, Any]:
+    """Return what `convert` makes of a configuration without its `hydra` node."""
     if "hydra" in cfg:
         HydraConfig.instance().set_config(cfg)
         cfg = without_hydra(cfg)
     try:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        return {str(key): value for key, value in convert(cfg).items()}
     except OmegaConfBaseException as error:
-        raise ConfigError(_omegaconf_line(error)) from error
-    return {str(key): value for key, value in plain.items()}
+        raise ConfigError(masked(_omegaconf_line(error))) from error

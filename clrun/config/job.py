@@ -1,7 +1,7 @@
 """The options of a run as a whole (`job`), and how the run was started."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clrun.system.errors import ConfigError, Positive, PositiveInt
@@ -82,6 +82,9 @@ class JobInfo:
         sweep: whether the run belongs to a sweep.
         overrides: command-line overrides of the run, without those of Hydra's own options.
         hydra: Hydra's record of the run: file names and texts for the folder `.hydra`.
+        recorded: the configuration as files have it, with the expression in the place of each value from the
+            environment; None when it has no such value.
+        secrets: the expression of each value from the environment; never written.
     """
 
     number: int | None
@@ -90,3 +93,5 @@ class JobInfo:
     sweep: bool
     overrides: list[str]
     hydra: dict[str, str]
+    recorded: dict[str, Any] | None = None
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from clrun.reporting.tables import cost_totals, printable
 from clrun.results.data_record import data_digest
-from clrun.results.identity import flatten
+from clrun.results.identity import with_digests
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
 from clrun.results.records import CELLS_PER_ROW, RunRecord
 from clrun.system.errors import ConfigError
@@ -127,7 +127,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         dataset=_choice(record, "dataset"),
         seed=record.seed,
         order=record.order,
-        config=flatten(config),
+        config=with_digests(config, record.stored.get("environment") or {}),
         metrics={setting: summary(matrix) for setting, matrix in matrices.items()},
         finals={setting: finals for setting, m in filled.items() if not _has_nan(finals := m.final())},
         matrices={setting: matrix.by_position()[1:] for setting, matrix in filled.items()},

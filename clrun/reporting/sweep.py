@@ -159,7 +159,7 @@ def read_runs(roots: Sequence[Path]) -> SweepResult:
     notes = [*_notes(runs, groups), *dict.fromkeys(caveat for entry in comparisons for caveat in entry["caveats"])]
     if any(group.searched for group in groups):
         notes.append(f"orders=searched: {SEARCHED}")
-    parts += ["\n".join(textwrap.wrap(f"note: {note}", WIDTH)) for note in notes]
+    parts += ["\n".join(textwrap.wrap(f"note: {printable(note)}", WIDTH)) for note in notes]
     parts += map(order_searches.printed_conclusion, searches)
     for status, why in UNFINISHED.items():
         if listed := [(run.label, run.error or why) for run in runs if run.status == status]:

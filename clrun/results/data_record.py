@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN = 3  # examples in a message
+COMPARED = 10_000  # pairs of classes up to which renamed ones are looked for
 PARTS = (("training", ("train", "val")), ("test", ("test",)))
 Record = Mapping[str, Any]
 
@@ -104,7 +105,7 @@ def _compare_classes(before: Record, now: Record, changes: Changes) -> set[str]:
     """Add what has changed about the classes; return the names that both sides have."""
     old, new = before["classes"]["names"], now["classes"]["names"]
     gone, added = ([n for n in a if n not in set(b)] for a, b in ((old, new), (new, old)))
-    for name in list(gone):
+    for name in list(gone) if len(gone) * len(added) <= COMPARED else ():
         twin = next((other for other in added if _is_renamed(before, name, now, other)), None)
         if twin is not None:
             changes.classes.append(f"the class {name} is now called {twin}")

@@ -53,6 +53,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def with_digests(config: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    """Return a flattened configuration with one key more for each value that is from the environment.
+
+    Its files have the expression, as `${oc.env:LR}`; the digest tells apart runs with other values.
+    """
+    return flatten(config) | {f"{key} (value)": digest for key, digest in digests.items()}
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Return 16 hex digits that depend on the value of every key that can change a result; 1 and 1.0 are equal."""
     lines = [f"{key}={text}" for key, text in sorted(_texts(config).items())]

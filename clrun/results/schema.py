@@ -251,6 +251,7 @@ RUN = record(
         "choices": nullable(mapping(plain)),
         "overrides": nullable(listed(text)),
         "config_hash": text,
+        "environment": nullable(mapping(text, OPTIONS)),
         "task_order": nullable(listed(whole, TASKS)),
         "task_names": nullable(listed(text, TASKS)),
         "task_classes": nullable(listed(listed(whole), TASKS)),

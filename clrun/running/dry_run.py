@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from clrun.config.environment import masked
 from clrun.config.job import JobInfo
 from clrun.learning.context import Context
 from clrun.learning.method import Method
@@ -30,7 +31,7 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
     hardware.setup(job=job.number or 0, parallel=job.parallel)
     built = build(parts, features=False)
     stream = built.stream
-    print(f"{parts.name}: {len(stream.tasks)} tasks, {stream.num_classes} classes, setting {stream.setting}")
+    print(f"{masked(parts.name)}: {len(stream.tasks)} tasks, {stream.num_classes} classes, setting {stream.setting}")
     for task in stream.tasks:
         names = ", ".join(stream.class_names[c] if stream.class_names else str(c) for c in task.classes.tolist()[:12])
         more = ", ..." if len(task.classes) > 12 else ""

@@ -22,7 +22,8 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from clrun.config.check import check
-from clrun.config.compose import Composer, folder_of, plain_config, without_hydra
+from clrun.config.compose import Composer, folder_of, plain_config, recorded_config, typed_overrides, without_hydra
+from clrun.config.environment import masked, secrets
 from clrun.config.job import JobInfo
 from clrun.system.errors import ConfigError, one_line
 from clrun.system.files import missing_folders, refuse_links, remove_empty, replace_text, writing
@@ -58,16 +59,19 @@ def task(cfg: DictConfig) -> float:
     from clrun.running.run import run_config
 
     hydra = HydraConfig.get()
-    config, choices = plain_config(cfg), _choices(hydra)
+    config, choices, written = plain_config(cfg), _choices(hydra), recorded_config(cfg)
     sweep = hydra.mode == RunMode.MULTIRUN
-    texts = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": hydra.overrides.task}
+    typed = typed_overrides(OmegaConf.create({"hydra": hydra}))
+    texts = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": OmegaConf.create(typed)}
     info = JobInfo(
         number=hydra.job.num if sweep else None,
         parallel=_jobs_at_once(hydra.launcher) if sweep else 1,
         choices=choices,
         sweep=sweep,
-        overrides=list(hydra.overrides.task),
-        hydra={f"{name}.yaml": OmegaConf.to_yaml(node) for name, node in texts.items()},
+        overrides=typed,
+        hydra={f"{name}.yaml": masked(OmegaConf.to_yaml(node)) for name, node in texts.items()},
+        recorded=None if written == config else written,
+        secrets=secrets(),
     )
     try:
         if sweep:
@@ -136,7 +140,7 @@ def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list
         config = plain_config(cfg)
         check(config, _choices(cfg.hydra))
     except ConfigError as error:
-        return str(error).splitlines()
+        return masked(str(error)).splitlines()
     if _slurm(cfg):
         return []  # the run will have another machine
     groups = ("dataset", "scenario", "task_order", "backbone", "hardware", "job")
@@ -148,7 +152,7 @@ def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list
             preflight(config)
             seen[key] = []
         except ConfigError as error:
-            seen[key] = str(error).splitlines()
+            seen[key] = masked(str(error)).splitlines()
     return seen[key]
 
 
@@ -235,7 +239,7 @@ def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> 
 
 def _held_sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None], folder: Path) -> Outcome:
     """Do the work of `_sweep` while no other process runs a sweep in the folder."""
-    arguments, callbacks = [str(o) for o in cfg.hydra.overrides.task], Callbacks(cfg)
+    arguments, callbacks = typed_overrides(cfg), Callbacks(cfg)
     sweeper = _checked_sweeper(composer, cfg, callbacks, show)
     HydraConfig.instance().set_config(cfg)
     collector = sweeper.launcher = _FailureCollector(sweeper.launcher)
@@ -265,10 +269,10 @@ def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, 
         if str(cfg.hydra.sweeper._target_).endswith(".BasicSweeper"):
             parser = OverridesParser.create(config_loader=composer.hydra.config_loader)
             lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-            parsed = parser.parse_overrides([*lines, *cfg.hydra.overrides.task])
+            parsed = parser.parse_overrides([*lines, *typed_overrides(cfg)])
             [combinations] = sweeper.split_arguments(parsed, None)
             if not combinations:
-                raise ConfigError(_without_runs(cfg.hydra.overrides.task))
+                raise ConfigError(_without_runs(typed_overrides(cfg)))
             jobs = _jobs(composer, cfg, combinations)
             _check(jobs)
             pairs = zip(combinations, jobs, strict=True)
@@ -327,6 +331,6 @@ def _failure(job: JobReturn) -> str:
     error, folder = job._return_value, Path(job.hydra_cfg.hydra.runtime.output_dir)  # type: ignore[union-attr]
     remove_empty([folder])
     mistake = isinstance(error, ConfigError)
-    what = one_line(error) if mistake else f"{type(error).__name__}: {one_line(error)}"
+    what = masked(one_line(error)) if mistake else f"{type(error).__name__}: {masked(one_line(error))}"
     log = folder / "clrun.log"
     return f"{' '.join(job.overrides or [])}: {what}{f' (see {log})' if log.exists() else ''}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clrun.config.environment import masked
 from clrun.config.job import JobInfo
 from clrun.data.split import Batch, Split
 from clrun.data.stream import Stream, Task
@@ -60,11 +61,11 @@ def samples(parts: Parts) -> tuple[str, str, list[Band]]:
     needed = order_reads_backbone(parts)  # then the order is the run's only with the run's backbone on its device
     _, stream, text = build_images(parts, place=needed, pretrained=needed)
     if not isinstance(stream.transform, ImageTransform):
-        raise ConfigError(f"job=preview: the rows of {parts.name} are no images")
+        raise ConfigError(f"job=preview: the rows of {masked(parts.name)} are no images")
     slots = SAMPLES if len(stream.tasks) <= MANY else FEWER
     bands = [_band(stream, task, slots, parts.seed) for task in stream.tasks]
     order = " ".join(map(str, stream.order))
-    title = f"{parts.name}: {len(stream.tasks)} tasks, {SETTINGS[stream.setting]}, order {order}"
+    title = f"{masked(parts.name)}: {len(stream.tasks)} tasks, {SETTINGS[stream.setting]}, order {order}"
     return title, text, bands
 
 

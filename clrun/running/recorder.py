@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from clrun.config.environment import digests, masked
 from clrun.config.job import JobInfo
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
@@ -58,7 +59,7 @@ class Recorder:
     def __init__(self, parts: Parts, folder: RunFolder, job: JobInfo) -> None:
         self.parts, self.folder, self.job = parts, folder, job
         self.options, self.hardware = parts.job, parts.hardware
-        self.hash = config_hash(parts.config)
+        self.hash, self.written = config_hash(parts.config), job.recorded or parts.config
         self.logger: Logger | None = parts.logger if self.hardware.main else None
         self.evaluation = Evaluation(
             self.hardware, self.options.eval_split, self.options.eval_batch_size, self.options.max_eval_rows
@@ -76,7 +77,7 @@ class Recorder:
             "schema": SCHEMA,
             "status": "running",
             "error": None,
-            "name": parts.name,
+            "name": self.written["name"],
             "choices": job.choices,
             "overrides": job.overrides,
             "seed": parts.seed,
@@ -91,8 +92,10 @@ class Recorder:
             "versions": versions(self.hardware),
             "started": _now(),
             "finished": None,
-            "config": json_value(parts.config),
+            "config": json_value(self.written),
         }
+        if kept := digests(self.written, parts.config):
+            self.run["environment"] = kept
 
     # --- around the run
 
@@ -128,12 +131,12 @@ class Recorder:
         begun = self.run["task_order"] is not None
         if not self.hardware.main or (mistake and not begun):
             return
-        self.run |= {"status": status, "error": error, "finished": _now()}
+        self.run |= {"status": status, "error": masked(error, self.job.secrets), "finished": _now()}
         try:
             if begun or self._is_free():
                 self.folder.write_run(self.run)
             if status == "failed":
-                append_text(self.folder.path / "clrun.log", traceback.format_exc())
+                append_text(self.folder.path / "clrun.log", masked(traceback.format_exc(), self.job.secrets))
         except (ConfigError, OSError):
             return  # the disk that ended the run cannot store this either
 
@@ -239,7 +242,8 @@ class Recorder:
         if not state.learned:
             checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
         self.run["notes"] += self.predictions.resume(state.learned)
-        self.folder.write_config(json_value(self.parts.config))
+        self.run["notes"] = [masked(note, self.job.secrets) for note in self.run["notes"]]
+        self.folder.write_config(json_value(self.written))
         for name, text in self.job.hydra.items():
             self._write(f".hydra/{name}", text)
         self.folder.write_rows(state.rows)

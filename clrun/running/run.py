@@ -60,7 +60,7 @@ def _run(parts: Parts, out: Path, job: JobInfo) -> float:
     """Run one configuration in one order, or continue the run that is there; see `run_config`."""
     stored = RunFolder(out).read_run() if parts.job.resume else None
     if stored is not None:
-        _refuse_other(stored, parts.config, out)
+        _refuse_other(stored, parts.config, job.recorded or parts.config, out)
         if stored["status"] == "completed":
             if parts.job.progress:
                 _show(stored, out)
@@ -70,10 +70,10 @@ def _run(parts: Parts, out: Path, job: JobInfo) -> float:
     return launch(_work, (parts, out, job), processes=parts.hardware.processes, device=parts.hardware.device)
 
 
-def _refuse_other(stored: dict[str, Any], config: Config, out: Path) -> None:
+def _refuse_other(stored: dict[str, Any], config: Config, written: Config, out: Path) -> None:
     """Raise unless the stored run has this configuration."""
     if stored["config_hash"] != config_hash(config):
-        keys = ", ".join(differing_keys(stored["config"], config)) or "the configuration"
+        keys = ", ".join(differing_keys(stored["config"], written)) or "the configuration"
         raise ConfigError(f"{out}: holds a run of another configuration ({keys} differ); choose another hydra.run.dir")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clrun.config.compose import slug
+from clrun.config.environment import digests
 from clrun.config.job import JobInfo
 from clrun.data.identity import identify
 from clrun.data.order_search import Order, OrderSearch, Proposal
@@ -24,7 +25,7 @@ from clrun.reporting.collect import Run, collect
 from clrun.reporting.groups import at_or_below
 from clrun.reporting.searches import RECORD, SCHEMA, read_search
 from clrun.results.data_record import data_changes
-from clrun.results.identity import config_hash, flatten
+from clrun.results.identity import config_hash, flatten, with_digests
 from clrun.results.records import RunFolder
 from clrun.running.build import build_stream
 from clrun.running.parts import Config, Parts, options_of
@@ -99,7 +100,7 @@ class _Searcher:
         )
         self.record: dict[str, Any] = {
             "schema": SCHEMA,
-            "name": parts.name,
+            "name": (job.recorded or parts.config)["name"],
             "choices": job.choices,
             "config_hash": _hash(parts.config, HIDDEN),
             "command": shlex.join(["clrun", *job.overrides]),
@@ -140,12 +141,16 @@ class _Searcher:
         make_folder(folder, below=self.out)
         order = {"_target_": "clrun.data.orders.listed", "_partial_": True, "tasks": tasks}
         whole = self.parts.config
-        parts = Parts({**whole, "task_order": order, "job": {**whole["job"], "progress": False}})
+        changes = {"task_order": order, "job": {**whole["job"], "progress": False}}
+        parts = Parts({**whole, **changes})
+        written = None if self.job.recorded is None else {**self.job.recorded, **changes}
         overrides = [o for o in self.job.overrides if not o.startswith("task_order")]
         overrides += ["task_order=listed", f"task_order.tasks=[{','.join(map(str, tasks))}]"]
         status, accuracy = "completed", math.nan
         try:
-            accuracy = _rounded(self.run(parts, folder, replace(self.job, overrides=overrides, hydra={})))
+            accuracy = _rounded(
+                self.run(parts, folder, replace(self.job, overrides=overrides, hydra={}, recorded=written))
+            )
         except ConfigError:
             raise
         except Exception as error:
@@ -193,7 +198,9 @@ class _Searcher:
 
         Runs on other data are left out. One that does not record its data counts as one on these.
         """
-        own, found = _hash(self.parts.config, ("task_order",)), dict[Order, dict[str, Any]]()
+        written = self.job.recorded or self.parts.config
+        own = _hash(with_digests(written, digests(written, self.parts.config)), ("task_order",))
+        found = dict[Order, dict[str, Any]]()
         runs = collect([Path(folder) for folder in self.options["reuse"]])[0]
         for run in sorted(runs, key=lambda one: str(one.folder)):
             accuracy = run.metrics.get(self.setting, {}).get("average_accuracy")

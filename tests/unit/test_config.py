@@ -11,7 +11,9 @@ from torch import Tensor
 from clrun.config.check import check
 from clrun.config.compose import Composer, slug
 from clrun.config.signature import locate, mismatch, parameters
+from clrun.learning.method import Method
 from clrun.results.identity import OUTSIDE_HASH, config_hash, differing_keys, flatten
+from clrun.running.loggers import Console
 from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
 
 NODE = {"_target_": "builtins.dict"}
@@ -89,7 +91,7 @@ def test_unfitting_values(value, hint, message):
 
 
 @dataclass
-class Once:
+class Once(Console):
     """A configured data class whose options must not both be set."""
 
     a: int | None
@@ -100,7 +102,7 @@ class Once:
             raise ConfigError("logger: a and b exclude each other")
 
 
-class Learner:
+class Learner(Method):
     settings = frozenset({"til"})
     needs_task_id = True
 

@@ -332,7 +332,19 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 KEYS = ("status", "seed", "config", "name", "error", "choices", "overrides", "task_order", "task_names", "task_classes")
-KEYS += ("setting", "notes", "accuracy_matrix", "metrics", "cost", "versions", "logme", "finished", "schema")
+KEYS += (
+    "data",
+    "environment",
+    "setting",
+    "notes",
+    "accuracy_matrix",
+    "metrics",
+    "cost",
+    "versions",
+    "logme",
+    "finished",
+    "schema",
+)
 INNER = ("cost.tasks", "cost.parameters", "cost.state_bytes", "config.scenario", "config.job", "config.method")
 INNER += ("choices.method", "choices.task_order", "versions.torch", "logme.all", "accuracy_matrix.cil")
 CELLS = st.sampled_from([*"01x4", "-1", "", "=1", "9" * 30, "nan", "test", "cil", "end", '"', "\x00", "\ud800"])
