@@ -1,7 +1,7 @@
 """Disturb runs in every way that is known to happen, and count what came of it: a soak test with a time limit.
 
     python scripts/soak.py --minutes 20     # one method per family
-    python scripts/soak.py --quick          # one method and one attempt of each kind; a test runs this
+    python scripts/soak.py --quick          # one method, a few attempts of each kind; a test runs this
 
 | kind | what is done |
 | --- | --- |
@@ -14,8 +14,8 @@
 | hostile | a report is made of a folder with a file that is damaged, endless, a pipe or of another type |
 
 Every attempt is "identical" (the bytes of an undisturbed run; for a hostile folder: a report), "refused" (one line,
-exit code 2) or "wrong" (anything else). After a kill or a full disk only "identical" is right. Kinds take turns until
-the time is over; each of them gets one attempt at least. The exit code is 1 if anything was wrong.
+exit code 2) or "wrong" (anything else). After a kill or a full disk only "identical" is right. Every kind gets the same
+share of the time, and one attempt at least. The exit code is 1 if anything was wrong.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 
 import soaklib as lib
@@ -42,6 +43,15 @@ from running import quiet, run, run_interrupted  # noqa: E402
 from test_resume import CHEAP, fitting  # noqa: E402
 
 FAMILIES = ("finetune", "ewc", "er", "der", "a_gem", "icarl", "lwf", "packnet", "halrp", "l2p", "simplecil", "joint")
+# What a run imports when it needs it: imported once, before processes are forked.
+LATE = ("sklearn.datasets", "safetensors.torch", "torch.utils.flop_counter", "torch.distributed", "clrun.api.learner")
+LATE += (
+    "clrun.reporting.figures",
+    "clrun.reporting.sweep",
+    "clrun.running.restoring",
+    "matplotlib.figure",
+    "scipy.stats",
+)
 SHORT = ("job.max_tasks=3", "budget.epochs=1", "job.max_steps=2", "job.max_eval_rows=16", "job.save_model=true")
 LEFT = 77  # exit code of a process that the system did not give what it needed
 HEAVIER = 700_000  # KiB by which reading a folder may make a process grow
@@ -62,6 +72,8 @@ class Method:
         cache = f"job.feature_cache={self.work / 'features'}"
         self.options = (f"method={name}", *fitting(name), *SHORT, *CHEAP.get(name, ()), cache)
         quiet(*self.options)  # composed once, before processes are forked
+        for module in (*LATE, *(("timm",) if name == "l2p" else ())):
+            import_module(module)
 
     def run(self, out: Path) -> Ended:
         """Run or continue in `out`, in a process of its own."""
@@ -153,8 +165,9 @@ class Soak:
         }
 
     def folder(self) -> Path:
-        """Return the path of a new folder."""
+        """Return the path of a new folder; the one of some attempts ago is removed."""
         self.number += 1
+        shutil.rmtree(self.work / f"attempt-{self.number - 6}", ignore_errors=True)
         return self.work / f"attempt-{self.number}"
 
     # --- kills
@@ -207,7 +220,7 @@ class Soak:
         assert method.whole
         out = self.folder()
         shutil.copytree(method.interrupted, out)
-        what = damage(out / self.draw.choice(names))
+        what = damage(self.draw.choice([out / name for name in names if (out / name).exists()]))
         result = method.judged(method.run(out), out)
         return Result(result.outcome, f"{method.name}, {what}: {result.detail}")
 
@@ -347,10 +360,10 @@ class Soak:
     def report(self, name: str, folder: Path) -> Result:
         from clrun.reporting import report
 
-        weight = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        out, weight = self.folder(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
         def reporting() -> None:
-            print(report([folder], out=self.folder()).text)
+            print(report([folder], out=out).text)
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - weight
             assert grown < HEAVIER, f"it took {grown} KiB"
 
@@ -363,27 +376,30 @@ class Soak:
 
 
 def soak(kinds: dict[str, Iterator[Attempt]], until: float) -> tuple[dict[str, Counter[str]], list[str]]:
-    """Let the kinds take turns until the time `until`; return the outcomes by kind, and what was wrong."""
+    """Attempt all kinds until the time `until`; return the outcomes by kind, and what was wrong.
+
+    The next attempt is of the kind that has taken the least time so far.
+    """
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-    lines, first = [], True
-    while kinds and (first or time.monotonic() < until):
-        for kind in list(kinds):
-            if not first and time.monotonic() > until:
-                break
-            attempt = next(kinds[kind], None)
-            if attempt is None:
-                del kinds[kind]
-                continue
-            try:
-                result = attempt()
-            except Unavailable as error:
-                lines.append(f"{kind}: left out, the system does not allow it ({error})")
-                del kinds[kind]
-                continue
-            counts[kind][result.outcome] += 1
-            if result.outcome == "wrong":
-                lines.append(f"{kind}: {result.detail}")
-        first = False
+    taken, lines = dict.fromkeys(kinds, 0.0), []
+    while taken:
+        kind = min(taken, key=lambda kind: taken[kind])
+        if taken[kind] and time.monotonic() > until:
+            break
+        began = time.monotonic()
+        attempt = next(kinds[kind], None)
+        try:
+            result = None if attempt is None else attempt()
+        except Unavailable as error:
+            lines.append(f"{kind}: left out, the system does not allow it ({error})")
+            result = None
+        if result is None:
+            del taken[kind]
+            continue
+        taken[kind] += time.monotonic() - began
+        counts[kind][result.outcome] += 1
+        if result.outcome == "wrong":
+            lines.append(f"{kind}: {result.detail}")
     return counts, lines
 
 
@@ -400,7 +416,7 @@ def main(words: list[str] | None = None) -> int:
     """Read the command line, attempt everything, print the table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="time for the attempts")
-    parser.add_argument("--quick", action="store_true", help="one method, one attempt of each kind")
+    parser.add_argument("--quick", action="store_true", help="one method, a few attempts of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default=",".join(FAMILIES))
     parser.add_argument("--kinds", default="", help="only these, separated by commas")
@@ -410,7 +426,7 @@ def main(words: list[str] | None = None) -> int:
         os.environ["CLRUN_CACHE"] = f"{folder}/cache"
         attempts = Soak(names, Path(folder), given.seed).kinds()
         chosen = {kind: attempts[kind] for kind in given.kinds.split(",") if kind} or attempts
-        until = time.monotonic() + (0 if given.quick else 60 * given.minutes)
+        until = time.monotonic() + (3 if given.quick else 60 * given.minutes)
         counts, lines = soak(chosen, until)
     print("\n".join([table(counts), *lines]))
     return 1 if sum(found["wrong"] for found in counts.values()) else 0
