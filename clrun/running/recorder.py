@@ -239,7 +239,7 @@ class Recorder:
         self.stream = stream
         if self.logger is None:
             return
-        if not state.learned:
+        if not self.options.resume:
             checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
         self.run["notes"] += self.predictions.resume(state.learned)
         self.run["notes"] = [masked(note, self.job.secrets) for note in self.run["notes"]]
