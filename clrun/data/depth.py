@@ -123,12 +123,9 @@ def eight_bits(found: Values, span: Span) -> Pixels:
         scaled = (np.clip(found.astype(np.float64), low, high) - low) * (255 / (high - low))
         return np.rint(scaled).astype(np.uint8)
     bits = 16 if span == "auto" else span
-    if np.issubdtype(found.dtype, np.floating):
-        raise ValueError("32-bit values are not supported without a range; set dataset.images.range=[LOWEST,HIGHEST]")
-    if found.min() < 0 or found.max() > 0xFFFF:
+    if np.issubdtype(found.dtype, np.floating) or found.min() < 0 or found.max() > 0xFFFF:
         raise ValueError(
-            "32-bit values are not supported without a range; convert the image to 8 or 16 bits per channel, or set "
-            "dataset.images.range=[LOWEST,HIGHEST]"
+            "32-bit values need a range: set dataset.images.range=[LOWEST,HIGHEST] or convert the image to 8 or 16 bits"
         )
     if found.max() >= 2**bits:
         raise ValueError(f"its value {found.max()} is outside dataset.images.range={bits} (bits)")
@@ -144,18 +141,21 @@ def picture(image: Any, file: Path | bytes, span: Span) -> Any:
     module = libraries.load("PIL.Image")
     found = values(image, file)
     span = 16 if declared(image) else span
-    colours = found
+    has_alpha = found.ndim == 3 and found.shape[2] in (2, 4)
+    pixels = eight_bits(found[..., :-1] if has_alpha else found, span)
+    made = module.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
     alpha = None
-    if found.ndim == 3 and found.shape[2] in (2, 4):
-        colours, alpha = found[..., :-1], found[..., -1] >> 8
-    pixels = eight_bits(colours, span)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    made = module.fromarray(np.ascontiguousarray(pixels))
-    if alpha is not None:
-        made.putalpha(module.fromarray(alpha.astype(np.uint8)))
+    if has_alpha:
+        alpha = _alpha(found[..., -1], span)
     elif (clear := image.info.get("transparency")) is not None:
         same = found == np.asarray(clear)
-        hidden = same if same.ndim == 2 else same.all(axis=2)
-        made.putalpha(module.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
+        alpha = np.where(same if same.ndim == 2 else same.all(axis=2), 0, 255).astype(np.uint8)
+    if alpha is not None:
+        made.putalpha(module.fromarray(alpha))
     return made
+
+
+def _alpha(found: Values, span: Span) -> Pixels:
+    """Return alpha [H, W] with 8 bits: in the range of the colours if it fits there, else of 16 bits."""
+    bits = span if isinstance(span, int) and found.max() < 2**span else 16
+    return (found >> (bits - 8)).astype(np.uint8)

@@ -77,7 +77,7 @@ def test_the_first_picture_of_several_is_taken(kind: str) -> None:
 
 @pytest.mark.parametrize("values", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 70_000, np.int32)])
 def test_more_than_sixteen_bits_are_refused(values: np.ndarray) -> None:
-    with pytest.raises(ConfigError, match=r"^x.png: cannot be decoded \(32-bit values are not supported"):
+    with pytest.raises(ConfigError, match=r"^x.png: cannot be decoded \(32-bit values need a range"):
         read(Image.fromarray(values), kind="TIFF")
 
 
