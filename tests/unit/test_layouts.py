@@ -135,9 +135,9 @@ LAYOUTS = {
         notes=("the folders Test, Train are learned as classes",),
     ),
     "a class called train": Layout(
-        ("train/{a,b,c,d}.png", "bus/{a,b,c,d}.png"),
-        ("bus", "train"),
-        (6, 2),
+        ("train/{a,b,c,d}.png", "cat/{a,b,c,d,e,f}.png"),
+        ("cat", "train"),
+        (6, 4),
         notes=("the folder train is learned as a class",),
     ),
     "classes alone": Layout(("{cat,dog}/{a,b,c,d,e,f}.png",), rows=(6, 6)),
