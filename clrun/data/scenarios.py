@@ -12,13 +12,15 @@ from typing import Annotated, Literal
 import torch
 
 from clrun.data.orders import numpy_permutation, python_permutation
+from clrun.data.reading.class_names import Sort, in_order
 from clrun.data.shifts import Rotation, Shift, Standardised, pixel_permutation, random_angle
 from clrun.data.split import Split, Transform
 from clrun.data.stream import Dataset, Order, Setting, Stream, Task
-from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean
+from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean, warn
 from clrun.system.seeding import derive
 
 NAME_LENGTH = 16
+SORTS: dict[Sort, Sort] = {"text": "natural", "natural": "text"}
 CLASS_ORDERS: dict[str, Callable[[int, int], list[int]]] = {
     "numpy_seed": numpy_permutation,
     "python_seed": python_permutation,
@@ -58,6 +60,8 @@ def class_split(
         ConfigError: the sizes are impossible, the class order is not a permutation, or the setting is another one.
     """
     _check_setting("class_split", setting, ("til", "cil"))
+    if class_order is not None:
+        _warn_of_numbers(dataset, "scenario.class_order")
     blocks = _sizes(dataset.num_classes, n_tasks, first, sizes)
     classes = _class_order(dataset.num_classes, class_seed, class_order)
     stops = list(accumulate(blocks))
@@ -108,6 +112,26 @@ def _class_order(num_classes: int, seed: int | None, order: Sequence[int] | Mapp
     return list(order)
 
 
+def _warn_of_numbers(dataset: Dataset, option: str) -> None:
+    """Warn that an option names classes by ids whose meaning depends on how numbers in their names are sorted.
+
+    A published order was made for one of both readings, and the other one gives other tasks without any error.
+    """
+    if dataset.sort is None:
+        return
+    here, there = dataset.sort, SORTS[dataset.sort]
+    others = in_order(dataset.class_names, there)
+    label = next((k for k, pair in enumerate(zip(dataset.class_names, others, strict=True)) if len({*pair}) > 1), None)
+    if label is None:
+        return
+    words = {"text": "as text, as torchvision's ImageFolder does", "natural": "as numbers"}
+    warn(
+        f"{option}: names of the classes have numbers in them. With dataset.sort={here} they are sorted {words[here]}, "
+        f"and class id {label} is '{dataset.class_names[label]}'; sorted {words[there]}, it would be '{others[label]}'. "
+        f"If the ids were published for that, set dataset.sort={there}"
+    )
+
+
 def _listed_sizes(num_classes: int, n_tasks: int | None, first: int | None, sizes: Sequence[int]) -> list[int]:
     """Return the listed sizes after checking them against the other options and the number of classes."""
     if first is not None:
@@ -148,6 +172,8 @@ def fixed_groups(
         ConfigError: no such name; an empty group; a class id out of range or in two groups; another setting.
     """
     _check_setting("fixed_groups", setting, ("til", "cil"))
+    if not isinstance(groups, str):
+        _warn_of_numbers(dataset, "scenario.groups")
     found = _named_groups(dataset, groups) if isinstance(groups, str) else [list(group) for group in groups]
     _check_groups(found, dataset.num_classes)
     return _class_stream(dataset, order, transform, found, setting)

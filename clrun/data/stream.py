@@ -30,6 +30,8 @@ class Dataset:
         std: standard deviation of each channel, likewise.
         augment: names of the training augmentations, in order (see `clrun.data.transforms`).
         groups: named partitions of the classes (superclasses, alphabets), for `scenario=fixed_groups`.
+        sort: how the loader sorted names of classes that the user has chosen, "text" or "natural"; None for a data set
+            that numbers its classes itself.
         seed: `dataset.seed`; drives validation split, permutations, rotations and generated images only.
         parts: the data sets that this one consists of, for `scenario=dataset_sequence`: domains of the same classes, or
             data sets with classes of their own. Their labels, `num_classes` and `class_names` are those of the whole,
@@ -48,6 +50,7 @@ class Dataset:
     std: tuple[float, ...] = ()
     augment: tuple[Any, ...] = ()
     groups: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    sort: Literal["text", "natural"] | None = None
     seed: int = 0
     parts: tuple["Dataset", ...] = ()
     reading: str = ""

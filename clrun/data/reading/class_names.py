@@ -5,11 +5,35 @@ programs differ in how they store "é". Names that differ only in case are refus
 the file system.
 """
 
+import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from clrun.data.reading.text import some
 from clrun.system.errors import ConfigError
+
+_TEXT = sys.maxsize  # more than the digits of any number
+Sort = Literal["text", "natural"]
+
+
+def in_order(names: Iterable[str], sort: Sort) -> list[str]:
+    """Return names in order.
+
+    Args:
+        names: the names.
+        sort: "text" sorts by code point (1, 10, 2); "natural" sorts numbers in names as numbers (1, 2, 10).
+    """
+    return sorted(names) if sort == "text" else sorted(names, key=_with_numbers)
+
+
+def _with_numbers(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Return the texts and the numbers of a name in turn; numbers come before texts, as digits before letters."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    values = [part.lstrip("0") if part.isdecimal() else part for part in parts]
+    sizes = [len(value) if part.isdecimal() else _TEXT for part, value in zip(parts, values, strict=True)]
+    return list(zip(sizes, values, strict=True)), name
 
 
 def composed(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
 from clrun.data.augment import parse_augmentations
 from clrun.data.decode import Decoding
+from clrun.data.reading.class_names import Sort
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, Fraction
 
@@ -138,12 +139,15 @@ class FolderReading(OwnReading):
             {} reads every folder as a class.
         classes: "top" makes one class of each folder in a part, with the folders in it; "path" makes one class of each
             folder that holds images, named by its path.
+        sort: order of the folders of classes, domains and data sets, and with it of ids: "text" by code point (1, 10,
+            2), as torchvision's ImageFolder; "natural" with numbers in names as numbers (1, 2, 10).
     """
 
     name: str
     root: str
     splits: dict[str, str | None] | None
     classes: Literal["top", "path"]
+    sort: Sort
 
     @property
     def home(self) -> Path:

@@ -1,7 +1,7 @@
 """The user's own folders of images: one data set, several domains of the same classes, or a sequence of data sets.
 
-There is one folder per class, and class ids follow the sorted names. Images may lie in folders within a class's folder.
-Links are followed, except those that lead back to a folder around them; a file that is reached twice counts once.
+There is one folder per class, and class ids follow the sorted names (`dataset.sort`). Images may lie in folders within
+a class's folder. Links are followed, except those that lead back to a folder around them; a file that is reached twice counts once.
 Hidden files and folders of file servers and archive programs are ignored, and other files whose names are not those of
 images are left out with a warning. `clrun.data.reading.layout` finds parts and classes, and
 `clrun.data.decode.Decoding` says how images are decoded.
@@ -9,10 +9,12 @@ images are left out with a warning. `clrun.data.reading.layout` finds parts and 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clrun.data.reading.archives import unpack
 from clrun.data.reading.assemble import Domains
+from clrun.data.reading.class_names import in_order
 from clrun.data.reading.image_files import from_files, joined, numbered, with_note
 from clrun.data.reading.layout import merged_classes, part_of, tree
 from clrun.data.reading.listing import Listing, subfolders
@@ -44,8 +46,9 @@ def folder(reading: FolderReading, *, archive: str | None, sha256: str | None, a
     if archive is not None:
         unpack(user_path(archive, "dataset.archive"), reading.home, sha256=sha256, limit_gb=archive_limit_gb)
     found = tree(reading.home, reading.splits, reading.classes)
-    train, test, val = found.parts(found.classes, found.home, reading.test_fraction)
-    return with_note(_dataset(reading, train, test, val, found.classes), found.said)
+    classes = in_order(found.classes, reading.sort)
+    train, test, val = found.parts(classes, found.home, reading.test_fraction)
+    return with_note(_dataset(reading, train, test, val, classes), found.said)
 
 
 @loader
@@ -72,10 +75,10 @@ def folder_domains(
     home = reading.home
     if archive is not None:
         unpack(user_path(archive, "dataset.archive"), home, sha256=sha256, limit_gb=archive_limit_gb)
-    chosen = domains or _domains(home)
+    chosen = domains or in_order(_domains(home), reading.sort)
     _refuse_unknown(home, chosen)
     trees = [tree(home / domain, reading.splits, reading.classes) for domain in chosen]
-    classes = merged_classes(trees, str(home))
+    classes = in_order(merged_classes(trees, str(home)), reading.sort)
     parts = [found.parts(classes, home, reading.test_fraction) for found in trees]
     trains, tests = [train for train, _, _ in parts], [test for _, test, _ in parts]
     vals = [val or Listing(home, (), (), found=True) for _, _, val in parts]
@@ -96,7 +99,7 @@ def folder_sequence(reading: FolderReading, *, sets: list[str] | None) -> Datase
         ConfigError: a data set has no folder; or as `folder`.
     """
     home = reading.home
-    found = subfolders(home)
+    found = in_order(subfolders(home), reading.sort)
     for title in sets or ():
         if title not in found:
             there = some(found) or "none"
@@ -131,7 +134,7 @@ def _dataset(
     domains: Domains | None = None,
 ) -> Dataset:
     """Return the data set of the listed images."""
-    return from_files(
+    found = from_files(
         Path(reading.name).name or "folder",
         train,
         test,
@@ -143,6 +146,7 @@ def _dataset(
         reading=reading,
         domains=domains,
     )
+    return replace(found, sort=reading.sort)
 
 
 def _domains(home: Path) -> list[str]:

@@ -2,12 +2,13 @@
 
 import posixpath
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from clrun.data.reading.assemble import Domains, Groups
-from clrun.data.reading.class_names import composed, distinct, match
+from clrun.data.reading.class_names import Sort, composed, distinct, in_order, match
 from clrun.data.reading.image_files import from_files, with_note
 from clrun.data.reading.layout import found_parts, given_parts
 from clrun.data.reading.listing import Listing, in_test
@@ -29,12 +30,13 @@ def list(
     root: str | None,
     columns: Sequence[str] | None,
     splits: dict[str, str | None] | None,
+    sort: Sort,
 ) -> Dataset:
     """Return the images that a list names: path, label, and perhaps split, and domain or task.
 
-    Class ids follow the sorted names of the classes; names that are all whole numbers are sorted as numbers. Without
-    splits, the hash of a path as written decides whether it is a test image. Domains become the parts of the data set;
-    tasks become the groups of classes "task", for `scenario=fixed_groups scenario.groups=task`.
+    Class ids follow the sorted names of the classes. Without splits, the hash of a path as written decides whether it
+    is a test image. Domains become the parts of the data set; tasks become the groups of classes "task", for
+    `scenario=fixed_groups scenario.groups=task`.
 
     Args:
         reading: the common options.
@@ -43,6 +45,7 @@ def list(
         root: folder that the paths start from; None for the folder of the list.
         columns: names of the columns in order (path, label, split, domain, task; - for one to ignore), for a list
             without a first line of names; None to find them.
+        sort: order of the names of classes and tasks: "text" by code point, "natural" with numbers in names as numbers.
         splits: names of the parts in the column of splits, as {train: a, test: b, val: c}; None to find them.
 
     Raises:
@@ -53,7 +56,7 @@ def list(
     rows = _distinct_paths(listed, read_rows(listed, columns))
     home = listed.parent if root is None else user_path(root, "dataset.root")
     parts, said = _parts(listed, rows, splits, reading.test_fraction)
-    classes = _classes(listed, parts["train"])
+    classes = in_order(distinct((row.label for row in parts["train"]), str(listed)), sort)
     for part, own in parts.items():
         match(classes, distinct((row.label for row in own), str(listed)), where=str(listed), part=f"the {part} part")
     listings = {part: _listing(home, own, classes) for part, own in parts.items()}
@@ -67,10 +70,10 @@ def list(
         mean=reading.mean,
         std=reading.std,
         reading=reading,
-        groups=_groups(listed, rows, classes),
+        groups=_groups(listed, rows, classes, sort),
         domains=_domains(parts),
     )
-    return with_note(dataset, said)
+    return with_note(replace(dataset, sort=sort), said)
 
 
 def _distinct_paths(file: Path, rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -127,13 +130,6 @@ def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None
     return parts, said
 
 
-def _classes(file: Path, rows: Sequence[Row]) -> Sequence[str]:
-    """Return the names of the classes, sorted; whole numbers as numbers."""
-    names = distinct((row.label for row in rows), str(file))
-    numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
-
-
 def _listing(home: Path, rows: Sequence[Row], classes: Sequence[str]) -> Listing:
     """Return the images of some rows."""
     ids = {name: label for label, name in enumerate(classes)}
@@ -148,7 +144,7 @@ def _stored(home: Path, path: str) -> str:
     return path
 
 
-def _groups(file: Path, rows: Sequence[Row], classes: Sequence[str]) -> Groups:
+def _groups(file: Path, rows: Sequence[Row], classes: Sequence[str], sort: Sort) -> Groups:
     """Return the classes of each task, by sorted task; {} without a column of tasks.
 
     Raises:
@@ -165,8 +161,7 @@ def _groups(file: Path, rows: Sequence[Row], classes: Sequence[str]) -> Groups:
                 )
     if not task_of:
         return {}
-    numbers = all(task.isdecimal() for task in task_of.values())
-    tasks = sorted(set(task_of.values()), key=lambda task: (int(task) if numbers else 0, task))
+    tasks = in_order(set(task_of.values()), sort)
     members = {task: tuple(k for k, name in enumerate(classes) if task_of.get(name) == task) for task in tasks}
     return {"task": tuple(own for own in members.values() if own)}
 
