@@ -127,8 +127,8 @@ def _warn_of_numbers(dataset: Dataset, option: str) -> None:
     words = {"text": "as text, as torchvision's ImageFolder does", "natural": "as numbers"}
     warn(
         f"{option}: names of the classes have numbers in them. With dataset.sort={here} they are sorted {words[here]}, "
-        f"and class id {label} is '{dataset.class_names[label]}'; sorted {words[there]}, it would be '{others[label]}'. "
-        f"If the ids were published for that, set dataset.sort={there}"
+        f"and class id {label} is '{dataset.class_names[label]}'; sorted {words[there]}, it would be '{others[label]}'."
+        f" If the ids were published for that, set dataset.sort={there}"
     )
 
 

@@ -37,6 +37,7 @@ def load(root: Path, **changes: Any) -> Dataset:
         "augment": [],
         "empty_classes": "error",
         "splits": None,
+        "sort": "text",
         "classes": "top",
     }
     return (folder_domains if "domains" in changes else folder)(**(options | changes))

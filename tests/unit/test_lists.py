@@ -18,7 +18,14 @@ ROWS = [(f"images/{label}/{part}_{k}.png", label, part) for part in PARTS for la
 
 
 def load(path: Path, **changes: Any) -> Dataset:
-    options: dict[str, Any] = {"name": "pets", "file": str(path), "root": None, "columns": None, "splits": None}
+    options: dict[str, Any] = {
+        "name": "pets",
+        "file": str(path),
+        "root": None,
+        "columns": None,
+        "splits": None,
+        "sort": "natural",
+    }
     options |= {"test_fraction": 0.5, "channels": 3, "images": decoding(verify="headers"), "mean": [], "std": []}
     options |= {"val_fraction": 0.0, "seed": 0, "augment": [], "empty_classes": "error"}
     return load_list(**(options | changes))

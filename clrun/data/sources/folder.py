@@ -1,9 +1,9 @@
 """The user's own folders of images: one data set, several domains of the same classes, or a sequence of data sets.
 
 There is one folder per class, and class ids follow the sorted names (`dataset.sort`). Images may lie in folders within
-a class's folder. Links are followed, except those that lead back to a folder around them; a file that is reached twice counts once.
-Hidden files and folders of file servers and archive programs are ignored, and other files whose names are not those of
-images are left out with a warning. `clrun.data.reading.layout` finds parts and classes, and
+a class's folder. Links are followed, except those that lead back to a folder around them; a file that is reached twice
+counts once. Hidden files and folders of file servers and archive programs are ignored, and other files whose names are
+not those of images are left out with a warning. `clrun.data.reading.layout` finds parts and classes, and
 `clrun.data.decode.Decoding` says how images are decoded.
 """
 
