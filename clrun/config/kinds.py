@@ -73,17 +73,16 @@ def wrong_kind(target: Callable[..., Any], name: str, kind: Kind) -> str | None:
     """
     while isinstance(target, functools.partial):
         target = target.func
-    wanted = [locate(each) for each in ([kind.name] if kind.name else HARMLESS)]
     own = is_own(target)
     if inspect.isclass(target):
-        fits = any(_is_a(target, each) for each in wanted) or (own and not kind.strict)
+        names = [kind.name] if kind.name else HARMLESS
+        fits = (own and not kind.strict) or any(_is_a(target, locate(each)) for each in names)
+    elif kind.name is None or (returned := _returned(target)) is None:
+        fits = own
     else:
-        returned = _returned(target)
-        if kind.name is None or returned is None:
-            fits = own
-        else:
-            fits = (own or kind.name != "collections.abc.Iterable") and _is_a(returned, wanted[0])
-            fits = fits or (own and _is_a(wanted[0], returned))
+        wanted = locate(kind.name)
+        fits = (own or kind.name != "collections.abc.Iterable") and _is_a(returned, wanted)
+        fits = fits or (own and _is_a(wanted, returned))
     if fits:
         return None
     return f"'{name}' is not {kind.words}" + ("" if own else "; it was not called")

@@ -27,13 +27,12 @@ def hardware(*, device: str, processes: PositiveInt, workers: Count): ...
 def logger(): ...
 
 
-class Method:
-    def __init__(self, backbone, num_classes, *, strength: Count): ...
+def Method(backbone, num_classes, *, strength: Count): ...
+def TaskAware(backbone, num_classes, *, strength: Count): ...
 
 
-class TaskAware(Method):
-    settings = frozenset({"til"})
-    needs_task_id = True
+TaskAware.settings = frozenset({"til"})
+TaskAware.needs_task_id = True
 '''
 RUN = '''
 """Stands for clrun.running.run in processes that find this folder on their path: leaves what it was given as a file."""
