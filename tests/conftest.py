@@ -21,6 +21,7 @@ COMPUTES = re.compile(r"^import torch\b|^from (?:torch|helpers)\b|^from running 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.clrun_cache = os.environ["CLRUN_CACHE"] = tempfile.mkdtemp(prefix="clrun-tests-")
+    os.mkdir(os.path.join(config.clrun_cache, "features"))  # clrun says once where it makes this folder
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -159,7 +159,7 @@ def test_predicts_seen_classes_only(name: str) -> None:
     setting = "til" if method.needs_task_id else "cil"
     live(method, stream, until=2)
     first_two = Stream(stream.tasks[:2], 6, "cil", transform=stream.transform)
-    rows = list(Evaluation(cpu(), "test", 64, None).predictions(method, first_two))
+    rows, _ = Evaluation(cpu(), "test", 64, None).predictions(method, first_two, 2)
     assert {row[setting] for row in rows} <= {0, 1, 2, 3}
     assert {row["task"] for row in rows} == {0, 1}
 
