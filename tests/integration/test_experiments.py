@@ -315,7 +315,7 @@ def test_width_tokens_and_parameters_are_recorded(tmp_path: Path) -> None:
     for name, node in (("mlp", base["backbone"]), ("vit", vit)):
         run_config(base | {"backbone": node}, tmp_path / name, job=JobInfo(None, 1, choices, False, [], {}))
     found = {name: json.loads((tmp_path / name / "run.json").read_text())["backbone"] for name in ("mlp", "vit")}
-    assert found["mlp"] == {"features": 8, "tokens": None, "total": 520, "trainable": 520}
+    assert found["mlp"] == {"features": 8, "tokens": None, "total": 520, "trainable": 520, "weights": None}
     assert found["vit"]["features"] == 96 and found["vit"]["tokens"] == 50 and found["vit"]["total"] == 379_968
 
 
