@@ -14,19 +14,17 @@ from clrun.api.process import borrowed
 from clrun.reporting.collect import run_folders
 from clrun.reporting.tables import cost_totals
 from clrun.results.metrics import METRICS, AccuracyMatrix, summary
-from clrun.results.records import RunRecord
+from clrun.results.records import LOG_LIMIT, PREDICTIONS_LIMIT, RunRecord
 from clrun.system import libraries
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.locks import lock_holder
-from clrun.system.reading import MB, read_regular
+from clrun.system.reading import read_regular
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from clrun.api.learner import Learner
 
-LOG_LIMIT = 256 * MB  # bytes of metrics.jsonl that are read
-PREDICTIONS_LIMIT = 512 * MB  # bytes of predictions.csv that are read
 Metrics = dict[str, float | None]
 
 

@@ -34,12 +34,14 @@ from clrun.system.files import (
     replacing,
 )
 from clrun.system.locks import folder_locked
-from clrun.system.reading import MB, read_json, read_regular
+from clrun.system.reading import MB, read_json, read_lines, read_regular
 
 SCHEMA = 1
 FOLDERS = (".hydra", "logits", "tensorboard")  # folders in the folder of a run
 RUN_LIMIT = 256 * MB  # bytes of run.json that are read
 ROWS_LIMIT = 512 * MB  # bytes of accuracy.csv that are read
+LOG_LIMIT = 256 * MB  # bytes of metrics.jsonl that are read
+PREDICTIONS_LIMIT = 512 * MB  # bytes of predictions.csv that are read
 BLOCK = 10_000  # lines of accuracy.csv that are held as text at the same time
 ALWAYS = 1_000_000  # cells of a matrix that is made for any number of rows
 CELLS_PER_ROW = 64  # cells per row of accuracy.csv in a larger matrix; a matrix with all its rows has about 2
@@ -127,12 +129,12 @@ class RunFolder:
             path.unlink(missing_ok=True)  # a link to a file that does not exist
             return
         kept = []
-        for line in path.read_bytes().splitlines(keepends=True):
+        for line in read_lines(path, LOG_LIMIT):
             try:
-                record = json.loads(line)
-            except ValueError:
+                ended = line.endswith(b"\n") and json.loads(line).get("position", 0) < learned
+            except (ValueError, AttributeError, TypeError, RecursionError):  # incomplete, or not of clrun
                 break
-            if not line.endswith(b"\n") or record.get("position", 0) >= learned:
+            if not ended:
                 break
             kept.append(line)
         with replacing(path) as file:

@@ -20,8 +20,11 @@ import torch
 from clrun.config.job import When
 from clrun.data.stream import Stream
 from clrun.learning.method import Method
+from clrun.results.records import PREDICTIONS_LIMIT
 from clrun.running.evaluation import Evaluation
+from clrun.system.errors import ConfigError
 from clrun.system.files import append_text, csv_text, replace_text, replacing
+from clrun.system.reading import read_lines
 
 CSV = "predictions.csv"
 
@@ -59,9 +62,13 @@ class Predictions:
             learned: tasks that the run has learned; 0 for a run that begins.
         """
         path = self.folder / CSV
-        kept = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = kept[:1] + [line for line in kept[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= learned]
-        self._in_csv = {int(line.partition(",")[0]) for line in kept[1:]}
+        lines = read_lines(path, PREDICTIONS_LIMIT) if path.exists() else []
+        try:
+            numbered = [(int(line.partition(b",")[0]), line) for line in lines[1:] if line.endswith(b"\n")]
+            kept = [line.decode() for line in lines[:1]] + [line.decode() for n, line in numbered if n <= learned]
+        except ValueError as error:
+            raise ConfigError(f"{path}: has lines that are not clrun's; move it away to go on without it") from error
+        self._in_csv = {n for n, _ in numbered if n <= learned}
         if self._in_csv:
             replace_text(path, "".join(kept), flush=False)
         else:

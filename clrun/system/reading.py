@@ -36,6 +36,18 @@ def read_regular(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
+def read_lines(path: Path, limit: int) -> list[bytes]:
+    """Return the lines of a regular file with their ends; see `read_regular`.
+
+    Raises:
+        ConfigError: the file cannot be read; the message says what to do.
+    """
+    try:
+        return read_regular(path, limit).splitlines(keepends=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({first_line(error)}); move it away to go on without it") from error
+
+
 def read_json(path: Path, *, remedy: str, limit: int) -> Any:
     """Return the content of a JSON file.
 
