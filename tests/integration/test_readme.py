@@ -34,6 +34,11 @@ PROGRAMS = ("clrun", "python", "pip", "pytest", "torchrun", "eval", ".ci/run", *
 OVERRIDE = re.compile(r"'?[a-z_./]+=(?!False|True)\S+")  # False and True are arguments in Python
 OF: dict[str, list[str] | None] = {  # options that not every choice of the group has
     "dataset.images": ["dataset=folder", "dataset.root=my_images"],
+    "dataset.splits": ["dataset=folder", "dataset.root=my_images"],
+    "dataset.classes": ["dataset=folder", "dataset.root=my_images"],
+    "dataset.empty_classes": ["dataset=folder", "dataset.root=my_images"],
+    "dataset.columns": ["dataset=list", "dataset.file=my_images/list.csv"],
+    "dataset=list": ["dataset.file=my_images/list.csv"],
     "dataset.download": ["dataset=mnist"],
     "dataset.archive": ["dataset=folder", "dataset.root=my_images"],
     "method.forget_tasks": ["method=ncm"],
@@ -157,6 +162,8 @@ def house(tmp_path_factory) -> Path:
             path = house / folder / f"class{row % classes}" / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(table[row, 1:].reshape(8, 8).astype(np.uint8)).save(path)
+    listed = sorted(path.relative_to(house / "my_images") for path in (house / "my_images").rglob("*.png"))
+    (house / "my_images" / "list.csv").write_text("".join(f"{path},{path.parent}\n" for path in listed))
     return house
 
 

@@ -155,3 +155,46 @@ def test_cached_images_follow_the_state_of_the_table(tmp_path: Path) -> None:
     second = images(load(tmp_path / "saved", **options).train)
     assert torch.equal(second, images(load(tmp_path / "saved", **(options | {"images": decoding()})).train))
     assert not torch.equal(first, second) and len(list((tmp_path / "cache").glob("*.bin"))) == 1
+
+
+def test_classes_of_the_splits_are_matched_by_name(tmp_path: Path) -> None:
+    train = table([0, 1, 2, 0], datasets.ClassLabel(names=["cat", "dog", "cow"]))
+    test = table([0, 1, 2], datasets.ClassLabel(names=["cow", "cat", "dog"]))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "a")
+    data = load(tmp_path / "a", val="test")
+    assert data.class_names == ("cat", "dog", "cow")
+    assert data.test.y.tolist() == data.val.y.tolist() == [2, 0, 1]
+    words = table(["dog", "cow", "cat"], datasets.Value("string"))
+    datasets.DatasetDict({"train": train, "test": words}).save_to_disk(tmp_path / "b")
+    assert load(tmp_path / "b").test.y.tolist() == [1, 2, 0]
+    other = table([1], datasets.ClassLabel(names=["cat", "bee"]))
+    datasets.DatasetDict({"train": train, "test": other}).save_to_disk(tmp_path / "c")
+    with pytest.raises(ConfigError, match="only the split test has the classes bee; add training images"):
+        load(tmp_path / "c")
+
+
+def test_labels_without_rows_are_dropped_on_request(tmp_path: Path) -> None:
+    train = table([0, 3, 0], datasets.ClassLabel(names=["cat", "dog", "cow", "bee"]))
+    test = table([3, 0, 1], datasets.ClassLabel(names=["cat", "dog", "cow", "bee"]))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "a")
+    with pytest.raises(ConfigError, match="no training images of dog, cow; .* dataset.empty_classes=drop"):
+        load(tmp_path / "a")
+    with collecting_warnings(notes := []):
+        data = load(tmp_path / "a", empty_classes="drop")
+    assert data.class_names == ("cat", "bee") and data.train.y.tolist() == [0, 1, 0] and data.test.y.tolist() == [1, 0]
+    assert notes == ["hf: classes without training images are left out, and so are their 1 other images: dog, cow"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct"])
+def test_parquet_files_of_bytes_or_structs(tmp_path: Path, kind: str) -> None:
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "a").mkdir()
+    for part in ("train", "test"):
+        cells: list[Any] = [encoded(Image.fromarray(noise(6, 6, 3, seed=k))) for k in range(4)]
+        if kind == "struct":
+            cells = [{"bytes": cell, "path": f"{k}.png"} for k, cell in enumerate(cells)]
+        content = arrow.table({"picture": cells, "kind": ["b", "a", "b", "a"]})
+        parquet.write_table(content, tmp_path / "a" / f"{part}.parquet")
+    data = load(tmp_path / "a")
+    assert data.class_names == ("a", "b") and data.train.y.tolist() == [1, 0, 1, 0]
+    assert torch.equal(images(data.train)[2], torch.from_numpy(noise(6, 6, 3, seed=2)).permute(2, 0, 1))
