@@ -184,7 +184,10 @@ FOUND_IN_DATA = {
         ["task_order=cifar100_split", "scenario.n_tasks=10", "task_order.order=F"],
         "task_order.order: no order 'F' (available: A, B, C, D, E)",
     ),
-    "preset of other tasks": (["task_order=cifar100_split"], "task_order.order: order 'A' permutes 10 tasks, and the stream has 5; choose ..."),
+    "preset of other tasks": (
+        ["task_order=cifar100_split"],
+        "task_order.order: order 'A' permutes 10 tasks, and the stream has 5; choose ...",
+    ),
     "no sequence": (["scenario=dataset_sequence"], "scenario=dataset_sequence: digits does not consist of several ..."),
     "unknown model": (["backbone=timm", "backbone.name=resnt18"], "backbone.name: timm ..."),
     "no weights file": (
@@ -358,7 +361,10 @@ FOUND_BY_TASKS = {
         ["task_order=exhaustive", "task_order.index=6"],
         "task_order.index: must be between 0 ...",
     ),
-    "search of a part": (["task_order=adversarial"], "job.max_tasks: with a limit, orders would differ in the learned tasks; ..."),
+    "search of a part": (
+        ["task_order=adversarial"],
+        "job.max_tasks: with a limit, orders would differ in the learned tasks; ...",
+    ),
     "results of nowhere": (
         ["task_order=adversarial", "task_order.reuse=[nowhere]", "job=default"],
         "task_order.reuse: no such folder: nowhere",
@@ -438,7 +444,10 @@ FOUND_BY_BUDGET_AND_JOB = {
         ["job=dry_run", "method=l2p"],
         "backbone: L2p needs a vision transformer, not Backbone; ...",
     ),
-    "name of nothing": (["name=''"], "name: must be a valid folder name (not empty, no slash, no leading dot or space), got ''"),
+    "name of nothing": (
+        ["name=''"],
+        "name: must be a valid folder name (not empty, no slash, no leading dot or space), got ''",
+    ),
     "seed of null": (["seed=null"], "seed: expected int, got None"),
 }
 COMMANDS = {
