@@ -132,7 +132,7 @@ class Composer:
             given = [later.get(text, text) for text in overrides]
             cfg = loader.load_configuration(self.name, [*given, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
             back = {text: original for original, text in later.items()}
-            cfg.hydra.overrides.task = [back.get(text, text) for text in cfg.hydra.overrides.task]
+            cfg.hydra.overrides.task = [back.get(text, text) for text in typed_overrides(cfg)]
             return cfg
         except Exception as error:  # composing only reads overrides and files, so that every error is about them
             raise ConfigError(self._problem(error, overrides)) from error

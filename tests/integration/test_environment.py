@@ -73,6 +73,14 @@ def test_a_secret_is_recorded_as_its_expression(tmp_path):
         del os.environ["TOKEN"], os.environ["RATE"]
 
 
+def test_a_sweep_records_the_expression(tmp_path):
+    words = [*SHORT, "name=${oc.env:TOKEN}", "seed=0,1", "hydra.sweep.dir=s"]
+    done = clrun(tmp_path, "-m", *words, TOKEN=SECRET)
+    assert done.returncode == 0, done.stderr
+    assert SECRET not in done.stdout + done.stderr and not holding(tmp_path, SECRET)
+    assert [run.name for run in load_sweep(tmp_path / "s")] == ["${oc.env:TOKEN}"] * 2
+
+
 def test_messages_have_the_expression(tmp_path):
     for key, value in (
         ("name=${oc.env:TOKEN}", f"{SECRET}/x"),
