@@ -173,12 +173,17 @@ class Soak:
     # --- kills
 
     def kills(self) -> Iterator[Attempt]:
-        """Yield one attempt per method and file operation; the methods take turns."""
-        points: list[tuple[Method, int]] = []
-        for method in self.methods:
-            points += [(method, at) for at in range(1, method.operations + 1)]
-        self.draw.shuffle(points)
-        yield from (partial(self.kill, method, at) for method, at in points)
+        """Yield one attempt per method and file operation, in random order; the methods take turns."""
+        left: dict[Method, list[int]] = {}
+        methods = list(self.methods)
+        while methods:
+            for method in list(methods):
+                if method not in left:
+                    left[method] = list(range(1, method.operations + 1))
+                    self.draw.shuffle(left[method])
+                yield partial(self.kill, method, left[method].pop())
+                if not left[method]:
+                    methods.remove(method)
 
     def kill(self, method: Method, at: int) -> Result:
         out = self.folder()
