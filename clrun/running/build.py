@@ -233,7 +233,10 @@ def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
     if job.eval_split == "val" and any(task.val is None for task in tasks):
         raise ConfigError("job.eval_split=val: there are no validation rows; set dataset.val_fraction above 0")
     if job.tuning is not None and any(not task.val for task in tasks):
-        raise ConfigError("job.tuning: needs validation rows of every task; set dataset.val_fraction above 0, e.g. 0.1")
+        raise ConfigError(
+            "job.tuning: needs validation rows of every task; set dataset.val_fraction above 0, e.g. 0.1; a task whose "
+            "classes have one training image each has none and cannot be tuned"
+        )
     if hardware is not None:
         tasks = _Placed(hardware.device, hardware.workers or 0).tasks(tasks)
     return Stream(tasks, stream.num_classes, stream.setting, stream.class_names, stream.class_order, stream.transform)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from clrun.data.sources.folder import folder, folder_domains, folder_sequence
 from clrun.data.stream import Dataset
+from clrun.results.identity import config_hash
 from clrun.system.errors import ConfigError, collecting_warnings
 
 PICTURE = encoded(Image.fromarray(noise(6, 6, 3)))
@@ -33,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "channels": 3,
 }
 OPTIONS |= {"images": decoding(verify="headers"), "mean": [], "std": [], "val_fraction": 0.0, "seed": 0, "augment": []}
-OPTIONS |= {"empty_classes": "error", "splits": None, "classes": "top"}
+OPTIONS |= {"empty_classes": "error", "splits": None, "classes": "top", "sort": "text"}
 CAFE = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
 
 
@@ -327,6 +328,13 @@ def test_a_sequence_needs_validation_parts_in_all_or_none(tmp_path: Path) -> Non
     build(tmp_path / "data", "a/val/cat/x.png")
     with pytest.raises(ConfigError, match="b in .* have no validation part, and others have one"):
         folder_sequence(**options)
+
+
+def test_the_advice_to_skip_files_is_no_other_configuration() -> None:
+    config: dict[str, Any] = {"dataset": {"images": {"unreadable": "error", "verify": "headers", "range": "auto"}}}
+    for key, value, same in (("unreadable", "skip", True), ("verify", "decode", True), ("range", 12, False)):
+        images = config["dataset"]["images"] | {key: value}
+        assert (config_hash({"dataset": {"images": images}}) == config_hash(config)) is same
 
 
 # --- archives

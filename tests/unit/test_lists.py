@@ -1,5 +1,6 @@
 """`dataset=list`: what people write into lists, and what is right for each."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,13 @@ def test_a_path_that_is_named_twice_counts_once(home: Path) -> None:
     (home / "a.csv").write_text(lines() + lines())
     data, notes = noted(home / "a.csv")
     assert len(data.train) == 4 and "8 paths are named again, and count once, where they are first" in notes[0]
+
+
+def test_a_pipe_is_never_opened(home: Path) -> None:
+    os.mkfifo(home / "pipe.png")
+    (home / "a.csv").write_text(lines() + "pipe.png,cat,train\n")
+    data, notes = noted(home / "a.csv", images=decoding(verify="none"))
+    assert len(data.train) == 4 and notes == ["pets: 1 pipes or devices are left out and were not opened: pipe.png"]
 
 
 def test_missing_files_are_left_out_on_request(home: Path) -> None:

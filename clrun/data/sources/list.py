@@ -133,8 +133,16 @@ def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None
 def _listing(home: Path, rows: Sequence[Row], classes: Sequence[str]) -> Listing:
     """Return the images of some rows."""
     ids = {name: label for label, name in enumerate(classes)}
-    names = tuple(_stored(home, row.path) for row in rows)
-    return Listing(home, names, tuple(ids[composed(row.label)] for row in rows))
+    names = [_stored(home, row.path) for row in rows]
+    special = {name for name in names if _is_special(home / name)}
+    kept = [(name, ids[composed(row.label)]) for name, row in zip(names, rows, strict=True) if name not in special]
+    listed, labels = tuple(name for name, _ in kept), tuple(label for _, label in kept)
+    return Listing(home, listed, labels, special=tuple(sorted(special)))
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether a path is that of a pipe, a socket or a device, which may never be opened."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _stored(home: Path, path: str) -> str:
