@@ -14,7 +14,7 @@ SHOWN = 6  # digits of a digest in a table
 class DataOfRuns:
     """The data that runs have seen.
 
-    A run that does not record them counts as one on the first data that are known of its data set: it began before
+    A run that does not record them counts as one on the earliest data that are known of its data set: it began before
     clrun recorded data, or failed before they were read.
 
     Args:
@@ -30,6 +30,8 @@ class DataOfRuns:
                 self.known.setdefault(key, {}).setdefault(run.data, []).append(run)
             else:
                 self.unknown.setdefault(key, []).append(run)
+        for key, by_digest in self.known.items():
+            self.known[key] = dict(sorted(by_digest.items(), key=lambda item: min(map(_ended, item[1]))))
 
     def of(self, run: Run) -> str:
         """Return the digest of the data that a run counts for; "" when none is known."""
@@ -56,6 +58,11 @@ class DataOfRuns:
                     f"{old[0].label}) count as if on the data of {first.label}."
                 )
         return found
+
+
+def _ended(run: Run) -> str:
+    """Return the time at which a run ended, after all others for one that has not."""
+    return run.finished or "~"
 
 
 def _difference(before: Run, now: Run) -> str:

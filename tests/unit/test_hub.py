@@ -198,3 +198,27 @@ def test_parquet_files_of_bytes_or_structs(tmp_path: Path, kind: str) -> None:
     data = load(tmp_path / "a")
     assert data.class_names == ("a", "b") and data.train.y.tolist() == [1, 0, 1, 0]
     assert torch.equal(images(data.train)[2], torch.from_numpy(noise(6, 6, 3, seed=2)).permute(2, 0, 1))
+
+
+def test_the_content_of_a_table_identifies_it_wherever_it_lies(tmp_path: Path) -> None:
+    classes = datasets.ClassLabel(names=["no", "yes"])
+    parts = {"train": table([1, 0, 1, 0], classes), "test": table([1, 0], classes)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+    rows = load(tmp_path / "saved").train.stored_rows()
+    assert rows.names == ("row 0", "row 1", "row 2", "row 3") and len(set(rows.contents.tolist())) == 4
+    copied = load(tmp_path / "copy").train.stored_rows()
+    assert copied.names == rows.names and copied.contents.tolist() == rows.contents.tolist()
+    swapped = datasets.DatasetDict({"train": parts["train"].select([1, 0, 2, 3]), "test": parts["test"]})
+    swapped.save_to_disk(tmp_path / "swapped")
+    other = load(tmp_path / "swapped").train.stored_rows().contents.tolist()
+    assert other == [rows.contents.tolist()[k] for k in (1, 0, 2, 3)]
+
+
+def test_files_that_a_table_names_are_identified_by_their_content(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for label in ("cat", "dog"):
+            for k in range(2):
+                write(tmp_path / "pets" / part / label / f"{k}.png", seed=k)
+    rows = load(tmp_path / "pets").train.stored_rows().contents.tolist()
+    assert rows[:2] == rows[2:] and rows[0] != rows[1] and 0 not in rows
