@@ -3,14 +3,19 @@
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pictures import decoding, encoded
 from PIL import Image
 
-from clrun.data.decode import decode
+from clrun.api.learner import _range
+from clrun.data.decode import FileList, decode
+from clrun.data.images import FileImages, ImageSplit, JoinedImages
 from clrun.data.survey import ranged, survey
 from clrun.system.errors import ConfigError
 
@@ -259,3 +264,11 @@ def test_files_are_looked_at_as_asked(verify: str, found: set[int]) -> None:
     files = Content(b"no image", whole[: len(whole) // 2], whole)
     assert set(survey(files, decoding(verify=verify), 3).problems) == found
     assert set(survey(files, decoding(verify=verify, unreadable="skip"), 3).problems) == {0, 1}
+
+
+def test_files_to_predict_are_read_in_the_range_of_the_run(tmp_path: Path) -> None:
+    stored = FileImages(FileList(tmp_path, ("x.png",)), decoding(range=12), channels=1, part="test")
+    split = ImageSplit(stored, torch.zeros(1))
+    for images in (split.images, JoinedImages([split])):
+        stream: Any = SimpleNamespace(tasks=[SimpleNamespace(test=SimpleNamespace(images=images))])
+        assert _range(stream, decoding()) == 12
