@@ -41,6 +41,7 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "dataset=list": ["dataset.file=my_images/list.csv"],
     "dataset.download": ["dataset=mnist"],
     "dataset.archive": ["dataset=folder", "dataset.root=my_images"],
+    "dataset.sort": ["dataset=folder", "dataset.root=my_images"],
     "method.forget_tasks": ["method=ncm"],
     "task_order.order": ["dataset=cifar100", "scenario.n_tasks=10", "task_order=cifar100_split"],
     "job.eval_split": ["dataset.val_fraction=0.2"],
@@ -364,7 +365,7 @@ def test_files_that_are_named_exist(page) -> None:
     paths = [span for span in named if "/" in span and not re.search(r"[A-Z]{3,}|\*", span)]
     examples = {str(parent) for path in _files() for parent in (Path(path), *Path(path).parents)}
     for path in paths:
-        if path.split("/")[0] in ("data", "outputs", "train", "test", "report", "logits", "hydra"):
+        if path.split("/")[0] in ("data", "outputs", "train", "test", "val", "report", "logits", "hydra"):
             continue
         found = any((ROOT / base / path).exists() for base in ("", "clrun", "docs", "tests", "scripts"))
         assert found or path.rstrip("/") in examples, path

@@ -197,6 +197,7 @@ def test_parquet_files_of_bytes_or_structs(tmp_path: Path, kind: str) -> None:
         parquet.write_table(content, tmp_path / "a" / f"{part}.parquet")
     data = load(tmp_path / "a")
     assert data.class_names == ("a", "b") and data.train.y.tolist() == [1, 0, 1, 0]
+    assert len(set(data.train.stored_rows().contents.tolist())) == 4
     assert torch.equal(images(data.train)[2], torch.from_numpy(noise(6, 6, 3, seed=2)).permute(2, 0, 1))
 
 
