@@ -63,7 +63,8 @@ def _is_repair(changes: Changes, parts: Parts) -> bool:
         return True
     node = parts.config["dataset"]
     skips = node.get("images", {}).get("unreadable") == "skip"
-    root = os.path.expanduser(str(node.get("root", "")))
+    home = node.get("root") or os.path.dirname(str(node.get("file", "")))  # of a list: the folder that it is in
+    root = os.path.expanduser(str(home))
     return skips and bool(changes.gone_rows) and all(os.path.exists(os.path.join(root, n)) for n in changes.gone_rows)
 
 
