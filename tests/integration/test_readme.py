@@ -49,6 +49,7 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "dataset=folder_domains": ["dataset.root=my_domains", "scenario=dataset_sequence", "scenario.setting=dil"],
     "dataset=folder": ["dataset.root=my_images"],
     "scenario=fixed_groups scenario.groups=mine": None,  # the groups of the reader's own data set
+    "dataset._target_": None,  # an example of what is refused
     "data=1f2e3d...": None,  # part of a printed line
 }
 STANDS_FOR = {"job.eval_every=N": "job.eval_every=2", "METHOD": "l2p"}  # where composing needs a value
