@@ -65,7 +65,16 @@ def _is_repair(changes: Changes, parts: Parts) -> bool:
     skips = node.get("images", {}).get("unreadable") == "skip"
     home = node.get("root") or os.path.dirname(str(node.get("file", "")))  # of a list: the folder that it is in
     root = os.path.expanduser(str(home))
-    return skips and bool(changes.gone_rows) and all(os.path.exists(os.path.join(root, n)) for n in changes.gone_rows)
+    return skips and bool(changes.gone_rows) and all(_is_there(root, name) for name in changes.gone_rows)
+
+
+def _is_there(root: str, name: str) -> bool:
+    """Whether a file, or a link to one, is below `root`, or below the only folder in it that holds the data set."""
+    try:
+        homes = [root, *(entry.path for entry in os.scandir(root) if entry.is_dir())]
+    except OSError:
+        return False
+    return any(os.path.lexists(os.path.join(home, name)) for home in homes)
 
 
 def check_task(stream: Stream, task: Task, folder: Path) -> None:

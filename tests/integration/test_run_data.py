@@ -15,6 +15,7 @@ from clrun.reporting import refresh
 from clrun.reporting.sweep import sweep_table
 from clrun.results.schema import run_problem
 from clrun.running import checkpoint_file
+from clrun.running.data_checks import _is_there
 from clrun.running.engine import Engine
 from clrun.system.errors import ConfigError
 
@@ -269,3 +270,11 @@ def test_malformed_rows_of_a_checkpoint_are_refused(stopped: tuple[Path, bytes],
         checkpoint_file.write(file, plain | {"data": bad}, [method], flush=False)
         with pytest.raises(ConfigError, match="identity of the data in its checkpoint is malformed"):
             run(out, *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
+
+
+def test_files_left_out_are_found_one_folder_down_and_behind_broken_links(tmp_path: Path) -> None:
+    (tmp_path / "dataset" / "train").mkdir(parents=True)
+    (tmp_path / "dataset" / "train" / "a.png").write_bytes(b"cut off")
+    (tmp_path / "link.png").symlink_to("nowhere")
+    assert _is_there(str(tmp_path), "train/a.png") and _is_there(str(tmp_path), "link.png")
+    assert not _is_there(str(tmp_path), "train/b.png") and not _is_there(str(tmp_path / "gone"), "train/a.png")
