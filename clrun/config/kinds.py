@@ -100,11 +100,21 @@ def is_own(target: Any) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if top == "clrun" or file is None or not set(INSTALLED) & set(Path(file).parts):
         return True
-    return any(
-        re.match(r"clrun\b", needed)
-        for distribution in metadata.packages_distributions().get(top, ())
-        for needed in metadata.requires(distribution) or ()
-    )
+    return _needs_clrun(top)
+
+
+@functools.cache
+def _needs_clrun(package: str) -> bool:
+    """Return whether an installed package declares that it needs clrun.
+
+    Most distributions have the name of their package; the table of all others takes a second to read.
+    """
+    try:
+        needed = metadata.requires(package) or ()
+    except metadata.PackageNotFoundError:
+        distributions = metadata.packages_distributions().get(package, ())
+        needed = [text for name in distributions for text in metadata.requires(name) or ()]
+    return any(re.match(r"clrun\b", text) for text in needed)
 
 
 def _returned(target: Any) -> Any:

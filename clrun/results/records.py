@@ -86,10 +86,10 @@ class RunFolder:
 
         Raises:
             ConfigError: another living process holds the folder; it cannot be written; or a folder of FOLDERS in it, or
-                its log, is a symbolic link.
+                its log or metrics.jsonl, is a symbolic link.
         """
         with folder_locked(self.path, "lock", cleaned=FOLDERS):
-            refuse_links(*(self.path / name for name in (*FOLDERS, "clrun.log")))
+            refuse_links(*(self.path / name for name in (*FOLDERS, "clrun.log", "metrics.jsonl")))
             yield
 
     def write_config(self, config: Mapping[str, Any]) -> None:

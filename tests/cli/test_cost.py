@@ -35,8 +35,8 @@ def test_nodes_that_runs_share_are_checked_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(config, "_group_problems", counting)
     monkeypatch.setattr(config, "_known", {})
-    node = {"_target_": "clrun.learning.budget.cosine", "_partial_": True, "warmup": 0.5}
-    others = [{**node, "warmup": warmup} for warmup in (0.5, 2.0)]
-    found = [config._known_problems("budget", other, None) for other in (node, *others, *others)]
+    node = {"_target_": "clrun.data.orders.random", "_partial_": True, "seed": 0}
+    others = [{**node, "seed": seed} for seed in (0, 0.5)]
+    found = [config._known_problems("task_order", other, None) for other in (node, *others, *others)]
     assert len(looked_at) == 2
-    assert found[0] == found[1] == found[3] == [] and found[2] == found[4] and "at most 1" in found[2][0]
+    assert found[0] == found[1] == found[3] == [] and found[2] == found[4] and "expected int" in found[2][0]

@@ -89,7 +89,7 @@ def test_hydra_full_error_raises(argv, error, stub_run, folder, monkeypatch):
 
 
 def test_the_working_directory_is_searched_last(clrun, stub_run, folder):
-    (folder / "mine.py").write_text("from targets import Method\n\n\nclass Mine(Method): ...\n")
+    (folder / "mine.py").write_text("from targets import Method as Mine\n")
     (folder / "json.py").write_text("raise RuntimeError('shadowed')\n")
     config = folder.parent / "conf" / "method" / "mine.yaml"
     config.write_text("_target_: mine.Mine\n_partial_: true\nstrength: 1\n")

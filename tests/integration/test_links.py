@@ -74,11 +74,11 @@ def test_a_report_refuses_other_links_in_one_line(
     assert (code, len(lines)) == (2, 1) and f"{folder / name}: is a symbolic link" in lines[0]
 
 
-@pytest.mark.parametrize("name", [".hydra", "logits", "tensorboard", "clrun.log", "lock"])
+@pytest.mark.parametrize("name", [".hydra", "logits", "tensorboard", "clrun.log", "metrics.jsonl", "lock"])
 def test_a_run_refuses_links_before_it_writes(home: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    (out / name).symlink_to(home / "mine" if name in ("clrun.log", "lock") else home)
+    (out / name).symlink_to(home / "mine" if name in ("clrun.log", "metrics.jsonl", "lock") else home)
     with pytest.raises(ConfigError, match="is a symbolic link") as error:
         run(out, *TINY, "job.save_logits=final")
     assert len(str(error.value).splitlines()) == 1
@@ -89,7 +89,7 @@ def test_a_run_refuses_links_before_it_writes(home: Path, tmp_path: Path, name: 
 def test_a_run_replaces_links_by_files(home: Path, tmp_path: Path, target: str) -> None:
     out = tmp_path / "run"
     out.mkdir()
-    names = ("config.yaml", "accuracy.csv", "metrics.jsonl", "model.safetensors")
+    names = ("config.yaml", "accuracy.csv", "model.safetensors")
     for name in (*names, "checkpoint.pt.tmp", "run.json.tmp", "accuracy.csv.tmp"):
         (out / name).symlink_to(home / target)
     run(out, *TINY, "job.save_model=true", "job.keep_checkpoint=true")

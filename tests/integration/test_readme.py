@@ -42,6 +42,8 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "dataset.download": ["dataset=mnist"],
     "dataset.archive": ["dataset=folder", "dataset.root=my_images"],
     "dataset.sort": ["dataset=folder", "dataset.root=my_images"],
+    "trust=": None,  # of clrun.api
+    "name=${oc.env": None,  # wants a variable of the environment
     "method.forget_tasks": ["method=ncm"],
     "task_order.order": ["dataset=cifar100", "scenario.n_tasks=10", "task_order=cifar100_split"],
     "job.eval_split": ["dataset.val_fraction=0.2"],
