@@ -97,8 +97,14 @@ def test_packnet_without_pruning_is_finetuning_on_one_task() -> None:
     plain = finetuned(stream, budget)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, method.state_dict()[name]), name
-    assert torch.equal(own_logits(method, stream, 0), own_logits_of_finetune(plain, stream))
+    assert_same_logits(method, plain, stream)
     assert method.mask.free() == 0
+
+
+def assert_same_logits(method: Method, plain: Method, stream: Stream) -> None:
+    """The logits agree to 1e-6: masked weights may have another memory order, whose kernels round differently."""
+    expected = own_logits_of_finetune(plain, stream)
+    torch.testing.assert_close(own_logits(method, stream, 0), expected, rtol=0, atol=1e-6)
 
 
 def own_logits_of_finetune(method: Method, stream: Stream) -> Tensor:
@@ -186,7 +192,7 @@ def test_hat_with_open_gates_is_finetuning(monkeypatch: pytest.MonkeyPatch) -> N
     plain = finetuned(stream, budget)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, method.state_dict()[name]), name
-    assert torch.equal(own_logits(method, stream, 0), own_logits_of_finetune(plain, stream))
+    assert_same_logits(method, plain, stream)
 
 
 def test_hat_under_a_heavy_penalty_opens_no_new_unit() -> None:
@@ -292,7 +298,7 @@ def test_fish_of_all_weights_is_finetuning() -> None:
     plain = finetuned(stream, budget)
     assert torch.equal(method.deltas[0].values, flatten(select(plain.backbone)))
     assert torch.equal(method.head.weight, plain.head.weight)
-    assert torch.equal(own_logits(method, stream, 0), own_logits_of_finetune(plain, stream))
+    assert_same_logits(method, plain, stream)
 
 
 def test_fish_warms_up_the_head_alone() -> None:
