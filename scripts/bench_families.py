@@ -216,6 +216,19 @@ CASES: dict[str, Case] = {
     "a_gem": Case(grad=(BATCH, 128), vector=3, state=lambda n: M * STORED, options=KEPT),
     "mer": Case(grad=(1,), vector=1 / 4, state=lambda n: M * STORED, options={"draws": 3, **KEPT}),
     "dgc": Case(grad=(2 * BATCH, 32, 32), vector=4, state=lambda n: M * STORED + 12 * (n.p + n.head)),
+    "merge": Case(state=lambda n: 8 * n.p, options={"sums": "single"}),  # the sum, and the initial weights
+    "fisher_merge": Case(
+        state=lambda n: 12 * n.p, method="merge", options={"sums": "single", "rule": "fisher", "samples": 64}
+    ),
+    "regmean": Case(
+        state=lambda n: 4 * (sum(b * b + a * b for a, b in n.layers) + n.p - n.in_layers + n.p),
+        method="merge",
+        options={"sums": "single", "rule": "regmean", "samples": 64},
+    ),
+    "ties": Case(state=lambda n: (8 + 2 + 4) * n.p, method="merge", options={"sums": "single", "rule": "ties"}),
+    "opcm": Case(state=lambda n: 8 * n.p, method="merge", options={"sums": "single", "rule": "opcm"}),
+    "ema": Case(vector=3, state=lambda n: 8 * n.p, method="merge", options={"sums": "single", "rule": "ema"}),
+    "imm": Case(vector=PENALTY, state=lambda n: 12 * n.p, options={"sums": "single", "samples": 64}),
     "full_memory": Case(
         state=lambda n: 8 * n.tasks * STORED,
         method="replay_finetune",

@@ -50,6 +50,8 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("qr", {"strength": 0.0}),
     ("qr", {"strength": 0.0, "importance": "mas"}),
     ("qr", {"strength": 0.0, "importance": "si"}),
+    ("merge", {"rule": "wise_ft", "wise_ft": {"alpha": 1.0}, "train_from": "merged", "compete": "seen"}),
+    ("imm", {"matching": "mean", "alpha": 1.0, "l2_transfer": 0.0, "compete": "seen"}),
 ]
 # Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
