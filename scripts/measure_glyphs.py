@@ -14,6 +14,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from clrun.backbones.glyph import FOLDER, MEAN, SIZE, STD, glyph_clip, glyph_vit
+from clrun.backbones.glyph import FOLDER, MEAN, SIZE, STD, glyph_vit
 from clrun.data.sources.digits import digits
 from clrun.data.sources.glyphs import glyphs
 from clrun.data.stream import Dataset
 from clrun.data.transforms import fit_transform
+from clrun.system import libraries
 from clrun.system.seeding import generator, seed_all
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -47,6 +49,14 @@ class ImageTower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return embeddings."""
         return self.model.encode_image(x)
+
+
+def glyph_clip(pretrained: bool) -> tuple[Any, Any]:
+    """Return glyph_clip as open_clip opens it, with trained or random weights, and its tokenizer."""
+    open_clip = libraries.load("open_clip")
+    name = f"local-dir:{FOLDER / 'glyph_clip'}"
+    model = open_clip.create_model(name, load_weights=pretrained)
+    return model.eval(), open_clip.get_tokenizer(name, bpe_path=str(FOLDER / "glyph_clip" / "merges.txt.gz"))
 
 
 def features(dataset: Dataset, backbone: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +162,7 @@ def twins(name: str) -> list[tuple[str, nn.Module, float | None]]:
         if name == "glyph_vit":
             pair.append((label, glyph_vit((1, SIZE, SIZE), pretrained=pretrained), None))
             continue
-        model, tokenizer = glyph_clip(pretrained=pretrained)
+        model, tokenizer = glyph_clip(pretrained)
         score = zero_shot(model, tokenizer, digits(val_fraction=0.0, seed=0, augment=[]))
         pair.append((label, ImageTower(model), score))
     return pair

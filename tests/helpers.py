@@ -69,6 +69,21 @@ def tiny_vit(**options: Any) -> nn.Module:
     return vit
 
 
+def tiny_towers() -> Any:
+    """Return an image and a text tower for `image_stream`, with weights large enough to tell images and names apart."""
+    from clrun.backbones.tokens import BytePairs
+    from clrun.backbones.two_towers import JointSpace, Tower, TwoTowers
+
+    joint = JointSpace(32, Tower(16, 1, 2), 12, BytePairs("", 24))
+    towers = TwoTowers(image_size=8, patch_size=2, vision=Tower(32, 2, 4), pre_norm=True, joint=joint, channels=1)
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.2)
+    towers.mean = towers.std = None
+    return towers
+
+
 class Identity(nn.Module):
     """A backbone without parameters, for features [B, D]."""
 
@@ -147,11 +162,13 @@ def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple
     """
     seed_all(seed, "init")
     target: Any = make.func if isinstance(make, partial) else make
-    backbone: nn.Module = tiny_vit() if target.needs_vit else Net()
+    backbone: nn.Module = tiny_towers() if target.needs_text else tiny_vit() if target.needs_vit else Net()
     cpu().place(backbone)
     if target.reads_features(make.keywords if isinstance(make, partial) else {}):
-        stream, backbone = frozen_features(stream, backbone, cpu())
-    return make(backbone, stream.num_classes), stream
+        stream, backbone = frozen_features(stream, backbone, cpu(), text=target.needs_text)
+    method = make(backbone, stream.num_classes)
+    method.read_names(stream.captions)
+    return method, stream
 
 
 def state(method: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from clrun.backbones.open_clip import Head, from_folder, load_towers, towers
 from clrun.backbones.weights import takes_weights
 from clrun.system import libraries
 
@@ -61,22 +62,27 @@ def vision_transformer(*, patch_drop_rate: float) -> Any:
     )
 
 
-def glyph_clip(*, pretrained: bool) -> tuple[Any, Any]:
-    """Return the dual encoder as an `open_clip.CLIP` in eval mode, and its tokenizer.
+def glyph_clip(
+    image_shape: Shape, *, pretrained: bool, weights: str | None, weights_key: str | None, head: Head
+) -> nn.Module:
+    """Return the dual encoder as `TwoTowers`: images of 28x28 pixels, grey repeated, and texts of at most 16 tokens.
 
-    `encode_image` takes [B, 3, 28, 28] (grey repeated, normalised with `MEAN` and `STD`), `encode_text` takes the
-    tokenizer's output for a list of short captions; both return [B, 64]. The folder can also be opened without clrun:
-    `open_clip.create_model_and_transforms("local-dir:FOLDER")` and, because its vocabulary is its own,
-    `open_clip.get_tokenizer("local-dir:FOLDER", bpe_path="FOLDER/merges.txt.gz")`.
+    The joint space has width 64, the features of the image tower have width 96. The folder of its weights can also be
+    opened without clrun: `open_clip.create_model_and_transforms("local-dir:FOLDER")` and, because its vocabulary is its
+    own, `open_clip.get_tokenizer("local-dir:FOLDER", bpe_path="FOLDER/merges.txt.gz")`.
 
     Args:
+        image_shape: (C, H, W) of the stored images; the transform converts them.
         pretrained: whether to load the weights that come with the package; false gives random weights.
-
-    Raises:
-        ConfigError: open_clip is not installed.
+        weights: file to load instead, as saved by a run.
+        weights_key: where in that file the weights are; None looks for them.
+        head: of methods that train a head: "linear", or with the text features of class names as rows ("fixed",
+            "live", "init"), see `clrun.learning.names`.
     """
-    open_clip = libraries.load("open_clip")
     folder = FOLDER / "glyph_clip"
-    name = f"local-dir:{folder}"
-    model = open_clip.create_model(name, load_weights=pretrained)
-    return model.eval(), open_clip.get_tokenizer(name, bpe_path=str(folder / "merges.txt.gz"))
+    model = towers(from_folder(folder), head=head)
+    if weights is not None:
+        load_towers(model, "glyph_clip", Path(weights).expanduser(), weights_key)
+    elif pretrained:
+        load_towers(model, "glyph_clip", folder / "open_clip_model.safetensors", None)
+    return model

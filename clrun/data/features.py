@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clrun.data.captions import Captions
 from clrun.data.feature_cache import FeatureCache, Features, Floats, default_folder
 from clrun.data.split import Plain, Split, TensorSplit
 from clrun.data.stream import Stream, Task
@@ -58,11 +59,27 @@ class FeatureBackbone(nn.Module):
 
     Args:
         num_features: D.
+        joint: the text side of the frozen backbone; None for a backbone without one.
+        texts: the text embeddings [M_k, d] of the captions of each of the C classes, if the method needs them.
     """
 
-    def __init__(self, num_features: int) -> None:
+    texts: Tensor
+
+    def __init__(
+        self, num_features: int, joint: nn.Module | None = None, texts: Sequence[Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.num_features = num_features
+        self.captions_per_class = () if texts is None else tuple(map(len, texts))
+        if joint is not None:
+            self.joint = joint
+        if texts is not None:
+            self.register_buffer("texts", torch.cat([*texts]), persistent=False)
+
+    @property
+    def captions(self) -> Sequence[Tensor] | None:
+        """The text embeddings [M_k, d] of the captions of each class, by class id; None if they were not computed."""
+        return torch.split(self.texts, list(self.captions_per_class)) if self.captions_per_class else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features [B, D] as they are."""
@@ -186,6 +203,7 @@ def frozen_features(
     cache: FeatureCache | None = None,
     *,
     digest: str | None = None,
+    text: bool = False,
     show: bool = False,
 ) -> tuple[Stream, FeatureBackbone]:
     """Return the stream of the frozen backbone's features and the identity backbone that reads it.
@@ -199,6 +217,8 @@ def frozen_features(
         hardware: device and precision of the pass.
         cache: stores features on the disk; None computes them and holds them in memory.
         digest: `module_digest(backbone)` if it is known.
+        text: also compute the text embeddings of the captions of all classes, which the backbone must have a text tower
+            for; they are stored like the features of images.
         show: whether to show a progress bar while features are computed.
 
     Raises:
@@ -214,7 +234,33 @@ def frozen_features(
 
     tasks = tuple(featured(task) for task in stream.tasks)
     width = int(backbone.num_features)  # type: ignore[arg-type]
-    return replace(stream, tasks=tasks, transform=Plain()), FeatureBackbone(width)
+    joint: nn.Module | None = getattr(backbone, "joint", None)
+    texts = None
+    if text and joint is not None and stream.captions is not None:
+        texts = frozen_texts(stream.captions, stream.num_classes, joint, hardware, cache)
+    return replace(stream, tasks=tasks, transform=Plain()), FeatureBackbone(width, joint, texts)
+
+
+def frozen_texts(
+    captions: Captions, num_classes: int, joint: nn.Module, hardware: Hardware, cache: FeatureCache | None
+) -> Sequence[Tensor]:
+    """Return the text embeddings [M_k, d] fp32 of the captions of each class, on the device.
+
+    They are computed in the order of the class ids, whatever the task order, and once per text tower and set of
+    captions with a `cache`.
+
+    Args:
+        captions: texts of the classes.
+        num_classes: C.
+        joint: maps token ids [N, L] to embeddings [N, d]; has `tokenize` and `num_features` = d.
+        hardware: device and precision of the pass.
+        cache: stores them on the disk; None computes them.
+    """
+    texts = [captions.of(label) for label in range(num_classes)]
+    ids: Tensor = joint.tokenize([text for own in texts for text in own])  # type: ignore[operator]
+    split = TensorSplit(ids, torch.zeros(len(ids), dtype=torch.long, device=ids.device))
+    read = _Extractor(joint, hardware, cache, None, show=False)(split, {"part": "captions"})
+    return torch.split(next(read.batches(len(ids))).x, [len(own) for own in texts])
 
 
 def _same_rows(a: Split, b: Split) -> bool:

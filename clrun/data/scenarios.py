@@ -324,7 +324,8 @@ def _domain_stream(
         replace(block, classes=[label + k * size for label in block.classes], offset=k * size)
         for k, block in enumerate(blocks)
     ]
-    whole = replace(dataset, num_classes=size * len(blocks), class_names=names * len(blocks))
+    texts = dataset.texts.repeated(len(blocks))
+    whole = replace(dataset, num_classes=size * len(blocks), class_names=names * len(blocks), captions=texts)
     return _stream(whole, order, transform, blocks, setting, [label for block in blocks for label in block.classes])
 
 
@@ -361,7 +362,8 @@ def _stream(
             )
         val = None if rows.val is None else _placed(rows.val, block, index, transform)
         tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))
-    return Stream(tuple(tasks), dataset.num_classes, setting, dataset.class_names, tuple(class_order), transform)
+    names, texts = dataset.class_names, dataset.texts
+    return Stream(tuple(tasks), dataset.num_classes, setting, names, tuple(class_order), transform, texts)
 
 
 def _placed(split: Split, block: _Block, index: int, transform: Transform) -> Split:

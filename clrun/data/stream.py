@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clrun.data.captions import Captions, captions
 from clrun.data.split import Plain, Split, Transform
 
 Setting = Literal["til", "cil", "dil"]
@@ -37,6 +38,7 @@ class Dataset:
             data sets with classes of their own. Their labels, `num_classes` and `class_names` are those of the whole,
             they usually share its stored images, and each has its own `name`; () for a data set without parts.
         reading: what a user should know about how the images were read, such as the range of 16-bit files; "" for none.
+        captions: names and templates of the classes as text; None for the names alone, in `clrun.data.captions.PLAIN`.
     """
 
     name: str
@@ -54,6 +56,12 @@ class Dataset:
     seed: int = 0
     parts: tuple["Dataset", ...] = ()
     reading: str = ""
+    captions: Captions | None = None
+
+    @property
+    def texts(self) -> Captions:
+        """The captions of the classes."""
+        return self.captions or captions(self.name, self.class_names)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Stream:
         class_names: C names.
         class_order: class ids in the order in which the scenario dealt them to tasks.
         transform: how stored images become network input, shared by all splits.
+        captions: names and templates of the classes as text, by class id; None for a stream made without a data set.
     """
 
     tasks: tuple[Task, ...]
@@ -98,6 +107,7 @@ class Stream:
     class_names: tuple[str, ...] = ()
     class_order: tuple[int, ...] = ()
     transform: Transform = field(default_factory=Plain)
+    captions: Captions | None = None
 
     @property
     def order(self) -> tuple[int, ...]:

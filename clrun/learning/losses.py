@@ -45,6 +45,22 @@ def masked_cross_entropy(logits: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits.masked_fill(~mask, float("-inf")), y)
 
 
+def smoothed_cross_entropy(logits: Tensor, y: Tensor, mask: Tensor, smoothing: float) -> Tensor:
+    """Return the mean cross-entropy [] with label smoothing over the classes allowed by `mask`.
+
+    Args:
+        logits: [B, C].
+        y: [B] long, class ids; each must be allowed for its sample.
+        mask: [B, C] bool, True for classes that compete.
+        smoothing: share of the target that is spread evenly over the classes that compete.
+    """
+    if not smoothing:
+        return masked_cross_entropy(logits, y, mask)
+    log_p = logits.masked_fill(~mask, float("-inf")).log_softmax(dim=1).masked_fill(~mask, 0.0)
+    even = log_p.sum(dim=1) / mask.sum(dim=1)
+    return -((1 - smoothing) * log_p.gather(1, y[:, None])[:, 0] + smoothing * even).mean()
+
+
 def task_mean_cross_entropy(logits: Tensor, y: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over tasks of the mean cross-entropy of their rows, []: every task counts alike.
 

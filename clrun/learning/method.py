@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from clrun.data.captions import Captions
 from clrun.data.split import Batch
 from clrun.data.stream import Setting, Stream, Task
 from clrun.learning.budget import Budget
@@ -13,6 +14,7 @@ from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
 from clrun.learning.knobs import Knob
 from clrun.learning.losses import Compete, masked_cross_entropy
+from clrun.learning.names import NamesHead, new_head
 from clrun.learning.training import fit
 
 ALL_SETTINGS: frozenset[Setting] = frozenset({"til", "cil", "dil"})
@@ -32,6 +34,7 @@ class Method(nn.Module):
     """
 
     needs_vit: ClassVar[bool] = False  # the backbone must be a timm vision transformer
+    needs_text: ClassVar[bool] = False  # the backbone must have a text tower, which encodes names of classes
     needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
     hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
     depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
@@ -45,7 +48,7 @@ class Method(nn.Module):
         self.backbone = backbone
         self.num_classes = num_classes
         self.compete: Compete = compete
-        self.head: nn.Module = GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
+        self.head: nn.Module = new_head(backbone, num_classes)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a second place that says whether a method reads features.
@@ -95,6 +98,23 @@ class Method(nn.Module):
         Raises:
             ConfigError: its optimizer does not suit the method.
         """
+
+    def read_names(self, captions: Captions | None) -> None:
+        """Take the texts of all classes, before the first task; a head whose rows are texts needs them.
+
+        Raises:
+            ConfigError: the head needs them, and the stream has none.
+        """
+        if isinstance(self.head, NamesHead):
+            self.head.read(captions)
+
+    def meet(self, classes: Tensor) -> None:
+        """Get ready to score `classes` ([k] long) that may not have been learned, by their names (`needs_text`).
+
+        `job.eval_unseen` asks for this after `begin_task`. A method whose head is not of names does it in its own way.
+        """
+        if isinstance(self.head, NamesHead):
+            self.head.grow(classes)
 
     # --- once per task
 
@@ -174,7 +194,8 @@ class Method(nn.Module):
         if mode:
             for child in self.children():
                 parameters = list(child.parameters())
-                if parameters and not any(p.requires_grad for p in parameters):
+                frozen = parameters and not any(p.requires_grad for p in parameters)
+                if frozen and not isinstance(child, NamesHead):  # whose mode says where its rows come from
                     child.eval()
         return self
 

@@ -17,9 +17,9 @@ from clrun.blocks.params import clone
 from clrun.data.split import concatenate
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
-from clrun.learning.heads import GrowingHead
 from clrun.learning.losses import Compete
 from clrun.learning.method import Method
+from clrun.learning.names import new_head
 from clrun.learning.training import fit
 
 
@@ -64,8 +64,8 @@ class Joint(Method):
             return
         if self.restart and task.index:
             self.backbone.load_state_dict(self.initial)
-            assert isinstance(self.head, GrowingHead)
-            self.head = GrowingHead(self.head.weight.shape[1], self.num_classes)
+            self.head = new_head(self.backbone, self.num_classes)
+            self.read_names(ctx.stream.captions)
         self.grow(self.head, _classes(ctx.stream, task.index + 1))
 
     def learn(self, task: Task, ctx: Context) -> None:

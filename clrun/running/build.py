@@ -1,7 +1,7 @@
 """Builds stream, backbone and learner from the parts of a configuration and fits them to each other."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
 from clrun.learning.method import Method
+from clrun.learning.names import NamesHead, has_names, require_text
 from clrun.running.backbone_reuse import remembered, reused_backbone
 from clrun.running.parts import Parts, function_of, of_kind, options_of
 from clrun.running.similarity import task_similarities
@@ -78,10 +79,12 @@ def build(parts: Parts, *, features: bool = True) -> Built:
         cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
         digest = remembered(backbone, "digest", lambda: module_digest(backbone))
         stream, seen_backbone = frozen_features(
-            images, backbone, hardware, cache, digest=digest, show=parts.job.progress
+            images, backbone, hardware, cache, digest=digest, text=_reads_text(parts, backbone), show=parts.job.progress
         )
     seed_all(parts.seed, "init", "method")
     method = parts.method_factory(seen_backbone, stream.num_classes)
+    _check_head(method, backbone)
+    method.read_names(images.captions)
     method.check(images)
     budget = parts.budget
     if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
@@ -175,6 +178,31 @@ def check_without_building(parts: Parts) -> None:
         check(**options_of(parts.backbone_factory))
 
 
+def _reads_text(parts: Parts, backbone: nn.Module) -> bool:
+    """Return whether the learner needs the texts of the classes.
+
+    Raises:
+        ConfigError: it does, and the backbone has no text tower.
+    """
+    if parts.method_class.needs_text:
+        require_text(backbone, parts.method_class.__name__)
+        return True
+    return has_names(backbone)
+
+
+def _check_head(method: Method, backbone: nn.Module) -> None:
+    """Refuse rows of class names for a learner that has a classifier of its own.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if has_names(backbone) and not isinstance(method.head, NamesHead):
+        raise ConfigError(
+            f"backbone.head: {type(method).__name__} has a classifier of its own; set it to linear, or choose a method "
+            "that trains a head, such as method=finetune"
+        )
+
+
 def _names(parts: Parts, text: str) -> dict[str, str]:
     """Return the names under which `clrun features` lists features."""
     dataset, backbone = (parts.target(group).rpartition(".")[2] for group in ("dataset", "backbone"))
@@ -239,7 +267,7 @@ def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
         )
     if hardware is not None:
         tasks = _Placed(hardware.device, hardware.workers or 0).tasks(tasks)
-    return Stream(tasks, stream.num_classes, stream.setting, stream.class_names, stream.class_order, stream.transform)
+    return replace(stream, tasks=tasks)
 
 
 class _Placed:

@@ -14,6 +14,7 @@ from clrun.config.job import JobInfo
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
 from clrun.learning.method import Method
+from clrun.learning.names import has_names
 from clrun.results.identity import config_hash
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import SCHEMA, RunFolder
@@ -224,6 +225,8 @@ class Recorder:
             },
         }
         self.run["notes"] += weights["notes"] if weights else []
+        if stream.captions is not None and (built.method.needs_text or has_names(built.backbone)):
+            self.run["captions"] = stream.captions.record()
         if frozen:
             self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
             self.run["notes"] += feature_notes(built.cache, built.images)

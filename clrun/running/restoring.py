@@ -155,7 +155,7 @@ def _untrained(parts: Parts) -> tuple[Method, Stream, str]:
     stream, seen = images, backbone
     if parts.reads_features:
         backbone.eval()
-        seen = FeatureBackbone(int(backbone.num_features))  # type: ignore[arg-type]
+        seen = FeatureBackbone(int(backbone.num_features), getattr(backbone, "joint", None))  # type: ignore[arg-type]
         stream = _through(images, backbone, parts.hardware)
     seed_all(parts.seed, "init", "method")
     return parts.method_factory(seen, images.num_classes), stream, text

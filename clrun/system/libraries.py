@@ -27,6 +27,7 @@ REQUIRED = {
 # The same for libraries of one feature each: (extra of clrun, requirement).
 OPTIONAL = {
     "datasets": ("hf", "datasets>=4"),
+    "ftfy": ("clip", "open_clip_torch>=3.3,<4"),  # which brings it
     "hydra_plugins.hydra_joblib_launcher": ("joblib", "hydra-joblib-launcher"),
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "hydra-submitit-launcher"),
     "open_clip": ("clip", "open_clip_torch>=3.3,<4"),

@@ -28,7 +28,7 @@ def example(reading: ArrayReading, *, split: Literal["a", "b"]) -> Dataset:
 
 def test_a_loader_takes_the_fields_of_its_reading_and_its_own_options_as_keywords() -> None:
     takes = parameters(example)
-    assert list(takes) == ["val_fraction", "seed", "augment", "root", "download", "split"]
+    assert list(takes) == [*COMMON, "templates", "class_names", "root", "download", "split"]
     assert {parameter.kind for parameter in takes.values()} == {inspect.Parameter.KEYWORD_ONLY}
     assert takes["val_fraction"].annotation == Fraction and takes["split"].annotation == Literal["a", "b"]
     assert mismatch(1.5, takes["val_fraction"].annotation) == "must be at most 1"

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clrun.data.captions import captions
 from clrun.data.reading.options import Reading
 from clrun.data.reading.text import some
 from clrun.data.split import Split, TensorSplit
@@ -125,6 +126,7 @@ def assemble(
         augment=tuple(reading.augment),
         groups=groups or {},
         seed=reading.seed,
+        captions=captions(name, class_names, templates=reading.templates, words=reading.class_names),
     )
     if domains is None:
         return whole

@@ -8,12 +8,13 @@ function of plain options, so that configurations stay flat: `dataset.val_fracti
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
 from clrun.data.augment import parse_augmentations
+from clrun.data.captions import check_templates
 from clrun.data.decode import Decoding
 from clrun.data.reading.class_names import Sort
 from clrun.data.stream import Dataset
@@ -29,18 +30,25 @@ class Reading:
             sets of several domains: of each class of each domain.
         seed: seed of the validation rows, of permutations and rotations, and of generated images.
         augment: training augmentations, as `clrun.data.augment` describes them.
+        templates: sentences with one "{}" for the name of a class, for backbones with a text tower; None for the
+            published ones of the data set (`clrun.data.captions`).
+        class_names: file with the words by which a text tower knows the classes, one line per class with its name in
+            the data set and its words ("n01440764 tench"); None for the names in the data set, cleaned.
 
     Raises:
-        ConfigError: an augmentation is unknown or has unknown options.
+        ConfigError: an augmentation is unknown or has unknown options, or a template has no place for a name.
     """
 
     val_fraction: Fraction
     seed: int
     augment: list[Any]
+    templates: list[str] | None = None
+    class_names: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse wrong augmentations before any file is read."""
+        """Refuse wrong augmentations and templates before any file is read."""
         parse_augmentations(self.augment)
+        check_templates(self.templates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +189,7 @@ def loader(load: Callable[Concatenate[Kind, Options], Dataset]) -> Callable[...,
     """Return a loader as a function of keyword arguments alone: the fields of its reading, then its own options.
 
     The signature and the annotations of the returned function list all of them, so that configurations are checked
-    against it like against any other target.
+    against it like against any other target. In a direct call, fields with a default may be left out.
 
     Args:
         load: a function whose first parameter, `reading`, is annotated with `Reading` or a subclass; its other
@@ -191,10 +199,12 @@ def loader(load: Callable[Concatenate[Kind, Options], Dataset]) -> Callable[...,
     kind = hints.pop("reading")
     common = get_type_hints(kind, include_extras=True)
     names = [field.name for field in fields(kind)]
+    omissible = {field.name: field.default for field in fields(kind) if field.default is not MISSING}
     own = [name for name in inspect.signature(load).parameters if name != "reading"]
 
     @wraps(load)
     def flat(**options: Any) -> Dataset:
+        options = omissible | options
         signature.bind(**options)  # a TypeError names the function's options that are missing or unknown
         reading = kind(**{name: options.pop(name) for name in names})
         return load(reading, **options)  # type: ignore[call-arg]

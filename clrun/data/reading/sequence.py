@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from clrun.data.captions import joined
 from clrun.data.images import ImageSplit, JoinedImages
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
@@ -29,6 +30,7 @@ def sequence(name: str, parts: Sequence[Dataset]) -> Dataset:
     counts = Counter(label for part in parts for label in part.class_names)
     names = [f"{p.name} {label}" if counts[label] > 1 else label for p in parts for label in p.class_names]
     facts: dict[str, Any] = {"num_classes": len(names), "class_names": tuple(names), "groups": {}}
+    facts["captions"] = joined([part.texts for part in parts])
     moved = [replace(_moved(part, start), **facts) for part, start in zip(parts, starts, strict=False)]
     vals = [part.val for part in moved if part.val is not None]
     assert len(vals) in (0, len(parts)), "validation rows in some parts only"

@@ -96,5 +96,6 @@ def omniglot_rotation(
         num_classes=CHARACTERS,
         class_names=whole.class_names[:CHARACTERS],
         groups={},
+        captions=whole.captions and whole.captions.first(CHARACTERS),
     )
     return with_quarter_turns(kept)

@@ -1,0 +1,165 @@
+"""Names of classes as text: their encoded captions, and a head whose rows are these texts.
+
+A backbone with a text side has an attribute `joint` (`JointSpace` of `clrun.backbones.two_towers`, or anything with
+`project`, `encode_texts`, `scale`, `dim` and `head`). Notation: f features [B, D], g(f) = `joint.project(f)` [B, d],
+n(v) = v / |v|, t_{k,m} caption m of class k, kappa = `joint.scale`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clrun.data.captions import Captions
+from clrun.learning.heads import GrowingHead
+from clrun.system.errors import ConfigError
+
+Names = Literal["fixed", "live", "init"]
+
+
+def caption_features(backbone: nn.Module, captions: Captions, classes: Iterable[int]) -> list[Tensor]:
+    """Return the text embeddings [M_k, d] of the captions of each class, not normalised and without gradients.
+
+    Those of a frozen text tower that the engine has computed for all classes, in the order of their ids, are looked up
+    (`clrun.data.features`); else the captions of each class are encoded together, so that they do not depend on the
+    order of the classes either.
+    """
+    known: Sequence[Tensor] | None = getattr(backbone, "captions", None)
+    if known is not None:
+        return [known[label] for label in classes]
+    joint: Any = backbone.joint
+    with torch.no_grad():
+        return [joint.encode_texts(captions.of(label)) for label in classes]
+
+
+def class_text(features: Tensor) -> Tensor:
+    """Return w = n(mean_m n(t_m)) [d] of the text embeddings [M, d] of one class (CLIP's ensemble of templates)."""
+    return F.normalize(F.normalize(features, dim=1).mean(dim=0), dim=0)
+
+
+class NamesHead(GrowingHead):
+    """Logits kappa n(g(f)) . w_k, where w_k is the text of class k: n(mean_m n(t_{k,m})).
+
+    Growing a class encodes its captions and needs no random number, so that a task order cannot change its row.
+
+    Args:
+        backbone: has a `joint` space; only a reference to that is held, and its parameters are the backbone's.
+        num_classes: C.
+        names: "fixed": rows are computed once and stay. "init": they are trained from there. "live": rows follow the
+            text tower: in training mode they are encoded with gradients, in each call, from the first template of
+            the classes in `active`; in eval mode from all templates, once per change of the text tower.
+
+    Attributes:
+        captions: names and templates of the classes; `read` sets them.
+        active: classes whose rows training encodes ("live"); None for all that have been grown.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, *, names: Names) -> None:
+        joint: Any = backbone.joint
+        super().__init__(joint.dim, num_classes, bias=False)
+        self.names, self._of = names, (backbone,)  # in a tuple, because the backbone is no part of the head
+        self.captions: Captions | None = None
+        self.active: list[int] | None = None
+        self.weight.requires_grad_(names == "init")
+        self._made_from: tuple[Any, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the mark of what the rows were computed from, which holds in this process alone."""
+        return {**self.__dict__, "_made_from": ()}
+
+    @property
+    def joint(self) -> Any:
+        """The joint space of the backbone."""
+        return self._of[0].joint
+
+    def read(self, captions: Captions | None) -> None:
+        """Take the captions of all classes; a class is encoded when it is grown.
+
+        Raises:
+            ConfigError: the stream has no names of classes.
+        """
+        if captions is None:
+            raise ConfigError(
+                "backbone.head: rows of class names need a data set with names of classes; set it to linear"
+            )
+        self.captions = captions
+
+    def grow(self, classes: Tensor, generator: torch.Generator | None = None) -> None:
+        """Set the rows of those `classes` ([k] long) that have none yet to their texts; no random number is drawn."""
+        classes = classes.to(self.initialised.device)
+        new = classes[~self.initialised[classes]]
+        self.initialised[new] = True
+        self._encode(new.tolist())
+
+    def texts(self, classes: list[int]) -> Tensor:
+        """Return w [k, d] of classes with gradients, as training with "live" uses it: the first template alone."""
+        assert self.captions is not None, "the method reads the captions before its first task"
+        return F.normalize(self.joint.encode_texts([self.captions.of(label)[0] for label in classes]), dim=1)
+
+    def final_texts(self, classes: list[int]) -> Tensor:
+        """Return w [k, d] of classes without gradients, as predictions use it: all templates."""
+        assert self.captions is not None, "the method reads the captions before its first task"
+        return torch.stack([class_text(own) for own in caption_features(self._of[0], self.captions, classes)])
+
+    def sources(self) -> Iterable[Tensor]:
+        """Return the tensors on which the rows depend."""
+        found: Iterable[Tensor] = self.joint.parameters()
+        return found
+
+    def _encode(self, classes: list[int]) -> None:
+        """Set the rows of these classes to their texts."""
+        if classes:
+            with torch.no_grad():
+                self.weight[classes] = self.final_texts(classes).to(self.weight)
+
+    def refresh(self) -> None:
+        """Encode all grown classes again if what they depend on has changed since they were encoded ("live")."""
+        version = tuple((tensor.data_ptr(), tensor._version) for tensor in self.sources())
+        if version != self._made_from:
+            self._encode(self.initialised.nonzero()[:, 0].tolist())
+            self._made_from = version
+
+    def rows(self) -> Tensor:
+        """Return w [C, d]; with "live" in training mode, gradients reach the text tower."""
+        if self.names != "live":
+            return self.weight
+        if not self.training:
+            self.refresh()
+            return self.weight
+        classes = self.initialised.nonzero()[:, 0].tolist() if self.active is None else self.active
+        texts = self.texts(classes)
+        index = torch.tensor(classes, device=texts.device)
+        return self.weight.detach().to(texts.dtype).index_copy(0, index, texts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits [B, C] of features [B, D]."""
+        embeddings = F.normalize(self.joint.project(features), dim=1)
+        logits: Tensor = self.joint.scale * F.linear(embeddings, self.rows())
+        return logits
+
+
+def has_names(backbone: nn.Module) -> bool:
+    """Return whether a backbone asks for heads whose rows are texts of class names."""
+    return getattr(getattr(backbone, "joint", None), "head", "linear") != "linear"
+
+
+def new_head(backbone: nn.Module, num_classes: int) -> GrowingHead:
+    """Return the head that methods train on features of a backbone: linear, or of names as its `joint` space asks."""
+    if has_names(backbone):
+        return NamesHead(backbone, num_classes, names=backbone.joint.head)  # type: ignore[union-attr, arg-type]
+    return GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
+
+
+def require_text(backbone: nn.Module, method: str) -> None:
+    """Refuse a backbone without a text tower.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if getattr(backbone, "joint", None) is None:
+        raise ConfigError(
+            f"backbone: {method} needs an image and a text tower, not {type(backbone).__name__}; use the backbones "
+            "glyph_clip, clip_vit_b16 or open_clip"
+        )
