@@ -140,6 +140,16 @@ class Case:
     vit: bool = False
 
 
+SLOW = {"alignment": {"rows_per_class": 8, "budget": {"batch_size": 8}}}
+ALIGNED = "the head is aligned to the features of all classes"
+
+
+def replay_bytes(n: Sizes) -> float:
+    """Return the bytes of Gaussians, of their classes' tasks, and of the head before its alignment."""
+    classes = n.method.num_classes
+    return 8 * classes * (n.features + 2) + 4 * CLASSES * n.tasks * n.features**2 + 4 * n.head
+
+
 PENALTY = 3  # differences, their product with the importance, the sum with the gradient
 KEPT = {"capacity": M}
 CASES: dict[str, Case] = {
@@ -177,6 +187,15 @@ CASES: dict[str, Case] = {
         read=(BATCH,), state=lambda n: 4 * n.tasks * 100 * (n.features + 1), grows="a code for each earlier task"
     ),
     "vit_pad": Case(read=(BATCH,), grows="a softmax for each earlier task", vit=True),
+    "slca": Case(state=replay_bytes, options=SLOW, grows=ALIGNED),
+    "slca_pp": Case(
+        state=lambda n: replay_bytes(n) + 4 * (4 * 4 * 4 * n.features + n.method.num_classes),
+        options=SLOW,
+        grows=ALIGNED,
+        vit=True,
+    ),  # LoRA of rank 4 on qkv in 4 blocks, and a factor per row of the head
+    "coma": Case(state=lambda n: replay_bytes(n) + 4 * n.p, options=SLOW, grows=ALIGNED),
+    "cofima": Case(state=lambda n: replay_bytes(n) + 8 * n.p, options=SLOW, grows=ALIGNED),
     "packnet": Case(
         vector=1 + 2, state=lambda n: n.weights, setting="til", phases=("fit", "retrain")
     ),  # masked weights; gradient and restoration

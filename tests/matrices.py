@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Curvature
-from clrun.blocks.inject import KeyValueLoRA, Plan, ScaleShift
+from clrun.blocks.inject import Plan, ScaleShift
+from clrun.blocks.lora import QkvLoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +48,9 @@ def stored_bytes(k: Curvature) -> int:
     return sum(found)
 
 
-def lora_matrix(update: KeyValueLoRA) -> Tensor:
-    """The change [3 D, D] to the weight of `qkv` that has the effect of a LoRA."""
+def lora_matrix(update: QkvLoRA) -> Tensor:
+    """The change [3 D, D] to the weight of `qkv` that has the effect of a LoRA of keys and values."""
+    assert update.parts == "kv" and update.scale is not None
     key, value = update.scale[:, None, None] * (update.up @ update.down)
     return torch.cat([torch.zeros_like(key), key, value])
 
@@ -59,7 +61,7 @@ def folded(vit: nn.Module, plan: Plan) -> nn.Module:
     merged = copy.deepcopy(vit)
     with torch.no_grad():
         for path, update in plan.parallel.items():
-            assert isinstance(update, KeyValueLoRA)
+            assert isinstance(update, QkvLoRA)
             merged.get_submodule(path).weight += lora_matrix(update)
         for path, scale in plan.scaled.items():
             assert isinstance(scale, ScaleShift)

@@ -1,4 +1,4 @@
-"""Prompts, prefixes, adapters, LoRA and SSF on unmodified timm vision transformers.
+"""Prompts, prefixes, adapters and SSF on unmodified timm vision transformers; LoRA is in `clrun.blocks.lora`.
 
 A `Plan` lists the changes to one forward pass. `Injector.use` makes them with forward hooks, which exist only during
 that pass: without a plan the backbone is the plain model, and no part of a plan is pickled with it. The backbone's
@@ -379,28 +379,6 @@ def mlp_adapters(depth: int, width: int, bottleneck: int, *, scale: float, dropo
     return adapters
 
 
-class KeyValueLoRA(nn.Module):
-    """Low-rank updates s B A x of the key and of the value projection; queries are not changed.
-
-    Args:
-        width: D.
-        rank: r; A is [r, D], B is [D, r], and s is a trained factor per projection.
-    """
-
-    def __init__(self, width: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Parameter(torch.empty(2, rank, width))
-        for part in self.down:
-            nn.init.kaiming_uniform_(part, a=5**0.5)
-        self.up = nn.Parameter(torch.zeros(2, width, rank))
-        self.scale = nn.Parameter(torch.ones(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the change to the output of `qkv` [..., 3 D] for its input x [..., D]."""
-        key, value = (self.scale[k] * F.linear(F.linear(x, self.down[k]), self.up[k]) for k in (0, 1))
-        return torch.cat([torch.zeros_like(key), key, value], dim=-1)
-
-
 class ScaleShift(nn.Module):
     """The map y -> scale * y + shift (SSF, Lian et al., NeurIPS 2022, equation 2).
 
@@ -440,7 +418,6 @@ def scale_shift_sites(vit: nn.Module) -> dict[str, int]:
 __all__ = [
     "Adapter",
     "Injector",
-    "KeyValueLoRA",
     "Plan",
     "Prefix",
     "ScaleShift",

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from clrun.system.errors import ConfigError, Count, Positive, PositiveInt, Range
+from clrun.system.errors import ConfigError, Count, NonNegative, Positive, PositiveInt, Range
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,41 @@ def quarter_cosine(optimizer: Optimizer, total_steps: int) -> LRScheduler:
         return math.cos(0.5 * math.pi * min(1.0, step / max(1, total_steps)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def stepped_cosine(optimizer: Optimizer, total_steps: int, *, levels: PositiveInt) -> LRScheduler:
+    """Return a schedule that falls along a cosine in `levels` equal parts, with a constant rate within each.
+
+    With as many levels as epochs this is a cosine that is stepped once per epoch: with five levels the factors of the
+    learning rate are 1, 0.9045, 0.6545, 0.3455 and 0.0955.
+    """
+
+    def factor(step: int) -> float:
+        level = min(levels - 1, step * levels // max(1, total_steps))
+        return 0.5 * (1 + math.cos(math.pi * level / levels))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def floor_cosine(optimizer: Optimizer, total_steps: int, *, floor: NonNegative) -> LRScheduler:
+    """Return a schedule that falls along a cosine to the learning rate `floor`, which is the same for all groups.
+
+    A group whose rate is 0 stays at 0.
+    """
+
+    def of(rate: float) -> Callable[[int], float]:
+        share = floor / rate if rate else 1.0
+        return lambda step: share + (1 - share) * 0.5 * (1 + math.cos(math.pi * step / max(1, total_steps)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [of(float(g["lr"])) for g in optimizer.param_groups])
+
+
+def milestones(
+    optimizer: Optimizer, total_steps: int, *, at: list[Annotated[float, Range(0, 1)]], factor: Positive
+) -> LRScheduler:
+    """Return a schedule that multiplies the learning rate by `factor` at each of the fractions `at` of all steps."""
+
+    def product(step: int) -> float:
+        return float(factor ** sum(step >= place * total_steps for place in at))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, product)

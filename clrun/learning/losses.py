@@ -25,6 +25,7 @@ only, whose every task has a head of its own; methods whose classifier has a clo
 temporary head on the classes of one task and discard it (aper, ease, phase 1 of ranpac).
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -89,3 +90,28 @@ def masked_binary_cross_entropy(
     """
     terms = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none") * mask
     return terms.sum() / (len(logits) if reduction == "sum" else mask.sum())
+
+
+def masked_symmetric_cross_entropy(
+    logits: Tensor, y: Tensor, mask: Tensor, *, weight: float, reverse_weight: float
+) -> Tensor:
+    """Return weight CE + reverse_weight RCE [], the symmetric cross-entropy over the classes allowed by `mask`.
+
+    RCE = -sum_k max(p_k, 1e-7) ln max(y_k, 1e-4) with the one-hot labels y exchanges the roles of prediction and label
+    (Wang et al., ICCV 2019, arXiv 1908.06112). It is linear in the probability of the true class, 9.2103 (1 - p_y) up
+    to the bound 1e-7, and hence bounded.
+
+    Args:
+        logits: [B, C].
+        y: [B] long, class ids; each must be allowed for its sample, otherwise the loss is infinite.
+        mask: [B, C] or [C] bool, True for classes that compete.
+        weight: of the cross-entropy.
+        reverse_weight: of the reverse cross-entropy.
+    """
+    loss = weight * masked_cross_entropy(logits, y, mask)
+    if not reverse_weight:
+        return loss
+    others = mask & ~F.one_hot(y, logits.shape[1]).bool()
+    probabilities = logits.masked_fill(~mask, float("-inf")).softmax(dim=1).clamp_min(1e-7)
+    reverse = -math.log(1e-4) * (probabilities * others).sum(dim=1).mean()
+    return loss + reverse_weight * reverse

@@ -68,7 +68,8 @@ def fit(
         split: rows to train on; each process reads a part of every batch.
         ctx: context of the current task.
         loss: objective; default `method.loss`.
-        params: parameters or parameter groups to train; default `method.trainable()`.
+        params: parameters or parameter groups to train; default `method.trainable()`. The learning rate of a group with
+            the key "lr_factor" is that of the budget times this factor.
         budget: length and optimizer; default is the budget of the run.
         name: name of the fit. Two fits of a task with different names shuffle and augment differently.
 
@@ -81,6 +82,9 @@ def fit(
     if not groups or not total:
         return
     optimizer = budget.optimizer(groups)
+    for group in optimizer.param_groups:
+        if "lr_factor" in group:
+            group["lr"] *= group["lr_factor"]
     schedule = None if budget.schedule is None else budget.schedule(optimizer, total)
     view = ctx.generator("augment", name, ctx.hardware.rank)
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)

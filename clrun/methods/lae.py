@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clrun.blocks.inject import Adapter, KeyValueLoRA, Plan, Prefix, require_depth
+from clrun.blocks.inject import Adapter, Plan, Prefix, require_depth
+from clrun.blocks.lora import QkvLoRA
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
@@ -162,4 +163,4 @@ def new_module(kind: Kind, width: int, size: int) -> nn.Module:
     """
     if kind == "adapter":
         return Adapter(width, size, activation="gelu", dropout=0.0, scale=1.0, learn_scale=True)
-    return KeyValueLoRA(width, size) if kind == "lora" else KeysValues(width, size)
+    return QkvLoRA(width, size, "kv", learn_scale=True) if kind == "lora" else KeysValues(width, size)

@@ -52,6 +52,8 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("qr", {"strength": 0.0, "importance": "si"}),
     ("merge", {"rule": "wise_ft", "wise_ft": {"alpha": 1.0}, "train_from": "merged", "compete": "seen"}),
     ("imm", {"matching": "mean", "alpha": 1.0, "l2_transfer": 0.0, "compete": "seen"}),
+    ("slca", {"backbone_lr_scale": 1.0, "compete": "seen", "alignment": {"budget": {"epochs": 0}}}),
+    ("coma", {"alpha": 1.0, "backbone_lr_scale": 1.0, "compete": "seen", "alignment": {"budget": {"epochs": 0}}}),
 ]
 # Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
@@ -74,6 +76,7 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
 
 # Options that make a learner cheap enough for its many lives here; no promise depends on them.
 SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}}
+SMALL |= {name: {"alignment": {"rows_per_class": 16}} for name in ("slca", "slca_pp", "coma", "cofima")}
 
 
 def small(name: str, **options: Any) -> Callable[..., Method]:

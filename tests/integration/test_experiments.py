@@ -129,7 +129,7 @@ TINY_20 = (10, 18, 16, 14, 0, 17, 11, 2, 3, 9, 5, 7, 4, 19, 6, 15, 8, 1, 13, 12)
 CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae")  # class orders of prompts and adapters
-OF_1993 = ("aper", "ease", "vpt")
+OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
 PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
@@ -218,8 +218,14 @@ PUBLISHED = {
     "aper": ((0.01, 20, 48), (0.05, 20, 24)),
     "ease": ((0.025, 20, 48), (0.05, 20, 16)),
     "vpt": ((0.05, 5, 16), (0.05, 5, 16)),
+    "slca": ((0.01, 20, 128), (0.01, 50, 128)),
+    "slca_pp": ((0.01, 20, 128), (0.01, 50, 128)),
+    "cofima": ((0.01, 20, 128), (0.01, 50, 128)),
 }
-TAGS = {"orig_in21k": ("l2p", "dualprompt", "dap", "lae"), "augreg_in21k": ("ease", "vpt", "aper_imagenet_r")}
+TAGS = {
+    "orig_in21k": ("l2p", "dualprompt", "dap", "lae"),
+    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima"),
+}
 TAGS["augreg_in21k_ft_in1k"] = ("coda_prompt", "aper_cifar224")
 
 
@@ -232,7 +238,7 @@ def test_every_experiment_is_expected_and_those_of_prompts_and_adapters_are_as_p
     for method, of_data in PUBLISHED.items():
         for name, expected in zip((f"{method}_cifar224", f"{method}_imagenet_r"), of_data, strict=True):
             config = composed(name)
-            budget, scale = config["budget"], config["method"]["lr_scale"]
+            budget, scale = config["budget"], config["method"].get("lr_scale", 1.0)
             found = (budget["optimizer"]["lr"] * scale, budget["epochs"], budget["batch_size"])
             assert found == pytest.approx(expected), name
             assert config["method"].get("selection", "instance") == "instance"
@@ -243,13 +249,51 @@ def test_a_preset_says_which_classes_compete_how_schedules_step_and_how_heads_be
     lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
     header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     method = name.removesuffix("_cifar224").removesuffix("_imagenet_r")
-    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae"):
+    slow = ("slca", "slca_pp", "cofima")
+    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae", *slow):
         assert composed(name)["method"]["compete"] == "current"
         assert "Only the classes of the current task compete in the training loss (method.compete=current)" in header
-    if method in ("aper", "ease", "lae", "coda_prompt", "ranpac") and name != "ranpac_imagenet_r":
+    if (
+        method in ("aper", "ease", "lae", "coda_prompt", "ranpac", "slca", "slca_pp", "cofima")
+        and name != "ranpac_imagenet_r"
+    ):
         assert "learning rate" in header and "short batch of an epoch is kept" in header and "nn.Linear" in header
     if name == "ranpac_imagenet_r":
         assert "batches and the head of phase 1 see ranpac_cifar224" in header
+
+
+# Of slow learners: epoch of the drop of the learning rate, or its floor; weight decay; weights of the two losses.
+SLOW = {
+    "slca_cifar224": (18, 5e-4, None),
+    "slca_imagenet_r": (40, 5e-4, None),
+    "cofima_cifar224": (18, 5e-4, None),
+    "cofima_imagenet_r": (40, 5e-4, None),
+    "slca_pp_cifar224": (1e-4, 5e-4, (1.0, 0.1)),
+    "slca_pp_imagenet_r": (1e-4, 0.0, (0.5, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_learners_are_as_published(name: str) -> None:
+    config, (fall, decay, weights) = composed(name), SLOW[name]
+    method, budget, alignment = config["method"], config["budget"], config["method"]["alignment"]
+    schedule, stage_2 = budget["schedule"], alignment["budget"]
+    assert fall == schedule.get("floor", schedule.get("at", [0])[0] * budget["epochs"])
+    assert (budget["optimizer"]["momentum"], budget["optimizer"]["weight_decay"]) == (0.9, decay)
+    assert (stage_2["epochs"], stage_2["batch_size"], alignment["rows_per_class"]) == (5, 256, 256)
+    optimizer = stage_2["optimizer"]
+    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.01, 0.9, 5e-4)
+    assert (alignment["temperature"], alignment["jitter"], alignment["covariance"]) == (0.1, 1e-4, "full")
+    assert method["reset_final_norm"]
+    assert config["backbone"]["normalize"] == ("data" if name.endswith("cifar224") else "imagenet")
+    if weights is None:
+        assert (method["backbone_lr_scale"], method["mean_shrink"]) == (0.01, 0.1)
+    else:
+        assert (method["ce_weight"], method["rce_weight"]) == weights
+        assert (method["targets"], method["rank"], method["lora_scale"]) == (["qkv"], 4, 0.8)
+        assert (method["backbone_lr_scale"], method["lora_lr_scale_first"], method["lora_lr_scale"]) == (0.1, 0.5, 0.1)
+    if name.startswith("cofima"):
+        assert (method["fisher"], method["clip"], method["alpha"]) == ("batch_squared", 1e-4, 0.5)
 
 
 def test_the_learning_rate_of_coda_prompt_falls_along_a_quarter_of_a_cosine() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from clrun.blocks.inject import (
     Adapter,
     Injector,
-    KeyValueLoRA,
     Plan,
     Prefix,
     ScaleShift,
@@ -25,6 +24,7 @@ from clrun.blocks.inject import (
     require_vit,
     scale_shift_sites,
 )
+from clrun.blocks.lora import QkvLoRA
 from clrun.system.errors import ConfigError
 
 # Every kind of vision transformer that timm builds from plain blocks.
@@ -84,7 +84,7 @@ def neutral() -> dict[str, Plan]:
         "adapter": Plan(parallel={"blocks.1.attn": adapter}),
         "sequential adapter": Plan(sequential={"blocks.1.attn": adapter, "blocks.2.mlp": adapter}),
         "adapter beside the MLP": Plan(beside_mlp={2: adapter}),
-        "LoRA": Plan(parallel={"blocks.1.attn.qkv": KeyValueLoRA(32, 3)}),
+        "LoRA": Plan(parallel={"blocks.1.attn.qkv": QkvLoRA(32, 3, "kv", learn_scale=True)}),
         "SSF": Plan(scaled=scales),
     }
 
@@ -103,7 +103,7 @@ def everything(model: Any) -> Plan:
     return Plan(
         tokens={0: torch.randn(2, width), 2: torch.randn(3, width)},
         prefix={1: Prefix(torch.randn(4, width), torch.randn(4, width))},
-        parallel={"blocks.3.attn.qkv": trained(KeyValueLoRA(width, 2))},
+        parallel={"blocks.3.attn.qkv": trained(QkvLoRA(width, 2, "kv", learn_scale=True))},
         sequential={"blocks.0.mlp": after},
         beside_mlp={int(block): module for block, module in beside.items()},
         scaled={p: ScaleShift(w, std=0.1) for p, w in scale_shift_sites(model).items()},
@@ -221,7 +221,7 @@ def test_adapters_are_where_their_papers_put_them() -> None:
 def test_folded_weights_give_the_same_features(kind: str) -> None:
     model, x = vit(kind), images()
     scales = {path: ScaleShift(width, std=0.2) for path, width in scale_shift_sites(model).items()}
-    lora = {f"blocks.{b}.attn.qkv": trained(KeyValueLoRA(32, 3)) for b in (0, 2)}
+    lora = {f"blocks.{b}.attn.qkv": trained(QkvLoRA(32, 3, "kv", learn_scale=True)) for b in (0, 2)}
     for plan in (Plan(parallel=lora), Plan(scaled=scales), Plan(parallel=lora, scaled=scales)):
         before = model(x)
         merged = folded(model, plan).eval()
@@ -231,7 +231,7 @@ def test_folded_weights_give_the_same_features(kind: str) -> None:
 
 
 def test_lora_leaves_queries_alone_and_counts_its_parameters() -> None:
-    lora = trained(KeyValueLoRA(32, 5))
+    lora = trained(QkvLoRA(32, 5, "kv", learn_scale=True))
     x = torch.randn(7, 32)
     change = lora(x)
     assert not change[:, :32].any()
@@ -254,7 +254,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model, x = vit().requires_grad_(False), images()
     shallow, deep = torch.randn(2, 32, requires_grad=True), torch.randn(3, 4, 32, requires_grad=True)
     keys, values = torch.randn(5, 32, requires_grad=True), torch.randn(5, 32, requires_grad=True)
-    lora = trained(KeyValueLoRA(32, 2))
+    lora = trained(QkvLoRA(32, 2, "kv", learn_scale=True))
     adapter = trained(Adapter(32, 2, activation="relu", dropout=0.0, scale=1.0, learn_scale=False))
     plan = Plan(
         tokens={0: shallow, 2: deep},

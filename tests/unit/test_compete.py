@@ -25,6 +25,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "a_gem": {},
     "blip": {},
     "coda_prompt": {},
+    "cofima": {},
+    "coma": {},
     "dap": {},
     "der": {"alpha": 0.0, "beta": 0.0},
     "dualprompt": {},
@@ -47,10 +49,12 @@ ALONE: dict[str, dict[str, Any]] = {
     "qr": {},
     "replay_finetune": {"per_task": 0},
     "si": {},
+    "slca": {},
+    "slca_pp": {},
     "vit_pad": {"strength": 0.0, "map_strength": 0.0},
     "vpt": {},
 }
-LABELLED = [name for name in ALONE if name not in ("coda_prompt", "dap", "dualprompt", "l2p", "lae")]
+LABELLED = [name for name in ALONE if name not in ("coda_prompt", "dap", "dualprompt", "l2p", "lae", "slca_pp")]
 
 
 def second_task(name: str, compete: Compete, setting: Any = "cil") -> tuple[Method, Batch, Any]:

@@ -1,12 +1,17 @@
 """Learning-rate schedules and the length of a fit, step by step."""
 
+import copy
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from helpers import Net, context, image_stream, sgd
 
-from clrun.learning.budget import Budget, cosine
+from clrun.learning.budget import Budget, cosine, floor_cosine, milestones, stepped_cosine
+from clrun.learning.method import Method
+from clrun.system.seeding import seed_all
 
 
 def rates(warmup: float, steps: int) -> list[float]:
@@ -33,3 +38,60 @@ def test_length_of_a_fit() -> None:
     assert Budget(optimizer, epochs=3, batch_size=10).total_steps(0) == 0
     assert Budget(optimizer, steps=7, batch_size=10).total_steps(21) == 7
     assert Budget(optimizer, steps=7, batch_size=10).total_steps(0) == 0
+
+
+def by_group(schedule: Any, steps: int, *lrs: float, **options: Any) -> list[list[float]]:
+    """Return the learning rates of groups with these rates, in each step and after the last."""
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    running, found = schedule(optimizer, steps, **options), []
+    for _ in range(steps + 1):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        running.step()
+    return found
+
+
+def test_a_stepped_cosine_is_constant_within_an_epoch() -> None:
+    found = [rate for [rate] in by_group(stepped_cosine, 10, 1.0, levels=5)]
+    assert found[0:10:2] == pytest.approx([1, 0.9045, 0.6545, 0.3455, 0.0955], abs=1e-4)
+    assert found[1:10:2] == found[0:10:2]
+
+
+def test_all_groups_fall_to_the_same_floor() -> None:
+    found = by_group(floor_cosine, 20, 0.01, 0.005, 0.001, 0.0, floor=1e-4)
+    assert found[0] == pytest.approx([0.01, 0.005, 0.001, 0.0])
+    assert found[10] == pytest.approx([0.00505, 0.00255, 0.00055, 0.0])
+    assert found[20] == pytest.approx([1e-4, 1e-4, 1e-4, 0.0])
+
+
+def test_the_rate_falls_at_milestones() -> None:
+    found = [rate for [rate] in by_group(milestones, 20, 1.0, at=[0.5, 0.9], factor=0.1)]
+    assert found[:20] == pytest.approx([1.0] * 10 + [0.1] * 8 + [0.01] * 2)
+
+
+class Two(Method):
+    """Backbone and head with learning rates of their own."""
+
+    def trainable(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(self.backbone.parameters()), "lr_factor": 0.25},
+            {"params": list(self.head.parameters())},
+        ]
+
+
+def test_a_factor_of_a_group_multiplies_the_rate_of_the_budget() -> None:
+    moved = []
+    for method_class in (Method, Two):
+        seed_all(0, "init")
+        method, stream = method_class(Net(), 6), image_stream(augment=())
+        ctx = context(stream, budget=sgd(lr=0.125, momentum=0.0, epochs=None, steps=1))
+        seed_all(0, "task")
+        method.begin_task(stream.tasks[0], ctx)
+        before = copy.deepcopy(method.state_dict())
+        method.learn(stream.tasks[0], ctx)
+        moved.append({name: p.detach() - before[name] for name, p in method.named_parameters()})
+    for name, change in moved[0].items():
+        factor = 0.25 if name.startswith("backbone") else 1.0
+        torch.testing.assert_close(moved[1][name], factor * change, rtol=1e-3, atol=1e-7)
+    assert moved[0]["backbone.linear.weight"].any() and moved[0]["head.weight"].any()
