@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -138,9 +139,7 @@ def test_the_scale_of_logits_does_not_matter_and_logits_of_zero_have_a_gradient(
     assert torch.isfinite(zero.grad).all()
 
 
-def aligned(
-    *, epochs: int, batch_size: int, width: int
-) -> tuple[list[tuple[Tensor, Tensor]], list[float], list[Tensor]]:
+def aligned(*, epochs: int, batch_size: int, width: int) -> tuple[list[Any], list[float], list[Tensor]]:
     """Return the batches, learning rates and draws of an alignment of 3 classes with 4 rows per class."""
     stream, batches, rates, draws = image_stream(), list[Any](), list[float](), list[Tensor]()
     source = torch.Generator().manual_seed(0)
