@@ -43,6 +43,8 @@ OPTIONS = Decoding(
     unreadable="error",
     memory=0,
     cache=False,
+    range="auto",
+    verify="none",
 )
 
 

@@ -1,6 +1,7 @@
 """Digests of the contents of image files and of rows in memory: what tells changed data from moved or copied data.
 
-A digest has 64 bits. It finds accidents, not forgeries: whoever wants to can make two contents with one digest.
+A digest has 64 bits. It finds accidents, not forgeries: whoever wants to can make two contents with one digest. All
+digests are computed by one rule, see `row_digests`: of names, of rows in memory and of what is read of files.
 
 A file of at most 16 KiB is read as a whole. Of a larger file the size and three blocks of 4 KiB are read, at its
 beginning, in its middle and at its end, so that a large data set is not read twice. The blind spot is therefore a file
@@ -16,10 +17,10 @@ import os
 import time
 import unicodedata
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -39,7 +40,9 @@ BLOCK = 4 * 1024
 STORED = 2000  # files of a folder from which on digests are kept on the disk
 RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
 THREADS, CHUNK = 4, 256  # readers, and the files that each takes at once
-ROWS = 4096  # rows of a tensor that are copied at once
+OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that a pipe that took the place of a file never waits
+ROWS = 256  # rows of a tensor that are copied at once
+WORDS = 2**15  # words that are multiplied at once; they fit into the cache of a processor's core
 
 _known: dict[str, dict[str, tuple[int, int, int, int]]] = {}  # folder -> name -> stamp and digest
 
@@ -126,10 +129,8 @@ def text_digests(texts: Sequence[str]) -> Digests:
 def bytes_digest(content: bytes | memoryview) -> int:
     """Return the digest of an encoded image, by the rule at the head of this module."""
     size = len(content)
-    digest = hashlib.blake2b(size.to_bytes(8), digest_size=8)
-    for start, stop in _blocks(size):
-        digest.update(content[start:stop])
-    return int.from_bytes(digest.digest())
+    row = size.to_bytes(8, "little") + b"".join(content[start:stop] for start, stop in _blocks(size))
+    return int(row_digests(torch.frombuffer(bytearray(row), dtype=torch.uint8)[None])[0])
 
 
 def file_digest(path: str) -> int:
@@ -138,15 +139,37 @@ def file_digest(path: str) -> int:
     Raises:
         ConfigError: the file cannot be read.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(size.to_bytes(8), digest_size=8)
-            for start, stop in _blocks(size):
-                digest.update(os.pread(file.fileno(), stop - start, start))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
-    return int.from_bytes(digest.digest())
+    return int(_read_files([path])[0][0])
+
+
+def _read_files(paths: Sequence[str]) -> tuple[Digests, Stamps]:
+    """Return digest and stamp of each file.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    table = np.zeros((len(paths), 8 + WHOLE), dtype=np.uint8)
+    stamps = np.empty((len(paths), 3), dtype=np.int64)
+    content, widest = memoryview(table.reshape(-1)), 0
+    for row, path in enumerate(paths):
+        try:
+            file = os.open(path, OPEN)
+            try:
+                state = os.fstat(file)
+                stamps[row] = state.st_size, state.st_mtime_ns, state.st_ino
+                first = at = row * (8 + WHOLE)
+                content[at : at + 8] = state.st_size.to_bytes(8, "little")
+                at += 8
+                for start, stop in _blocks(state.st_size):
+                    part = os.pread(file, stop - start, start)
+                    content[at : at + len(part)] = part
+                    at += len(part)
+                widest = max(widest, at - first)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
+    return _mixed(_sums(table[:, : -(-widest // 4) * 4])), stamps
 
 
 def _blocks(size: int) -> tuple[tuple[int, int], ...]:
@@ -169,25 +192,26 @@ def file_digests(root: str, names: Sequence[str]) -> tuple[Digests, Stamps]:
     """
     stored = _load(root) if root not in _known and len(names) >= STORED else {}
     known = _known.setdefault(root, stored)
+    start = os.path.join(root, "")  # joining each name would take as long as asking for its stamp
     stamps = np.empty((len(names), 3), dtype=np.int64)
     digests = np.empty(len(names), dtype=np.uint64)
-    missing, start = [], os.path.join(root, "")  # joining each name would take as long as asking for its stamp
+    missing = []
     for row, name in enumerate(names):
-        stamp = file_stamp(start + name)
-        stamps[row] = stamp
         found = known.get(name)
-        if found is not None and found[:3] == stamp:
-            digests[row] = found[3]
+        if found is not None and found[:3] == file_stamp(start + name):
+            stamps[row], digests[row] = found[:3], found[3]
         else:
             missing.append(row)
     if missing:
-        for row, digest in zip(missing, _read(root, [names[row] for row in missing]), strict=True):
-            digests[row] = digest
+        digests[missing], stamps[missing] = _read([start + names[row] for row in missing])
         before = time.time_ns() - RECENT
-        fresh = [row for row in missing if stamps[row, 1] < before]
-        for row in fresh:
-            size, changed, inode = stamps[row].tolist()
-            known[names[row]] = (size, changed, inode, int(digests[row]))
+        read = zip(missing, stamps[missing].tolist(), digests[missing].tolist(), strict=True)
+        fresh = {
+            names[row]: (size, changed, inode, digest)
+            for row, (size, changed, inode), digest in read
+            if changed < before
+        }
+        known |= fresh
         if fresh and len(names) >= STORED:
             _store(root, known)
     return digests, stamps
@@ -206,19 +230,26 @@ def file_stamp(path: str) -> tuple[int, int, int]:
     return state.st_size, state.st_mtime_ns, state.st_ino
 
 
-def _read(root: str, names: Sequence[str]) -> Iterator[int]:
-    """Yield the digests of files, read by several threads if there are many."""
-    parts = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+def _read(paths: Sequence[str]) -> tuple[Digests, Stamps]:
+    """Return digest and stamp of each file.
 
-    def digests(part: Sequence[str]) -> list[int]:
-        return [file_digest(os.path.join(root, name)) for name in part]
+    Files that the operating system has in memory are read by this thread alone, because threads would take turns. When
+    the first files show that most of the time is spent waiting for a disk, several threads wait at once.
 
-    if len(parts) == 1:
-        yield from digests(parts[0])
-        return
-    with ThreadPoolExecutor(THREADS, "clrun-contents") as pool:
-        for found in pool.map(digests, parts):
-            yield from found
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    wall, busy = time.perf_counter(), time.thread_time()
+    found = [_read_files(parts[0])]
+    wall, busy = time.perf_counter() - wall, time.thread_time() - busy
+    if wall > 2 * busy and len(parts) > 1:
+        with ThreadPoolExecutor(THREADS, "clrun-contents") as pool:
+            found += pool.map(_read_files, parts[1:])
+    else:
+        found += map(_read_files, parts[1:])
+    digests, stamps = zip(*found, strict=True)
+    return np.concatenate(digests), np.concatenate(stamps)
 
 
 def _path(root: str) -> Path:
@@ -239,7 +270,7 @@ def _load(root: str) -> dict[str, tuple[int, int, int, int]]:
 
 def _store(root: str, known: dict[str, tuple[int, int, int, int]]) -> None:
     """Store the digests of a folder. A cache that cannot be written is left alone: it only saves time."""
-    lines = ["\t".join(map(str, (*entry, name))) for name, entry in known.items() if "\n" not in name]
+    lines = [f"{a}\t{b}\t{c}\t{d}\t{name}" for name, (a, b, c, d) in known.items() if "\n" not in name]
     try:
         make_folder(_path(root).parent)
         with exclusive(_path(root).with_suffix(".lock")), replacing(_path(root), flush=False) as file:
@@ -250,25 +281,40 @@ def _store(root: str, known: dict[str, tuple[int, int, int, int]]) -> None:
 
 
 def row_digests(rows: Tensor) -> Digests:
-    """Return the digest [M] of each row of a tensor [M, ...].
+    """Return the digest [M] of each row of a tensor [M, ...]; zeros behind a row do not change its digest.
 
-    Each row's bytes are read as 64-bit words w_k, and its digest is sum_k a_k w_k modulo 2^64 with fixed random odd
-    numbers a_k, mixed by the last steps of SplitMix64 (Steele et al., 2014), so that sums of digests do not cancel. One
-    changed word always changes the digest. A hash function per row would take ten times as long.
+    Each row's bytes are read as 32-bit words w_k, and its digest is sum_k a_k w_k modulo 2^64 with fixed random odd
+    64-bit numbers a_k (multilinear hashing, Carter and Wegman 1979), mixed by the last steps of SplitMix64 (Steele et
+    al., 2014), so that sums of digests do not cancel. One changed word always changes the digest, and changes of
+    several words cancel with a probability of at most 2^-32 over the a_k, whichever bits of the words they are in;
+    with 64-bit words it would be 2^-8 for changes of their highest bytes alone, such as a column of pixels.
+    A hash function per row would take ten times as long.
     """
     count = len(rows)
     if not rows.numel():
         return np.zeros(count, dtype=np.uint64)
     width = rows[0].numel() * rows.element_size()
-    words = -(-width // 8)
-    keys = np.random.RandomState(0).randint(0, 2**64, words, dtype=np.uint64) | np.uint64(1)
     found = np.empty(count, dtype=np.uint64)
-    padded = np.zeros((min(ROWS, count), 8 * words), dtype=np.uint8)
+    padded = np.zeros((min(ROWS, count), -(-width // 4) * 4), dtype=np.uint8)
     for start in range(0, count, ROWS):
         part = rows[start : start + ROWS].detach().cpu().contiguous()
         padded[: len(part), :width] = part.reshape(len(part), -1).view(torch.uint8).numpy()
-        found[start : start + ROWS] = padded[: len(part)].view(np.uint64) @ keys
+        found[start : start + ROWS] = _sums(padded[: len(part)])
     return _mixed(found)
+
+
+def _sums(table: NDArray[np.uint8]) -> Digests:
+    """Return the sum of the weighted words of each row of bytes [M, 4 n]; see `row_digests`."""
+    words = table.view(np.uint32)
+    keys = _keys(words.shape[1])
+    rows = max(1, WORDS // max(1, len(keys)))
+    return np.concatenate([words[k : k + rows].astype(np.uint64) @ keys for k in range(0, len(words), rows)])
+
+
+@lru_cache(maxsize=8)
+def _keys(count: int) -> Digests:
+    """Return the first numbers by which words are multiplied; they are the same for every count."""
+    return np.random.RandomState(0).randint(0, 2**64, count, dtype=np.uint64) | np.uint64(1)
 
 
 def _mixed(digests: Digests) -> Digests:

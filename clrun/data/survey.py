@@ -1,10 +1,14 @@
 """What all image files of a data set are, found before anything is learned: which cannot be read, and their range.
 
 Every file is opened once. With `dataset.images.verify=headers` only the header is read, except in files with more than
-8 bits per value when the range is to be found. The result is kept within the process.
+8 bits per value when the range is to be found. The result is kept within the process; for at least 2,000 files without
+a problem also in the user's cache ("surveys", see `clrun.system.files.cache_folder`), so that they are opened once as
+long as their names, sizes and times of change stay the same.
 """
 
 import hashlib
+import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,7 +20,13 @@ from tqdm import tqdm
 from clrun.data.decode import Decoding, Files, check_size, decode, opened, undecodable
 from clrun.data.depth import bits_of, declared, depth, eight_bits, values
 from clrun.system.errors import ConfigError
+from clrun.system.files import cache_folder, make_folder, replace_text
 from clrun.system.processes import core_count
+from clrun.system.reading import MB, read_json
+
+STORED = 2000  # files from which on a survey is kept on the disk
+RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
+LIMIT = 256 * MB  # bytes of a stored survey
 
 
 @dataclass(frozen=True)
@@ -45,24 +55,35 @@ def survey(files: Files, options: Decoding, channels: int) -> Survey:
     """
     if options.verify == "none" and options.unreadable == "error":
         return Survey()
-    key = _key(files, options, channels)
+    key, newest = _key(files, options, channels)
     if key not in _known:
-        found = Survey()
-
-        def look(row: int) -> tuple[str | None, int | None]:
-            return _look(files, row, options, channels)
-
-        with ThreadPoolExecutor(core_count(), "clrun-survey") as pool:
-            rows = pool.map(look, range(len(files)), chunksize=64)
-            for row, (problem, largest) in enumerate(
-                tqdm(rows, "looking at images", len(files), unit="image", leave=False, disable=None)
-            ):
-                if problem is not None:
-                    found.problems[row] = problem
-                elif largest is not None:
-                    found.largest[row] = largest
+        place = _path(files, options, channels) if len(files) >= STORED else None
+        found = None if place is None else _load(place, key)
+        if found is None:
+            found = _looked(files, options, channels)
+            if place is not None and not found.problems and newest < time.time_ns() - RECENT:
+                _store(place, key, found)
         _known[key] = found
     return _known[key]
+
+
+def _looked(files: Files, options: Decoding, channels: int) -> Survey:
+    """Return what the files are, after opening each of them."""
+    found = Survey()
+
+    def look(row: int) -> tuple[str | None, int | None]:
+        return _look(files, row, options, channels)
+
+    with ThreadPoolExecutor(core_count(), "clrun-survey") as pool:
+        rows = pool.map(look, range(len(files)), chunksize=64)
+        for row, (problem, largest) in enumerate(
+            tqdm(rows, "looking at images", len(files), unit="image", leave=False, disable=None)
+        ):
+            if problem is not None:
+                found.problems[row] = problem
+            elif largest is not None:
+                found.largest[row] = largest
+    return found
 
 
 def ranged(options: Decoding, surveys: Sequence[Survey]) -> tuple[Decoding, str]:
@@ -119,14 +140,48 @@ def _header(content: Path | bytes, name: str, options: Decoding) -> int | None:
         raise undecodable(content, name, error) from error
 
 
-def _key(files: Files, options: Decoding, channels: int) -> str:
-    """Return a digest of what a survey depends on."""
-    asked = f"{options.recipe} {options.range} {options.max_pixels} {options.verify} {options.unreadable} {channels}"
-    digest = hashlib.sha256(asked.encode())
+def _asked(options: Decoding, channels: int) -> str:
+    """Return what is asked of each file, as text."""
+    asked = (options.recipe, options.range, options.max_pixels, options.verify, options.unreadable, channels)
+    return " ".join(map(str, asked))
+
+
+def _key(files: Files, options: Decoding, channels: int) -> tuple[str, int]:
+    """Return a digest of what a survey depends on, and the time of the last change of any file in ns."""
+    digest, newest = hashlib.sha256(_asked(options, channels).encode()), 0
     for row in range(len(files)):
         try:
-            stamp = str(files.stamp(row))
+            stamp = files.stamp(row)
+            newest = max(newest, stamp[1])
+            text = str(stamp)
         except ConfigError:
-            stamp = "gone"
-        digest.update(f"\n{files.name(row)} {stamp}".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+            text = "gone"
+        digest.update(f"\n{files.name(row)} {text}".encode(errors="surrogateescape"))
+    return digest.hexdigest(), newest
+
+
+def _path(files: Files, options: Decoding, channels: int) -> Path:
+    """Return the file that keeps the survey of some files; a part of a data set has one however its files change."""
+    text = f"{files.place} {files.name(0)} {_asked(options, channels)}"
+    name = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    return cache_folder("surveys") / f"{name}.json"
+
+
+def _load(path: Path, key: str) -> Survey | None:
+    """Return a stored survey; None when there is none for this key, or it is damaged, which costs only time."""
+    try:
+        stored = read_json(path, remedy="", limit=LIMIT)
+        if stored["key"] == key:
+            return Survey({}, {int(row): int(value) for row, value in stored["largest"].items()})
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):
+        pass
+    return None
+
+
+def _store(path: Path, key: str, found: Survey) -> None:
+    """Store a survey without problems. A cache that cannot be written is left alone: it only saves time."""
+    try:
+        make_folder(path.parent)
+        replace_text(path, json.dumps({"key": key, "largest": found.largest}), flush=False)
+    except ConfigError:
+        return

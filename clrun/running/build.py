@@ -258,8 +258,8 @@ def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
         ConfigError: a task has no validation rows, and the job needs them.
     """
     tasks = stream.tasks[: job.max_tasks]
-    if job.eval_split == "val" and any(task.val is None for task in tasks):
-        raise ConfigError("job.eval_split=val: there are no validation rows; set dataset.val_fraction above 0")
+    if job.eval_split == "val":
+        _refuse_without_validation(tasks)
     if job.tuning is not None and any(not task.val for task in tasks):
         raise ConfigError(
             "job.tuning: needs validation rows of every task; set dataset.val_fraction above 0, e.g. 0.1; a task whose "
@@ -268,6 +268,23 @@ def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
     if hardware is not None:
         tasks = _Placed(hardware.device, hardware.workers or 0).tasks(tasks)
     return replace(stream, tasks=tasks)
+
+
+def _refuse_without_validation(tasks: tuple[Task, ...]) -> None:
+    """Raise unless every task has validation rows.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if all(task.val is None for task in tasks):
+        raise ConfigError("job.eval_split=val: there are no validation rows; set dataset.val_fraction above 0")
+    for task in tasks:
+        if not task.val:
+            raise ConfigError(
+                f"job.eval_split=val: task {task.id} ({task.name}) has no validation rows: its classes have one training "
+                "image each, or a fraction of 0; set job.eval_split=test, add images, or put these classes into a task "
+                "with others"
+            )
 
 
 class _Placed:

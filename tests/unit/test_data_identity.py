@@ -181,6 +181,13 @@ def test_every_byte_of_a_row_counts() -> None:
     assert (contents.row_digests(rows.float()) != contents.row_digests(rows.float() + 1e-6)).any()
 
 
+def test_changes_of_the_highest_bytes_of_words_do_not_cancel() -> None:
+    rows = torch.zeros(4096, 32, dtype=torch.uint8)
+    rows[:, 7], rows[:, 15] = torch.arange(4096) % 64, torch.arange(4096) // 64  # the same column of two lines
+    assert len(np.unique(contents.row_digests(rows))) == 4096
+    assert len(np.unique(contents.row_digests(rows[:, :16]))) == 4096
+
+
 def test_large_files_are_read_in_three_blocks(tmp_path: Path) -> None:
     content = bytearray(100_000)
     path = tmp_path / "x"
@@ -204,8 +211,8 @@ def test_digests_are_kept_while_the_stamp_is_the_same(tmp_path: Path, monkeypatc
     monkeypatch.setenv("CLRUN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(contents, "STORED", 2)
     read: list[str] = []
-    plain = contents.file_digest
-    monkeypatch.setattr(contents, "file_digest", lambda path: read.append(path) or plain(path))
+    plain = contents._read_files
+    monkeypatch.setattr(contents, "_read_files", lambda paths: read.extend(paths) or plain(paths))
     root, names = tmp_path / "d", ["a\tb", "c"]
     root.mkdir()
     long_ago = time.time() - 100

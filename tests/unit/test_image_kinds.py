@@ -1,5 +1,6 @@
 """Every kind of image file that people have, each with the grey or colour that is right."""
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,12 +13,15 @@ import pytest
 import torch
 from pictures import decoding, encoded
 from PIL import Image
+from running import member
 
 from clrun.api.learner import _range
+from clrun.data import survey as surveys
 from clrun.data.decode import FileList, decode
 from clrun.data.images import FileImages, ImageSplit, JoinedImages
 from clrun.data.survey import ranged, survey
 from clrun.system.errors import ConfigError
+from clrun.system.yaml_files import conf_dir
 
 SIDE = 8
 GREY = np.full((SIDE, SIDE), 136, dtype=np.uint8)
@@ -272,3 +276,39 @@ def test_files_to_predict_are_read_in_the_range_of_the_run(tmp_path: Path) -> No
     for images in (split.images, JoinedImages([split])):
         stream: Any = SimpleNamespace(tasks=[SimpleNamespace(test=SimpleNamespace(images=images))])
         assert _range(stream, decoding()) == 12
+
+
+def test_files_that_were_looked_at_are_opened_again_only_when_one_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(surveys, "STORED", 2)
+    looked: list[int] = []
+    plain = surveys._look
+    monkeypatch.setattr(surveys, "_look", lambda *args: looked.append(args[1]) or plain(*args))
+    for k in range(3):
+        Image.fromarray(np.full((8, 8), 1000 + k, dtype=np.uint16)).save(tmp_path / f"{k}.png")
+        os.utime(tmp_path / f"{k}.png", (1, 1))
+    files, options = FileList(tmp_path, ("0.png", "1.png", "2.png")), decoding(verify="headers")
+
+    def found() -> tuple[dict[int, str], dict[int, int], int]:
+        looked.clear()
+        surveys._known.clear()  # as another process
+        survey = surveys.survey(files, options, 1)
+        return survey.problems, survey.largest, len(looked)
+
+    first = {0: 1000, 1: 1001, 2: 1002}
+    assert found() == ({}, first, 3) and found() == ({}, first, 0)
+    [stored] = (tmp_path / "cache" / "surveys").iterdir()
+    stored.write_text("nonsense")
+    assert found() == ({}, first, 3) and found() == ({}, first, 0)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    for _ in range(2):  # a survey with a problem is not kept: the permissions of a file may change without its time
+        problems, largest, opened = found()
+        assert set(problems) == {1} and largest == {0: 1000, 2: 1002} and opened == 3
+
+
+def test_every_published_data_set_of_files_looks_at_them_first() -> None:
+    for file in (conf_dir() / "dataset").glob("*.yaml"):
+        images = member(file).get("images")
+        assert images is None or images["verify"] == "headers", file.stem

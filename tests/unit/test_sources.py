@@ -20,7 +20,7 @@ from clrun.data.sources.stl10 import stl10
 from clrun.data.sources.svhn import svhn
 from clrun.data.sources.synthetic import prototypes, synthetic
 from clrun.data.split import Batch
-from clrun.system.errors import ConfigError, collecting_warnings
+from clrun.system.errors import ConfigError, DataWarning, collecting_warnings
 
 COMMON = dict(val_fraction=0.0, seed=0, augment=[])
 SYNTHETIC = dict(
@@ -117,6 +117,26 @@ def test_a_class_without_training_rows_is_refused(fraction: float) -> None:
         cut_validation(torch.tensor([0] * 300 + [1] * 2), fraction if fraction < 1 else 0.9, 0)
     with pytest.raises(ConfigError, match="^dataset.val_fraction"):
         cut_validation(torch.tensor([0, 0]), fraction, 0)
+
+
+def test_classes_may_have_fractions_of_their_own() -> None:
+    labels, names = torch.tensor([0] * 10 + [1] * 10 + [2]), ("cat", "caf\u00e9", "7")
+    kept, held_out = cut_validation(labels, {"cat": 0.5, "others": 0.2, "7": 0}, 0, class_names=names)
+    assert held_out is not None and labels[held_out].bincount().tolist() == [5, 2] and len(kept) == 14
+    _, one = cut_validation(labels, {"cafe\u0301": 0.3}, 0, class_names=names)  # others: none
+    assert one is not None and labels[one].tolist() == [1, 1, 1]
+    _, same = cut_validation(labels, {"others": 0.2, "cat": 0.2, "7": 0}, 0, class_names=names)
+    with pytest.warns(DataWarning, match="no validation rows of 7, with one training row"):
+        _, plain = cut_validation(labels, 0.2, 0, class_names=names)
+    assert same is not None and plain is not None and torch.equal(same, plain)
+    assert cut_validation(labels, {"cat": 0}, 0, class_names=names)[1] is None
+    with pytest.raises(ConfigError, match="^dataset.val_fraction: there is no class 'cta'; did you mean 'cat'"):
+        cut_validation(labels, {"cta": 0.5}, 0, class_names=names)
+    with pytest.raises(ConfigError, match="{cat: 0, others: 0.96}") as raised:
+        cut_validation(labels, 0.96, 0, class_names=names)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(ConfigError, match="choose a smaller fraction$"):  # the command line cannot write this name
+        cut_validation(labels[10:20], 0.96, 0, class_names=names)
 
 
 # --- synthetic

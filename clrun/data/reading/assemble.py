@@ -1,5 +1,6 @@
 """The last steps of every loader: compare published sizes, cut the validation rows, make the `Dataset`."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,14 +9,18 @@ import torch
 from torch import Tensor
 
 from clrun.data.captions import captions
+from clrun.data.reading.class_names import composed
 from clrun.data.reading.options import Reading
 from clrun.data.reading.text import some
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError, warn
+from clrun.system.errors import ConfigError, did_you_mean, warn
 from clrun.system.seeding import derive
 
 Rows = tuple[Tensor, Tensor]  # images [N, C, H, W] uint8, labels [N] long
+OTHERS = "others"  # stands for all classes without a fraction of their own
+KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*|0|[1-9][0-9]*")  # keys of mappings on the command line, but for NO_KEYS
+NO_KEYS = ("true", "false", "null", "nan", "inf")
 Groups = Mapping[str, tuple[tuple[int, ...], ...]]
 
 
@@ -102,7 +107,7 @@ def assemble(
     Raises:
         ConfigError: `reading.val_fraction` leaves a class without training rows, or there is a validation part already.
     """
-    if val is not None and reading.val_fraction:
+    if val is not None and any(_fractions(reading.val_fraction, class_names).values()):
         raise ConfigError(
             "dataset.val_fraction: the data set has a validation part already; set dataset.val_fraction=0, or leave "
             "the part out of dataset.splits, as in dataset.splits={train: train, test: test}"
@@ -157,41 +162,79 @@ def _of(domain: int, domains: Tensor) -> Tensor:
 
 
 def cut_validation(
-    labels: Tensor, fraction: float, seed: int, *, class_names: Sequence[str] = ()
+    labels: Tensor, fraction: float | Mapping[str, float], seed: int, *, class_names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows to train on and those to validate on (None for fraction 0), both [k] long and ascending.
 
-    Of each class the rounded `fraction` is set aside, but at least one row; a class with one row keeps it, and a
-    warning names it. The rows are drawn by (seed, class) alone with NumPy's RandomState, whose stream is the same in
-    all versions.
+    Of each class the rounded fraction is set aside, but at least one row; a class with one row keeps it, and a warning
+    names it. The rows are drawn by (seed, class) alone with NumPy's RandomState, whose stream is the same in all
+    versions.
 
     Args:
         labels: [N] long, class ids; or domain * C + class id to take the fraction from each class of each domain.
-        fraction: fraction of each class.
+        fraction: fraction of each class; or fractions by names of classes, see `Reading.val_fraction`.
         seed: `dataset.seed`.
-        class_names: C names, for the message.
+        class_names: C names.
 
     Raises:
-        ConfigError: a class would have no training rows left.
+        ConfigError: a class would have no training rows left, or there is no class of a given name.
     """
-    if fraction == 0:
+    fractions = _fractions(fraction, class_names)
+    if not any(fractions.values()):
         return torch.arange(len(labels)), None
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     single = []
     for label in sorted(set(labels.tolist())):
         rows = (labels == label).nonzero()[:, 0]
-        count = max(1, round(fraction * len(rows)))
         name = class_names[label % len(class_names)] if class_names else str(label)
-        if len(rows) == 1 and fraction < 1:
+        own = fractions.get(name, fractions[OTHERS])
+        count = max(1, round(own * len(rows))) if own else 0
+        if len(rows) == count == 1 and own < 1:
             single.append(name)
             continue
         if count >= len(rows):
             raise ConfigError(
-                f"dataset.val_fraction: {fraction:g} leaves class {name} no training rows (it has {len(rows)}); "
-                "choose a smaller fraction"
+                f"dataset.val_fraction: {own:g} leaves class {name} no training rows (it has {len(rows)}); choose a "
+                f"smaller fraction{_for_one(name, fractions)}"
             )
         shuffled = np.random.RandomState(derive(seed, "validation", label) % 2**32).permutation(len(rows))
         held_out[rows[torch.from_numpy(shuffled[:count])]] = True
     if single:
         warn(f"dataset.val_fraction: no validation rows of {some(single)}, with one training row each")
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+
+def _fractions(fraction: float | Mapping[str, float], class_names: Sequence[str]) -> dict[str, float]:
+    """Return the fraction of each class that is named, and that of all others under `OTHERS`.
+
+    Raises:
+        ConfigError: there is no class of a given name.
+    """
+    if not isinstance(fraction, Mapping):
+        return {OTHERS: fraction}
+    given = {composed(str(name)): value for name, value in fraction.items()}
+    for name in given:
+        if name != OTHERS and name not in class_names:
+            hint = did_you_mean(name, class_names)
+            raise ConfigError(f"dataset.val_fraction: there is no class {name!r}{hint} ({some(class_names)})")
+    return {OTHERS: 0.0} | given
+
+
+def _for_one(name: str, fractions: Mapping[str, float]) -> str:
+    """Return how a class gets a fraction of its own; "" where the command line has no way to write its name."""
+    if not KEY.fullmatch(name) or name.casefold() in NO_KEYS:
+        return ""
+    return f", for this class alone as in 'dataset.val_fraction={{{name}: 0, others: {fractions[OTHERS]:g}}}'"
+
+
+def one_fraction(reading: Reading) -> None:
+    """Refuse fractions by class for a sequence of data sets, whose classes may have equal names.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if isinstance(reading.val_fraction, Mapping):
+        raise ConfigError(
+            "dataset.val_fraction: fractions by class are for a single data set, and this one consists of several; set "
+            "it to one number"
+        )

@@ -27,7 +27,8 @@ class Reading:
 
     Attributes:
         val_fraction: fraction of the training rows of each class that is set aside for validation; 0 for none. In data
-            sets of several domains: of each class of each domain.
+            sets of several domains: of each class of each domain. Or fractions by the names of classes, such as {cat:
+            0.5, dog: 0, others: 0.1}, where "others" stands for every class that is not named, with 0 by default.
         seed: seed of the validation rows, of permutations and rotations, and of generated images.
         augment: training augmentations, as `clrun.data.augment` describes them.
         templates: sentences with one "{}" for the name of a class, for backbones with a text tower; None for the
@@ -39,7 +40,7 @@ class Reading:
         ConfigError: an augmentation is unknown or has unknown options, or a template has no place for a name.
     """
 
-    val_fraction: Fraction
+    val_fraction: Fraction | dict[str, Fraction]
     seed: int
     augment: list[Any]
     templates: list[str] | None = None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from clrun.data.decode import Decoding
+from clrun.data.reading.assemble import one_fraction
 from clrun.data.reading.options import ArrayReading, loader
 from clrun.data.reading.sequence import on_canvas, sequence
 from clrun.data.sources.cifar import cifar10
@@ -38,6 +39,7 @@ def five_datasets(reading: ArrayReading) -> Dataset:
     Raises:
         ConfigError: a data set is not under `root`, or downloading failed.
     """
+    one_fraction(reading)
     options = vars(reading)
     parts = [load(**options) for load in (cifar10, mnist, svhn, fashion_mnist)]
     by_hand = {name: value for name, value in options.items() if name != "download"}

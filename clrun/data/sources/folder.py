@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clrun.data.reading.archives import unpack
-from clrun.data.reading.assemble import Domains
+from clrun.data.reading.assemble import Domains, one_fraction
 from clrun.data.reading.class_names import in_order
 from clrun.data.reading.image_files import from_files, joined, numbered, with_note
 from clrun.data.reading.layout import merged_classes, part_of, tree
@@ -98,6 +98,7 @@ def folder_sequence(reading: FolderReading, *, sets: list[str] | None) -> Datase
     Raises:
         ConfigError: a data set has no folder; or as `folder`.
     """
+    one_fraction(reading)
     home = reading.home
     found = in_order(subfolders(home), reading.sort)
     for title in sets or ():
