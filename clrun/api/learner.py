@@ -27,6 +27,7 @@ from clrun.data.split import TensorSplit
 from clrun.data.stream import Setting, Stream, Task
 from clrun.learning.method import Method
 from clrun.results.identity import config_hash
+from clrun.results.records import read_run
 from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts, make
 from clrun.running.restoring import Restored, restore
@@ -197,7 +198,7 @@ def learner_of(
         hardware = {**config["hardware"], "processes": 1} | ({} if device is None else {"device": device})
         parts = Parts({**config, "hardware": hardware})
         parts.hardware.setup()
-        restored = restore(folder, parts, digest=config_hash(config))
+        restored = restore(folder, parts, digest=config_hash(config), data=read_run(folder).get("data"))
         reading = decoding_node(config["dataset"])
         decoding = None if reading is None else make(reading)
         if decoding is not None:

@@ -196,6 +196,7 @@ class Run:
 
         It is read from checkpoint.pt (`run` keeps it; the command line does so with job.keep_checkpoint=true), else
         from model.safetensors (job.save_model=true). Data set and backbone are built again, hence both must be there.
+        The classes must be those of the run; when other things of the data have changed since, a warning says what.
         No code in the files is run; classes and functions that the configuration names and that are not clrun's own
         are refused unless trusted, or the run was started by this process.
 

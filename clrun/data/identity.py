@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clrun.data.contents import StoredRows
+from clrun.data.contents import row_digests, tensor_rows
 from clrun.data.split import Split
 from clrun.data.stream import Dataset, Stream, Task
 
@@ -36,6 +36,8 @@ HEX = 12  # digits of a digest in the record
 Record = dict[str, Any]
 Rows = dict[str, dict[str, str]]
 LARGEST = 2**31  # bytes of a column that is unpacked
+IN_MEMORY = " in memory"  # end of a text on changed rows that are in no file
+CHECKED = 256  # rows in memory that are copied at once
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,61 @@ def identify(dataset: Dataset, stream: Stream) -> Identity:
     return Identity(record, rows)
 
 
-def changed_files(tasks: tuple[Task, ...], position: int) -> list[str]:
-    """Return the names of files that have changed since the data set was loaded, of those that one task has used.
+def changed_rows(tasks: tuple[Task, ...], position: int) -> list[str]:
+    """Return what has changed since the data set was loaded, of the rows that one task has used: one text each.
+
+    Images in files: the names of changed files. Only files of another size or time are read. The test images of all
+    tasks up to this one count, because it was evaluated on them.
+
+    Rows in memory, which only code of the run or a defect of the machine can change: how many rows have changed. They
+    are digested again; the test rows of the task itself count, and after the last task those of all tasks, so that the
+    time is linear in the number of rows.
 
     Args:
-        tasks: of the stream, by position.
-        position: of the task: its training and validation rows count, and the test rows of all tasks up to it.
+        tasks: of the stream, by position; `remember_rows` has seen them before the first was learned.
+        position: of the task.
     """
-    task = tasks[position]
-    used = [task.train, *([task.val] if task.val is not None else []), *(t.test for t in tasks[: position + 1])]
+    task, last = tasks[position], position == len(tasks) - 1
     found: dict[str, None] = {}
-    for split in used:
-        stored = _stored(split)
-        if stored is not None and stored.stamps is not None:
-            found |= dict.fromkeys(stored.changed(_numbers(split)))
+    tests = [other.test for other in tasks[: position + 1]]
+    for split in (task.train, task.val, *tests):
+        if split is not None and not isinstance(split.images, Tensor):
+            stored = split.stored_rows()
+            found |= dict.fromkeys(stored.changed(_numbers(split)) if stored.stamps is not None else ())
+    for part, splits in (
+        ("training", [task.train]),
+        ("validation", [task.val]),
+        ("test", tests if last else tests[-1:]),
+    ):
+        count = sum(_changed_in_memory(split) for split in splits if split is not None)
+        if count:
+            found[f"{count} {part} row{'' if count == 1 else 's'}{IN_MEMORY}"] = None
     return list(found)
+
+
+def _changed_in_memory(split: Split) -> int:
+    """Return how many rows of a split have changed since `remember_rows`; 0 for images in files."""
+    images = split.images
+    if not isinstance(images, Tensor):
+        return 0
+    rows, changed = _numbers(split), 0
+    before = tensor_rows(images).contents[rows]
+    for start in range(0, len(rows), CHECKED):
+        own = rows[start : start + CHECKED]
+        if images.device.type == "cpu" and images.dtype != torch.bfloat16:  # less time than torch's threads need
+            part = torch.from_numpy(images.numpy()[own])
+        else:
+            part = images[torch.from_numpy(own).to(images.device)]
+        changed += int((row_digests(part) != before[start : start + CHECKED]).sum())
+    return changed
+
+
+def remember_rows(tasks: tuple[Task, ...]) -> None:
+    """Digest the rows in memory of a stream as they are now, for `changed_rows`; the same rows are digested once."""
+    for task in tasks:
+        for split in (task.train, task.val, task.test):
+            if split is not None and isinstance(split.images, Tensor):
+                tensor_rows(split.images)
 
 
 def unpacked(rows: Mapping[str, str]) -> tuple[list[str], list[int], list[int]]:
@@ -112,11 +154,6 @@ def unpacked(rows: Mapping[str, str]) -> tuple[list[str], list[int], list[int]]:
 def _packed(content: bytes) -> str:
     """Return bytes as a short text."""
     return base64.b64encode(zlib.compress(content, 1)).decode()
-
-
-def _stored(split: Split) -> StoredRows | None:
-    """Return what identifies the stored rows of a split in files; None for rows in memory."""
-    return None if isinstance(split.images, Tensor) else split.stored_rows()
 
 
 def _classes(dataset: Dataset) -> Record:

@@ -110,6 +110,16 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
     return _images(parts, place=place, pretrained=pretrained)[:3]
 
 
+def build_identified(parts: Parts) -> tuple[nn.Module, Stream, str, Identity]:
+    """Return what `build_images` returns, and the identity of the data set.
+
+    Raises:
+        ConfigError: as `build_images`.
+    """
+    backbone, stream, text, (dataset, whole) = _images(parts, place=True, pretrained=True)
+    return backbone, stream, text, identify(dataset, whole)
+
+
 def identity(parts: Parts) -> Identity:
     """Return the identity of the data of a configuration as they are now; nothing else is built.
 
@@ -281,9 +291,9 @@ def _refuse_without_validation(tasks: tuple[Task, ...]) -> None:
     for task in tasks:
         if not task.val:
             raise ConfigError(
-                f"job.eval_split=val: task {task.id} ({task.name}) has no validation rows: its classes have one training "
-                "image each, or a fraction of 0; set job.eval_split=test, add images, or put these classes into a task "
-                "with others"
+                f"job.eval_split=val: task {task.id} ({task.name}) has no validation rows: its classes have one "
+                "training image each, or a fraction of 0; set job.eval_split=test, add images, or put these classes "
+                "into a task with others"
             )
 
 

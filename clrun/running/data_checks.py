@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clrun.data.identity import Identity, changed_files, unpacked
+from clrun.data.identity import IN_MEMORY, Identity, changed_rows, unpacked
 from clrun.data.stream import Stream, Task
 from clrun.results.data_record import Changes, NamedRows, data_changes
 from clrun.results.schema import data
 from clrun.running.build import Built, identity
 from clrun.running.checkpoint import RunState
 from clrun.running.parts import Parts
-from clrun.system.errors import ConfigError, collecting_warnings, one_line
+from clrun.system.errors import ConfigError, collecting_warnings, one_line, warn
 
 UNKNOWN = "this run began before clrun recorded the data of runs: whether they are still the same was not checked"
 SHOWN = 3  # names of files in a message
@@ -78,20 +78,23 @@ def _is_there(root: str, name: str) -> bool:
 
 
 def check_task(stream: Stream, task: Task, folder: Path) -> None:
-    """Compare sizes and times of the files that a task has used with those at the beginning of the run.
+    """Compare the data that a task has used with those at the beginning of the run; see `changed_rows`.
 
     Raises:
-        ConfigError: the content of a file has changed since, or it is gone; the checkpoint is that of the task before.
+        ConfigError: a file or a row in memory has changed since, or is gone; the checkpoint is that of the task before.
     """
-    changed = changed_files(stream.tasks, task.index)
+    changed = changed_rows(stream.tasks, task.index)
     if not changed:
         return
     names = ", ".join(changed[:SHOWN]) + (f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else "")
-    what = "1 file has" if len(changed) == 1 else f"{len(changed)} files have"
+    again = f"start the same command with hydra.run.dir={folder}: the run goes on after {task.index} tasks"
+    if changed[0].endswith(IN_MEMORY):
+        what, advice = "rows have", f"let the code of this run work on copies, and {again}"
+    else:
+        what, advice = "1 file has" if len(changed) == 1 else f"{len(changed)} files have", f"put them back and {again}"
     raise ConfigError(
         f"dataset: {what} changed while this run was learning ({names}), so that task {task.id} ({task.name}) is not "
-        f"recorded; put them back and start the same command with hydra.run.dir={folder}: the run goes on after "
-        f"{task.index} tasks"
+        f"recorded; {advice}"
     )
 
 
@@ -111,6 +114,34 @@ def changed_since(stored: Mapping[str, Any], parts: Parts) -> str:
         return f"the data of this run cannot be read any more ({one_line(error)})"
     changes = data_changes(stored["data"], now)
     return f"the data have changed since this run: {changes.text}" if changes else ""
+
+
+def check_restored(before: Mapping[str, Any] | None, now: Identity, folder: Path) -> None:
+    """Compare the present data with those that a trained method has learned from; warn when rows have changed.
+
+    Args:
+        before: the record in run.json; None when there is none.
+        now: the present identity.
+        folder: of the run.
+
+    Raises:
+        ConfigError: the classes have other names or another order, so that the class ids that the method predicts
+            would be read as other classes.
+    """
+    if before is None:
+        return
+    changes = data_changes(before, now.record)
+    if before["classes"]["names"] != now.record["classes"]["names"]:
+        what = "; ".join(changes.classes or changes.order)
+        raise ConfigError(
+            f"{folder}: the classes of the data are no longer those that this method has learned ({what}), so that its "
+            "predictions would be read as other classes; put the folders or the list of the data back as they were"
+        )
+    if changes:
+        warn(
+            f"{folder}: the data have changed since this run: {changes.text}; predictions for other images do not "
+            "depend on that, and test_images returns the images of now"
+        )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> Changes:

@@ -11,6 +11,7 @@ from typing import Any
 
 from clrun.config.environment import digests, masked
 from clrun.config.job import JobInfo
+from clrun.data.identity import remember_rows
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
 from clrun.learning.method import Method
@@ -73,6 +74,7 @@ class Recorder:
         self.checkpoint = folder.path / "checkpoint.pt"
         self.damaged = False  # whether the file of this name was refused, and the generation before it used
         self.flushed = time.monotonic()
+        self.checked = False  # whether this process compares the data with those of the beginning after every task
         self.stream: Stream
         self.run: dict[str, Any] = {
             "schema": SCHEMA,
@@ -242,6 +244,9 @@ class Recorder:
         self.stream = stream
         if self.logger is None:
             return
+        self.checked = not frozen  # features are what was computed from the data once
+        if self.checked:
+            remember_rows(stream.tasks)
         if not self.options.resume:
             checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
         self.run["notes"] += self.predictions.resume(state.learned)
@@ -334,7 +339,7 @@ class Recorder:
             ConfigError: a file cannot be written, the method cannot be stored in the checkpoint that the job needs, or
                 a file of the data has changed while the task was learned.
         """
-        if self.hardware.main:
+        if self.checked:
             check_task(self.stream, task, self.folder.path)
         self._measure(state)
         if self.logger is not None:

@@ -7,21 +7,24 @@ file also holds the logits of a few test rows, and a method that does not give t
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clrun.data.features import FeatureBackbone
+from clrun.data.identity import Identity
 from clrun.data.split import Split, Transform
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.running import checkpoint
-from clrun.running.build import build_images
+from clrun.running.build import build_identified
 from clrun.running.checkpoint_file import Damaged, generations
+from clrun.running.data_checks import check_restored
 from clrun.running.parts import Parts
 from clrun.system.checksums import BLANK, SEAL, broken_seal, seal
 from clrun.system.errors import ConfigError, first_line, one_line
@@ -79,21 +82,24 @@ class ThroughBackbone:
         return self.eval(x)
 
 
-def restore(folder: Path, parts: Parts, *, digest: str) -> Restored:
-    """Return the trained method of the run in `folder`.
+def restore(folder: Path, parts: Parts, *, digest: str, data: Mapping[str, Any] | None) -> Restored:
+    """Return the trained method of the run in `folder`; warn when rows of its data have changed since.
 
     Args:
         folder: of the run.
         parts: of its configuration; the hardware is set up and has one process.
         digest: hash of the run's configuration.
+        data: identity of the data that the run has seen, from run.json; None for a run that has not recorded it.
 
     Raises:
-        ConfigError: the folder holds no trained method, or it cannot be restored here; no code of its files was run.
+        ConfigError: the folder holds no trained method, it cannot be restored here, or the classes of the data are no
+            longer those of the run; no code of its files was run.
     """
     stored, weights = generations(folder / CHECKPOINT), folder / WEIGHTS
     if not stored and not weights.exists():
         raise ConfigError(f"{folder}: holds no trained method (neither {CHECKPOINT} nor {WEIGHTS}); {AGAIN}")
-    fresh, stream, text = _untrained(parts)
+    fresh, stream, text, identity = _untrained(parts)
+    check_restored(data, identity, folder)
     if stored:
         try:
             method, life = checkpoint.load(stored[0], fresh, config_hash=digest, hardware=parts.hardware)
@@ -149,16 +155,16 @@ def round_logit(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _untrained(parts: Parts) -> tuple[Method, Stream, str]:
-    """Return the method before its first task, the stream it reads, and the line on its images."""
-    backbone, images, text = build_images(parts)
+def _untrained(parts: Parts) -> tuple[Method, Stream, str, Identity]:
+    """Return the method before its first task, the stream it reads, the line on its images, and their identity."""
+    backbone, images, text, identity = build_identified(parts)
     stream, seen = images, backbone
     if parts.reads_features:
         backbone.eval()
         seen = FeatureBackbone(int(backbone.num_features), getattr(backbone, "joint", None))  # type: ignore[arg-type]
         stream = _through(images, backbone, parts.hardware)
     seed_all(parts.seed, "init", "method")
-    return parts.method_factory(seen, images.num_classes), stream, text
+    return parts.method_factory(seen, images.num_classes), stream, text, identity
 
 
 def _through(images: Stream, backbone: nn.Module, hardware: Hardware) -> Stream:

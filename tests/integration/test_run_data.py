@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 from pictures import write
 from running import run, run_interrupted
 
+from clrun.api import load
 from clrun.reporting import refresh
 from clrun.reporting.sweep import sweep_table
 from clrun.results.schema import run_problem
 from clrun.running import checkpoint_file
 from clrun.running.data_checks import _is_there
 from clrun.running.engine import Engine
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, DataWarning
 
 CLASSES = ("ant", "cat", "dog")
 OPTIONS = ("dataset=folder", "dataset.name=photos", "dataset.images.size=8", "scenario.n_tasks=3", "backbone=mlp")
@@ -149,6 +151,28 @@ def test_a_file_that_changes_during_a_run_stops_it(
     assert (out / "accuracy.csv").read_bytes() == (tmp_path / "whole" / "accuracy.csv").read_bytes()
 
 
+def test_rows_in_memory_that_change_during_a_run_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("dataset=synthetic", "scenario.n_tasks=3", "backbone=mlp", "job.max_steps=2")
+    train, changed = Engine.train, []
+
+    def training(self: Engine, method: Any, ctx: Any) -> float:
+        seconds = train(self, method, ctx)
+        if ctx.task.index == 1:
+            changed.append((ctx.task.train.images, ctx.task.train.rows[:2]))
+            ctx.task.train.images[ctx.task.train.rows[:2]] += 1
+        return seconds
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "train", training)
+        with pytest.raises(ConfigError, match="2 training rows in memory.*work on copies.*goes on after 1 tasks"):
+            run(tmp_path / "run", *options)
+    assert record(tmp_path / "run")["status"] == "failed"
+    [(images, rows)] = changed
+    images[rows] -= 1  # the data set is kept within the process
+    run(tmp_path / "run", *options)
+    assert record(tmp_path / "run")["status"] == "completed"
+
+
 def test_a_complete_run_says_that_its_data_have_changed(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +197,38 @@ def test_a_run_from_before_data_were_recorded_goes_on(tmp_path: Path, monkeypatc
     assert record(tmp_path / "run")["status"] == "completed"
     assert any("before clrun recorded the data" in note for note in record(tmp_path / "run")["notes"])
     assert record(tmp_path / "run")["data"]["train"]["rows"] > 0
+
+
+def swap(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "dog").rename(root / part / "abc")
+
+
+@pytest.mark.parametrize(
+    ("kept", "edit", "words"),
+    [
+        ("job.keep_checkpoint=true", add, "1 class added \\(eel\\)"),
+        ("job.save_model=true", swap, "dog is now called abc"),
+    ],
+)
+def test_a_trained_method_does_not_predict_for_other_classes(
+    kept: str, edit: Callable[[Path], None], words: str, photos: Path, tmp_path: Path
+) -> None:
+    run(tmp_path / "run", *SWEPT, f"dataset.root={photos}", kept)
+    edit(photos)
+    with pytest.raises(ConfigError, match=f"classes of the data are no longer those .*{words}.*read as other classes"):
+        load(tmp_path / "run").learner()
+
+
+def test_a_trained_method_says_that_rows_have_changed(photos: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", *SWEPT, f"dataset.root={photos}", "job.keep_checkpoint=true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = load(tmp_path / "run").learner().predict(photos / "test" / "cat" / "1.png").labels
+    remove_tests(photos)
+    with pytest.warns(DataWarning, match="the data have changed since this run: 1 test row gone"):
+        learner = load(tmp_path / "run").learner()
+    assert learner.predict(photos / "test" / "cat" / "1.png").labels == before
 
 
 SWEPT = ("dataset=folder", "dataset.name=photos", "dataset.images.size=8", "scenario.n_tasks=3", "backbone=mlp")

@@ -15,7 +15,7 @@ from pictures import write
 from running import member, source
 
 from clrun.data import contents
-from clrun.data.identity import Identity, changed_files, identify, unpacked
+from clrun.data.identity import Identity, changed_rows, identify, remember_rows, unpacked
 from clrun.data.orders import canonical
 from clrun.data.scenarios import class_split
 from clrun.data.split import Plain, TensorSplit
@@ -243,12 +243,32 @@ def test_a_damaged_cache_is_read_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.array_equal(contents.file_digests(str(tmp_path), ["a"])[0], first)
 
 
-def test_changed_files_of_a_task(photos: Path) -> None:
+def test_changed_rows_of_a_task(photos: Path) -> None:
     dataset, stream = read(photos)
     identify(dataset, stream)
-    assert [changed_files(stream.tasks, k) for k in range(3)] == [[], [], []]
+    assert [changed_rows(stream.tasks, k) for k in range(3)] == [[], [], []]
     os.utime(photos / "train" / "ant" / "0.png", (1, 1))  # another time alone is no change
     write(photos / "train" / "cat" / "3.png", side=8, seed=1)
     (photos / "test" / "cat" / "0.png").unlink()
-    found = [changed_files(stream.tasks, k) for k in range(3)]
+    found = [changed_rows(stream.tasks, k) for k in range(3)]
     assert found == [[], ["train/cat/3.png", "test/cat/0.png"], ["test/cat/0.png"]]
+
+
+def test_changed_rows_in_memory() -> None:
+    images = torch.randint(0, 256, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    train = TensorSplit(images, torch.arange(40) % 4)
+    test = TensorSplit(images.flip(0), torch.arange(40) % 4)
+    dataset = Dataset("x", train, test, 4, ("a", "b", "c", "d"), (1, 4, 4), val=train.select(torch.arange(36, 40)))
+    stream = class_split(
+        dataset, canonical, Plain(), n_tasks=2, first=None, sizes=None, class_seed=None, class_order=None, setting="cil"
+    )
+    remember_rows(stream.tasks)
+    assert [changed_rows(stream.tasks, k) for k in range(2)] == [[], []]
+    images[[0, 4, 37]] += 1  # classes a, a and b
+    test.images[[0, 2]] += 1  # classes a and c
+    assert changed_rows(stream.tasks, 0) == [
+        "3 training rows in memory",
+        "1 validation row in memory",
+        "1 test row in memory",
+    ]
+    assert changed_rows(stream.tasks, 1) == ["2 test rows in memory"]  # after the last task, those of all tasks
