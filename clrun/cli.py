@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clrun import __version__
 from clrun.config.compose import Composer
 from clrun.config.environment import masked
+from clrun.config.plugins import use_working_folder
 from clrun.reporting.tables import printable
 from clrun.running.jobs import run, task
 from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
@@ -37,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Raises:
         SystemExit: always, with the exit code; the exception itself when HYDRA_FULL_ERROR=1 is set.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that a file torch.py there does not hide the library
+    use_working_folder()
     warnings.formatwarning = _warning
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))

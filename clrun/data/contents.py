@@ -32,11 +32,13 @@ from torch import Tensor
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import cache_folder, make_folder, remove_leftovers, replacing
 from clrun.system.locks import exclusive
+from clrun.system.reading import MB, read_regular
 
 Digests = NDArray[np.uint64]
 Stamps = NDArray[np.int64]  # [M, 3]: size in bytes, time of the last change in ns, inode
 WHOLE = 16 * 1024  # bytes; larger files are read in blocks
 BLOCK = 4 * 1024
+LIMIT = 1024 * MB  # bytes of stored digests that are read; 5 million files need that many
 STORED = 2000  # files of a folder from which on digests are kept on the disk
 RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
 THREADS, CHUNK = 4, 256  # readers, and the files that each takes at once
@@ -150,7 +152,7 @@ def _read_files(paths: Sequence[str]) -> tuple[Digests, Stamps]:
     """
     table = np.zeros((len(paths), 8 + WHOLE), dtype=np.uint8)
     stamps = np.empty((len(paths), 3), dtype=np.int64)
-    content, widest = memoryview(table.reshape(-1)), 0
+    content, widest = table.reshape(-1).data, 0
     for row, path in enumerate(paths):
         try:
             file = os.open(path, OPEN)
@@ -261,10 +263,10 @@ def _path(root: str) -> Path:
 def _load(root: str) -> dict[str, tuple[int, int, int, int]]:
     """Return the stored digests of a folder; none when the file is missing or damaged, which costs only time."""
     try:
-        lines = _path(root).read_bytes().decode(errors="surrogateescape").split("\n")
+        lines = read_regular(_path(root), LIMIT).decode(errors="surrogateescape").split("\n")
         split = [line.split("\t", 4) for line in lines if line]
         return {name: (int(a), int(b), int(c), int(d)) for a, b, c, d, name in split}
-    except (OSError, ValueError):
+    except (OSError, ValueError, ConfigError):
         return {}
 
 

@@ -11,6 +11,7 @@ Shapes: `M` images asked for, `R` images of a pair, `S` side, `C` channels, `B` 
 import hashlib
 import json
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,8 +26,10 @@ from clrun.data.decode import Decoding, Files, Pixels, decode
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import cache_folder, make_folder, replace_text, replacing
 from clrun.system.locks import exclusive
+from clrun.system.reading import MB, read_regular
 
 SCHEMA = 1
+ENTRY = 5000  # bytes that the description of an image has at most; a path may have 4096
 BLOCK = 64  # images between two writes
 COLUMNS = ("name", "size", "changed", "digest")
 
@@ -108,12 +111,13 @@ class ImageCache:
         """Return the file of images and its entries by name; no entries if there is no such file or it is damaged."""
         empty = self.folder / f"{self.key}-0.bin"
         try:
-            facts = json.loads((self.folder / f"{self.key}.json").read_bytes())
+            facts = json.loads(read_regular(self.folder / f"{self.key}.json", self._limit))
             data = self.folder / Path(facts["data"]).name
             columns = [facts[column] for column in COLUMNS]
             entries = {values[0]: Entry(row, *values) for row, values in enumerate(zip(*columns, strict=True))}
-            whole = data.stat().st_size == len(entries) * self._bytes
-        except (OSError, ValueError, KeyError, TypeError):
+            state = data.lstat()
+            whole = stat.S_ISREG(state.st_mode) and state.st_size == len(entries) * self._bytes
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError):
             return empty, {}
         return (data, entries) if whole else (empty, {})
 
@@ -195,6 +199,11 @@ class ImageCache:
     @property
     def _shape(self) -> tuple[int, int, int]:
         return self.options.size, self.options.size, self.channels
+
+    @property
+    def _limit(self) -> int:
+        """Bytes of the description that are read: those of as many other images as are asked for, and of these."""
+        return MB + 2 * len(self.files) * ENTRY
 
     @property
     def _bytes(self) -> int:

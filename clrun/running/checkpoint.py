@@ -48,6 +48,7 @@ class RunState:
         data: identity of the data that the run learns from: `record` and `rows` of `clrun.data.identity.Identity`; None
             for a run from before data had one.
         start: the run from which this one went on (`job.start_from`), for run.json; None for a run from its beginning.
+        predictions: number of bytes and CRC-32 of predictions.csv (`clrun.running.predictions`); None when unknown.
     """
 
     learned: int = 0
@@ -56,6 +57,7 @@ class RunState:
     costs: list[dict[str, Any]] = field(default_factory=list)
     data: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
+    predictions: tuple[int, int] | None = None
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
@@ -109,7 +111,7 @@ def save(
         return
     header = {"config_hash": config_hash, "learned": state.learned, "steps": state.steps}
     header |= {"rows": state.rows, "costs": state.costs, "referenced": referenced}
-    header |= {"data": state.data, "start": state.start}
+    header |= {"data": state.data, "start": state.start, "predictions": state.predictions}
     checkpoint_file.write(path, header, methods, flush=flush)
 
 
@@ -213,7 +215,9 @@ def _restored(path: Path, header: Header, data: bytes, fresh: Method, hardware: 
             )
         loaded[name].data = built[name].data
     hardware.place(method)
-    return method, RunState(header.learned, header.steps, header.rows, header.costs, header.data, header.start)
+    names = ("learned", "steps", "rows", "costs", "data", "start")
+    predictions = None if header.predictions is None else (header.predictions[0], header.predictions[1])
+    return method, RunState(**{name: getattr(header, name) for name in names}, predictions=predictions)
 
 
 def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:

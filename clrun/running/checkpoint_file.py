@@ -31,7 +31,7 @@ PREFIX = struct.Struct("<16sIQ")
 MAGIC = b"clrun checkpoint"
 WORDS = {"split": ("test", "val"), "setting": ("cil", "dil", "til"), "phase": ("during", "end")}
 DIGEST, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[\x20-\x7e]{0,100}")
-LATER = ("data", "start")  # fields that files of the same schema may lack
+LATER = ("data", "start", "predictions")  # fields that files of the same schema may lack
 SHOWN = 60  # characters of a wrong value in a message
 
 
@@ -62,6 +62,7 @@ class Header:
         methods: length and CRC-32 of the pickled method of each process.
         data: identity of the data (`clrun.running.data_checks`), which reads it with care; None in an older file.
         start: the run from which this one went on; None for none.
+        predictions: number of bytes and CRC-32 of predictions.csv at that time; None in an older file.
     """
 
     config_hash: str
@@ -74,6 +75,7 @@ class Header:
     methods: list[list[int]]
     data: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
+    predictions: list[int] | None = None
 
 
 def previous(path: Path) -> Path:
@@ -216,8 +218,10 @@ def _checked(content: Any, tasks: int | None) -> Header:
     for name, digest in content["referenced"].items():
         _text(f"referenced[{ascii(name)}]", digest, DIGEST, "a digest of 64 hexadecimal digits")
     _check_methods(content["methods"], content["world"])
-    for name in LATER:
+    for name in ("data", "start"):
         _kind(name, content[name], (dict, type(None)), "a mapping or null")
+    if content["predictions"] is not None:
+        _check_pair("predictions", content["predictions"])
     if content["start"] is not None and (problem := START(content["start"], "start")):
         raise _Wrong("start", content["start"], f"the record of a run ({problem})")
     rows = _check_rows(content["rows"], content["learned"], content["steps"], tasks)
@@ -252,10 +256,14 @@ def _check_methods(methods: Any, world: int) -> None:
     if not isinstance(methods, list) or len(methods) != world:
         raise _Wrong("methods", methods, f"a list with one entry per process, of {world}")
     for number, entry in enumerate(methods):
-        if not isinstance(entry, list) or len(entry) != 2:
-            raise _Wrong(f"methods[{number}]", entry, "a list of a length and a CRC-32")
-        for value in entry:
-            _count(f"methods[{number}]", value)
+        _check_pair(f"methods[{number}]", entry)
+
+
+def _check_pair(where: str, entry: Any) -> None:
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise _Wrong(where, entry, "a list of a length and a CRC-32")
+    for value in entry:
+        _count(where, value)
 
 
 def _check_costs(costs: Any, learned: int, steps: int) -> None:

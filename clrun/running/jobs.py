@@ -7,11 +7,13 @@ import re
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -25,6 +27,7 @@ from clrun.config.check import check
 from clrun.config.compose import Composer, folder_of, plain_config, recorded_config, typed_overrides, without_hydra
 from clrun.config.environment import masked, secrets
 from clrun.config.job import JobInfo
+from clrun.config.plugins import hidden_from_new_processes, use_working_folder
 from clrun.system.errors import ConfigError, one_line
 from clrun.system.files import missing_folders, refuse_links, remove_empty, replace_text, writing
 from clrun.system.locks import folder_locked
@@ -58,6 +61,7 @@ def task(cfg: DictConfig) -> float:
     """
     from clrun.running.run import run_config
 
+    use_working_folder()  # a process that a launcher has started does not have it
     hydra = HydraConfig.get()
     config, choices, written = plain_config(cfg), _choices(hydra), recorded_config(cfg)
     sweep = hydra.mode == RunMode.MULTIRUN
@@ -221,7 +225,8 @@ class _FailureCollector(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Launch the jobs; a failed one counts as completed with the value NaN."""
-        with env_override({JOBS_STARTED: str(len(job_overrides))}):
+        elsewhere = nullcontext() if isinstance(self.launcher, BasicLauncher) else hidden_from_new_processes()
+        with env_override({JOBS_STARTED: str(len(job_overrides))}), elsewhere:
             returns = self.launcher.launch(job_overrides, initial_job_idx)
         for job in returns:
             if job.status is JobStatus.FAILED:

@@ -11,6 +11,10 @@ task-incremental evaluation, the reader masks them.
 """
 
 import copy
+import os
+import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +27,11 @@ from clrun.learning.method import Method
 from clrun.results.records import PREDICTIONS_LIMIT
 from clrun.running.evaluation import Evaluation
 from clrun.system.errors import ConfigError
-from clrun.system.files import append_text, csv_text, replace_text, replacing
+from clrun.system.files import append_text, csv_text, refuse_links, replace_text, replacing, writing
 from clrun.system.reading import read_lines
 
 CSV = "predictions.csv"
+AWAY = "move it away to go on without it"
 
 
 @dataclass
@@ -38,12 +43,14 @@ class Predictions:
         evaluation: how rows are chosen and read; this process reads all of them, also when the run has several.
         csv: when predictions.csv gets lines.
         logits: when a file of logits is written.
+        written: number of bytes of predictions.csv and their CRC-32, which the checkpoint keeps.
     """
 
     folder: Path
     evaluation: Evaluation
     csv: When
     logits: When
+    written: tuple[int, int] = field(default=(0, 0), init=False)
     _in_csv: set[int] = field(default_factory=set, init=False)  # numbers of learned tasks whose predictions are written
     _in_logits: set[int] = field(default_factory=set, init=False)
 
@@ -55,30 +62,35 @@ class Predictions:
             shared = self.evaluation
             self.evaluation = Evaluation(alone, shared.split, shared.batch_size, shared.max_rows)
 
-    def resume(self, learned: int) -> list[str]:
+    def resume(self, learned: int, written: Sequence[int] | None = None) -> list[str]:
         """Remove what is there of tasks that are learned again; return notes on what cannot be made up for.
 
         Args:
             learned: tasks that the run has learned; 0 for a run that begins.
+            written: `written` of this class when the checkpoint was saved; None when it has none.
+
+        Raises:
+            ConfigError: predictions.csv is no longer what the run has written; or there is a link or a folder at its
+                name.
         """
+        refuse_links(self.folder / "logits")
         path = self.folder / CSV
-        lines = read_lines(path, PREDICTIONS_LIMIT) if path.exists() else []
-        try:
-            numbered = [(int(line.partition(b",")[0]), line) for line in lines[1:] if line.endswith(b"\n")]
-            kept = [line.decode() for line in lines[:1]] + [line.decode() for n, line in numbered if n <= learned]
-        except ValueError as error:
-            raise ConfigError(f"{path}: has lines that are not clrun's; move it away to go on without it") from error
-        self._in_csv = {n for n, _ in numbered if n <= learned}
+        if learned and os.path.lexists(path):
+            kept, numbers = self._kept(path, learned, written)
+            self._in_csv, self.written = set(numbers), (len(kept), zlib.crc32(kept))
         if self._in_csv:
-            replace_text(path, "".join(kept), flush=False)
+            replace_text(path, kept.decode(), flush=False)
         else:
-            path.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
         for stored in (self.folder / "logits").glob("after_*.npz"):
-            position = int(stored.stem.removeprefix("after_"))
-            if position > learned:
+            position = re.fullmatch(r"after_([0-9]{1,9})", stored.stem)
+            if position is None or stored.is_dir():
+                continue
+            if int(position[1]) > learned:
                 stored.unlink()
             else:
-                self._in_logits.add(position)
+                self._in_logits.add(int(position[1]))
         notes = []
         for option, when, there in (("predictions", self.csv, self._in_csv), ("logits", self.logits, self._in_logits)):
             missing = [str(position) for position in range(1, learned + 1) if position not in there]
@@ -88,6 +100,26 @@ class Predictions:
                     "was resumed later with this option"
                 )
         return notes
+
+    def _kept(self, path: Path, learned: int, written: Sequence[int] | None) -> tuple[bytes, list[int]]:
+        """Return the lines of predictions.csv of the first `learned` tasks, and the number of learned tasks of each.
+
+        Raises:
+            ConfigError: see `resume`.
+        """
+        lines = read_lines(path, PREDICTIONS_LIMIT)
+        if written is not None:
+            whole = b"".join(lines)[: written[0]]
+            if (len(whole), zlib.crc32(whole)) != tuple(written):
+                raise ConfigError(f"{path}: is no longer what the run has written; {AWAY}")
+            lines = whole.splitlines(keepends=True)
+        try:
+            numbered = [(int(line.partition(b",")[0]), line) for line in lines[1:] if line.endswith(b"\n")]
+            kept = b"".join([*lines[:1], *(line for n, line in numbered if n <= learned)])
+            kept.decode()
+        except ValueError as error:
+            raise ConfigError(f"{path}: has lines that are not clrun's; {AWAY}") from error
+        return kept, [n for n, _ in numbered if n <= learned]
 
     def save(self, method: Method, stream: Stream, learned: int) -> None:
         """Write the predictions of `method` after `learned` tasks, as far as the options ask for them."""
@@ -100,7 +132,10 @@ class Predictions:
         if csv:
             path = self.folder / CSV
             header = [] if path.exists() else [list(rows[0])]
-            append_text(path, csv_text([*header, *(row.values() for row in rows)]))
+            text = csv_text([*header, *(row.values() for row in rows)])
+            append_text(path, text)
+            size, crc = self.written
+            self.written = size + len(text.encode()), zlib.crc32(text.encode(), crc)
             self._in_csv.add(learned)
         if logits:
             self._save_logits(stream, learned, rows, outputs)

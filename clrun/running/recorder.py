@@ -186,6 +186,7 @@ class Recorder:
             return built.method, RunState()
         folder = Path(self.options.start_from).expanduser()
         method, state = start_from(folder, built, self.parts)
+        state.predictions = None  # those are in the other folder
         self.run["notes"] += check_resumed(built, state, folder, self.parts)
         if self.hardware.main:
             copy_log(folder, self.folder.path)
@@ -249,7 +250,7 @@ class Recorder:
             remember_rows(stream.tasks)
         if not self.options.resume:
             checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
-        self.run["notes"] += self.predictions.resume(state.learned)
+        self.run["notes"] += self.predictions.resume(state.learned, state.predictions)
         self.run["notes"] = [masked(note, self.job.secrets) for note in self.run["notes"]]
         self.folder.write_config(json_value(self.written))
         for name, text in self.job.hydra.items():
@@ -345,6 +346,7 @@ class Recorder:
         if self.logger is not None:
             self.folder.write_run(self.run)
             self.predictions.save(method, self.stream, state.learned)
+            state.predictions = self.predictions.written
         self._save_checkpoint(method, state)
         if self.logger is not None:
             self.logger.end_task(self.run)

@@ -235,12 +235,18 @@ def test_an_experiment_can_be_a_sweep(clrun, stub_run, folder):
 def test_parallel_launchers(launcher, parallel, stub, folder):
     argv = ["-m", "seed=13,2", f"hydra/launcher={launcher}", "hydra.sweep.dir=sweep"]
     argv += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    for name in ("__init__", f"hydra_{launcher.partition('_')[0]}_launcher"):  # of somebody else; it is not run
+        (folder / "hydra_plugins").mkdir(exist_ok=True)
+        (folder / "hydra_plugins" / f"{name}.py").write_text(f"open('{folder}/ran', 'w').close()\n")
+    (folder / "mine.py").write_text("from targets import *\n")  # a module of the working folder is found all the same
+    argv += ["dataset._target_=mine.dataset", "task_order._target_=mine.order"]
     done = subprocess.run([sys.executable, "-m", "clrun", *stub, *argv], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "clrun: failed: experiment=stub seed=13: RuntimeError: unlucky"
     runs = given(folder / "sweep")
     assert [(r["config"]["seed"], r["job"]["number"], r["job"]["parallel"]) for r in runs] == [(2, 1, parallel)]
-    assert sorted(path.name for path in folder.iterdir()) == ["sweep"]
+    found = {path.name for path in folder.iterdir()} - {"__pycache__"}
+    assert found == {"sweep", "hydra_plugins", "mine.py"}
 
 
 # --- questions

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -259,6 +260,63 @@ def test_predictions_and_logits_after_each_task(tmp_path: Path) -> None:
             assert stored["logits"].dtype == numpy.float32
             best = stored["classes"][stored["logits"].argmax(axis=1)]
         assert best.tolist() == [int(row["cil"]) for row in own]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a flipped bit of a prediction": lambda data: data[:-8] + bytes([data[-8] ^ 1]) + data[-7:],
+    "a flipped bit of the position": lambda data: data.replace(b"\n1,", b"\n3,", 1),
+    "bytes that are no text": lambda data: data[:60] + b"\xff\xfe\n" + data[60:],
+    "a lost line": lambda data: data[: data.index(b"\n", 60)] + data[data.index(b"\n", 90) :],
+    "a cut": lambda data: data[: len(data) // 3],
+    "nothing left": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_predictions_are_not_gone_on_with(
+    damage: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("method=finetune", "job.max_tasks=2", "job.max_steps=1", "job.max_eval_rows=9")
+    options += ("job.save_predictions=each_task",)
+    run_interrupted(tmp_path / "run", *options)
+    file = tmp_path / "run" / "predictions.csv"
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    with pytest.raises(ConfigError, match="predictions.csv: is no longer what the run has written; move it") as raised:
+        run(tmp_path / "run", *options)
+    assert "\n" not in str(raised.value)
+    file.rename(tmp_path / "away")
+    run(tmp_path / "run", *options)
+    assert {row["position"] for row in predictions(tmp_path / "run")} == {"2"}
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert stored["status"] == "completed" and any("after 1 tasks are missing" in note for note in stored["notes"])
+
+
+def test_predictions_of_an_unfinished_task_are_written_anew(tmp_path: Path) -> None:
+    options = ("method=finetune", "job.max_tasks=2", "job.max_steps=1", "job.max_eval_rows=9")
+    options += ("job.save_predictions=each_task", "job.save_logits=each_task")
+    run(tmp_path / "whole", *options)
+    run_interrupted(tmp_path / "run", *options)
+    with (tmp_path / "run" / "predictions.csv").open("ab") as file:
+        file.write(b"2,0,0,0,\xff")  # torn by a kill
+    for name in ("after_x.npz", "after_99999999999999999999.npz"):
+        (tmp_path / "run" / "logits" / name).write_bytes(b"of somebody else")
+    (tmp_path / "run" / "logits" / "after_7.npz").mkdir()
+    run(tmp_path / "run", *options)
+    for name in ("predictions.csv", "logits/after_1.npz", "logits/after_2.npz"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_logits_are_not_removed_through_a_link(tmp_path: Path) -> None:
+    options = ("method=finetune", "job.max_tasks=2", "job.max_steps=1", "job.save_predictions=each_task")
+    run_interrupted(tmp_path / "run", *options)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "after_2.npz").write_bytes(b"mine")
+    (tmp_path / "run" / "logits").symlink_to(tmp_path / "home")
+    with pytest.raises(ConfigError, match="logits: is a symbolic link"):
+        run(tmp_path / "run", *options)
+    assert (tmp_path / "home" / "after_2.npz").read_bytes() == b"mine"
 
 
 def test_final_predictions_also_of_a_run_that_had_all_but_ended_without_them(tmp_path: Path) -> None:

@@ -238,9 +238,18 @@ def test_a_damaged_cache_is_read_anew(tmp_path: Path, monkeypatch: pytest.Monkey
     os.utime(tmp_path / "a", (1, 1))
     first = contents.file_digests(str(tmp_path), ["a"])[0]
     [stored] = (tmp_path / "cache" / "contents").glob("*.tsv")
-    stored.write_bytes(b"nonsense\n\xff")
-    contents._known.clear()
-    assert np.array_equal(contents.file_digests(str(tmp_path), ["a"])[0], first)
+
+    def nonsense() -> None:
+        stored.write_bytes(b"nonsense\n\xff")
+
+    def pipe() -> None:
+        stored.unlink()
+        os.mkfifo(stored)
+
+    for damage in (nonsense, pipe):
+        damage()
+        contents._known.clear()
+        assert np.array_equal(contents.file_digests(str(tmp_path), ["a"])[0], first)
 
 
 def test_changed_rows_of_a_task(photos: Path) -> None:

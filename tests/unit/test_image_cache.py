@@ -112,20 +112,33 @@ def test_ways_of_decoding_parts_and_places_are_kept_apart(files: FileList, tmp_p
     assert cache_of(files, tmp_path / "d", memory=9, max_pixels=4, unreadable="skip").key == first.key
 
 
-@pytest.mark.parametrize("damage", ["data cut", "data gone", "text", "list", "not json"])
-def test_a_damaged_cache_is_built_anew(files: FileList, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    ["data cut", "data gone", "data a link", "text", "list", "not json", "nested", "endless", "a link", "a pipe"],
+)
+def test_a_damaged_cache_is_built_anew(files: FileList, tmp_path: Path, damage: str, decoded: list[str]) -> None:
     cache_of(files, tmp_path / "c").open(workers=1)
     [data], [facts] = (tmp_path / "c").glob("*.bin"), (tmp_path / "c").glob("*.json")
     if damage == "data cut":
         data.write_bytes(data.read_bytes()[:-1])
     elif damage == "data gone":
         data.unlink()
+    elif damage.endswith("link"):
+        file = data if damage == "data a link" else facts
+        file.rename(tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    elif damage == "a pipe":
+        facts.unlink()
+        os.mkfifo(facts)
+    elif damage == "endless":
+        facts.write_text(facts.read_text() + " " * 2**21)
     elif damage == "text":
         facts.write_text(json.dumps(json.loads(facts.read_text()) | {"name": ["x"]}))
     else:
-        facts.write_text("[]" if damage == "list" else "{")
+        facts.write_text({"list": "[]", "nested": "[" * 100_000, "not json": "{"}[damage])
+    decoded.clear()
     assert np.array_equal(cache_of(files, tmp_path / "c").open(workers=1)(ALL), pixels(files))
-    assert len(list((tmp_path / "c").glob("*.bin"))) == 1
+    assert len(decoded) == ROWS and len(list((tmp_path / "c").glob("*.bin"))) == 1
 
 
 def test_a_killed_builder_leaves_nothing_that_is_read(

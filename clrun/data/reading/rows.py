@@ -14,6 +14,7 @@ from pathlib import Path
 from clrun.data.reading.layout import part_of
 from clrun.data.reading.text import some
 from clrun.system.errors import ConfigError, first_line
+from clrun.system.reading import MB
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "path": ("path", "file", "filename", "filepath", "file_name", "file_path", "image", "image_path", "img"),
@@ -22,6 +23,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "domain": ("domain",),
     "task": ("task", "task_id"),
 }
+LIMIT = 2048 * MB  # bytes of a list; 20 million images need that many
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
@@ -105,6 +107,8 @@ def _text(file: Path) -> str:
     if not file.is_file():
         raise ConfigError(f"dataset.file: there is no file {file}; set it to a list of images (path,label)")
     try:
+        if (size := file.stat().st_size) > LIMIT:
+            raise ConfigError(f"{file}: has {size / MB:,.0f} MB, at most {LIMIT / MB:,.0f} MB of a list are read")
         content = file.read_bytes()
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({first_line(error)})") from error
