@@ -239,7 +239,7 @@ def test_parallel_launchers(launcher, parallel, stub, folder):
         (folder / "hydra_plugins").mkdir(exist_ok=True)
         (folder / "hydra_plugins" / f"{name}.py").write_text(f"open('{folder}/ran', 'w').close()\n")
     (folder / "mine.py").write_text("from targets import *\n")  # a module of the working folder is found all the same
-    argv += ["dataset._target_=mine.dataset", "task_order._target_=mine.order"]
+    (Path(stub[1]) / "dataset" / "none.yaml").write_text("_target_: mine.dataset")
     done = subprocess.run([sys.executable, "-m", "clrun", *stub, *argv], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "clrun: failed: experiment=stub seed=13: RuntimeError: unlucky"
