@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         SystemExit: always, with the exit code; the exception itself when HYDRA_FULL_ERROR=1 is set.
     """
     use_working_folder()
+    _shown.clear()
     warnings.formatwarning = _warning
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))
@@ -59,11 +60,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+_shown: set[str] = set()  # warnings about the user's data since the command began
+
+
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """Return the text of a warning; one line for a warning about the user's data."""
+    """Return the text of a warning: one line for a warning about the user's data, which is shown once."""
     if issubclass(category, DataWarning):
+        if str(message) in _shown:
+            return ""
+        _shown.add(str(message))
         return f"clrun: warning: {printable(masked(str(message)))}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 

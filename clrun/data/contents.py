@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clrun.system.errors import ConfigError, first_line
-from clrun.system.files import cache_folder, make_folder, remove_leftovers, replacing
+from clrun.system.files import cache_folder, make_folder, open_to_read, remove_leftovers, replacing
 from clrun.system.locks import exclusive
 from clrun.system.reading import MB, read_regular
 
@@ -42,7 +42,6 @@ LIMIT = 1024 * MB  # bytes of stored digests that are read; 5 million files need
 STORED = 2000  # files of a folder from which on digests are kept on the disk
 RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
 THREADS, CHUNK = 4, 256  # readers, and the files that each takes at once
-OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # the last, so that a pipe that took the place of a file never waits
 ROWS = 256  # rows of a tensor that are copied at once
 WORDS = 2**15  # words that are multiplied at once; they fit into the cache of a processor's core
 
@@ -155,7 +154,7 @@ def _read_files(paths: Sequence[str]) -> tuple[Digests, Stamps]:
     content, widest = table.reshape(-1).data, 0
     for row, path in enumerate(paths):
         try:
-            file = os.open(path, OPEN)
+            file = open_to_read(path)
             try:
                 state = os.fstat(file)
                 stamps[row] = state.st_size, state.st_mtime_ns, state.st_ino

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from clrun.data.split import Batch, Split
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
-from clrun.system.errors import NumericalError
+from clrun.system.errors import ConfigError, NumericalError
 from clrun.system.seeding import seed_all
 
 Loss = Callable[[Batch, Context], Tensor]
@@ -160,11 +160,20 @@ class _Step:
         """Update the parameters; return the loss ([], detached) of the raw `rows` of this process, 0 when it has none.
 
         `weight` is the weight of these rows in the mean over the processes.
+
+        Raises:
+            ConfigError: `mix` has returned something else than a batch.
         """
         hardware, optimizer = self.ctx.hardware, self.optimizer
         value = self.no_loss
         if weight:
-            batch = self._prepared(self.method.mix(rows, self.ctx))
+            mixed = self.method.mix(rows, self.ctx)
+            if not isinstance(mixed, Batch):
+                raise ConfigError(
+                    f"method: {type(self.method).__name__}.mix returned {type(mixed).__name__}, expected a "
+                    "clrun.data.split.Batch; end it with 'return batch'"
+                )
+            batch = self._prepared(mixed)
             with hardware.autocast():
                 value = self.loss(batch, self.ctx)
             _check_scalar(value)

@@ -60,7 +60,7 @@ class Group:
     @property
     def title(self) -> str:
         """Return the hash and the differing keys."""
-        return " ".join([self.key, *(f"{key}={value}" for key, value in self.differing.items())])
+        return " ".join([self.key, *(f"{key}={as_typed(value)}" for key, value in self.differing.items())])
 
     @property
     def settings(self) -> list[str]:
@@ -248,7 +248,13 @@ def _choices(differing: Mapping[str, object]) -> Iterator[str]:
         if last == "_target_":
             yield f"{node}={str(value).rpartition('.')[2]}"
         elif value is not None or f"{node}._target_" not in differing:
-            yield f"{last_part(key, differing)}={value}"
+            yield f"{last_part(key, differing)}={as_typed(value)}"
+
+
+def as_typed(value: object) -> str:
+    """Return a value of a configuration as it is typed on the command line: null, true, false."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def differing(configs: Sequence[Mapping[str, object]], without: Iterable[str]) -> list[str]:

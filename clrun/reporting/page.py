@@ -19,7 +19,7 @@ from clrun.reporting.groups import Group, labels
 from clrun.reporting.markup import Cell, count, details, number, section, table
 from clrun.reporting.panels import Standings, method_section, overview_section
 from clrun.reporting.searches import Search, search_sections
-from clrun.reporting.tables import SETTINGS
+from clrun.reporting.tables import SETTINGS, interval_points
 
 PAIRS = 60  # comparisons of two methods shown in the table
 
@@ -140,7 +140,10 @@ def _switch(settings: Sequence[str]) -> str:
 HEADINGS = (
     ("method", ""),
     ("accuracy", "final average accuracy: mean and standard deviation over orders (seeds averaged first)"),
-    ("95 % interval", "95 % confidence interval of the mean over R orders (t distribution, R - 1 degrees of freedom)"),
+    (
+        "95 % interval",
+        "interval of the mean over R orders (t distribution, R - 1 degrees of freedom; cut at 0 and 100)",
+    ),
     ("AOPD", "mean over tasks of the range of a task's final accuracy over the orders; lower is better"),
     ("AOPD0", "AOPD expected from seeds alone; * estimated from the standard deviation between seeds"),
     ("AOPD / d2", "AOPD divided by d2(R), which removes its growth with the number of orders R"),
@@ -195,7 +198,7 @@ def _whose(caveat: str, entries: Standings) -> str:
 
 def _standing(label: str, group: Group, entry: Mapping[str, Any]) -> list[Cell]:
     """Return the row of one method, in the order of HEADINGS."""
-    low, high = entry["ci95"] or (None, None)
+    low, high = interval_points(entry["ci95"]) or (None, None)
     position, cell = entry["position_effect"] or {}, entry["worst_cell"] or {}
     estimated = "*" if entry["aopd_floor_source"] == "spread of seeds" else ""
     seconds = [run.train_seconds for run in group.runs if run.train_seconds is not None]
@@ -204,7 +207,7 @@ def _standing(label: str, group: Group, entry: Mapping[str, Any]) -> list[Cell]:
     return [
         Cell(label, label),
         Cell(number(entry["mean"]) + spread, entry["mean"]),
-        Cell("–" if low is None else f"{number(low)} to {number(high)}", low),
+        Cell("–" if low is None else f"{low:.1f} to {high:.1f}", low),
         Cell(number(entry["aopd"]), entry["aopd"]),
         Cell(number(entry["aopd_floor"]) + estimated, entry["aopd_floor"]),
         Cell(number(entry["aopd_normalised"]), entry["aopd_normalised"]),
@@ -233,7 +236,7 @@ def _pairs(page: Page, setting: str) -> str:
             [
                 Cell(f"{p['a']} − {p['b']}", f"{p['a']} {p['b']}"),
                 Cell(number(p["mean"], sign=True), p["mean"]),
-                Cell("–" if p["ci95"] is None else " to ".join(number(v, sign=True) for v in p["ci95"])),
+                Cell("–" if span is None else " to ".join(number(v / 100, sign=True) for v in span)),
                 Cell(f"{p['p_holm']:.3g}", p["p_holm"], "good" if p["p_holm"] < 0.05 else ""),
                 Cell(f"{p['p_wilcoxon']:.3g}", p["p_wilcoxon"]),
                 Cell(f"{p['p_sign']:.3g}", p["p_sign"]),
@@ -242,6 +245,7 @@ def _pairs(page: Page, setting: str) -> str:
                 Cell(str(p["n"]), p["n"]),
             ]
             for p in sorted(entry["pairs"], key=lambda p: p["p_holm"])
+            for span in [interval_points(p["ci95"], lowest=-100.0)]
         ]
         heads = [
             "difference",
@@ -260,7 +264,8 @@ def _pairs(page: Page, setting: str) -> str:
     note = (
         "<p class=note>Differences are paired over orders; seeds are averaged first. The Wilcoxon signed-rank test and "
         "the sign test are exact and two-sided. Holm's correction adjusts the Wilcoxon p values for the number of "
-        "comparisons. The t test assumes normal differences. Orders needed: number of orders for 80 % power of a "
+        "comparisons. The t test assumes normal differences. Intervals are cut at -100 and 100 points. "
+        "Orders needed: number of orders for 80 % power of a "
         "paired t test, if the true difference is as large as the one measured.</p>"
     )
     return section("Paired comparison on the same orders", "".join(body) + note) if body else ""

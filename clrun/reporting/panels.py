@@ -8,6 +8,7 @@ import numpy as np
 from clrun.reporting.charts import Range, by_position, curves, heat, legend, ranges, scatter, text
 from clrun.reporting.groups import Group
 from clrun.reporting.markup import Cell, figure, order_text, section, table
+from clrun.reporting.tables import interval_points
 from clrun.results import order_effects, robustness
 
 MAPS = 12  # number of orders whose accuracy matrices are shown for each method
@@ -29,7 +30,7 @@ def _accuracies(entries: Standings) -> str:
     rows = []
     for label, _, entry in entries:
         mean, low, high = (100 * entry[key] for key in ("mean", "worst_order_mean", "best_order_mean"))
-        interval = entry["ci95"] and tuple(min(max(100 * v, 0.0), 100.0) for v in entry["ci95"])
+        interval = interval_points(entry["ci95"])
         bar = None
         if interval:
             bar = (*interval, f"95 % interval of the mean: {interval[0]:.1f} to {interval[1]:.1f}")

@@ -10,7 +10,7 @@ import numpy as np
 
 from clrun.reporting.groups import Group
 from clrun.reporting.panels import Standings
-from clrun.reporting.tables import SETTINGS, points, printable
+from clrun.reporting.tables import SETTINGS, interval_points, points, printable
 from clrun.results import order_effects, robustness
 from clrun.system.files import csv_text, make_folder, replacing
 
@@ -198,8 +198,8 @@ def _accuracy(entries: Standings) -> "Figure | None":
     axes = figure.subplots()
     for y, (_, _, entry) in enumerate(entries):
         axes.plot([100 * entry["worst_order_mean"], 100 * entry["best_order_mean"]], [y, y], color=GREY, lw=1.2)
-        if entry["ci95"]:
-            low, high = (min(max(100 * v, 0.0), 100.0) for v in entry["ci95"])
+        if (interval := interval_points(entry["ci95"])) is not None:
+            low, high = interval
             axes.barh(y, high - low, left=low, height=0.42, color=BLUE, alpha=0.35)
         axes.plot(100 * entry["mean"], y, "o", color=BLUE, ms=5)
     _rows(axes, [label for label, _, _ in entries], "final average accuracy (points)")

@@ -51,6 +51,19 @@ def command(words: Sequence[str]) -> str | None:
     return shlex.join(["clrun", *words])
 
 
+def interval_points(interval: Sequence[float] | None, *, lowest: float = 0.0) -> tuple[float, float] | None:
+    """Return an interval of fractions in points, cut where no value can be; None for None.
+
+    Args:
+        interval: its ends.
+        lowest: the lowest value: 0 for accuracies, -100 for differences between them; the highest is 100.
+    """
+    if interval is None:
+        return None
+    low, high = (min(max(100 * value, lowest), 100.0) for value in interval)
+    return low, high
+
+
 def points(value: float | None, width: int = 0) -> str:
     """Return a fraction in points with one decimal, right-aligned; a dash for None."""
     return ("-" if value is None else f"{round(100 * value, 1) + 0.0:.1f}").rjust(width)

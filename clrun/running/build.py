@@ -20,6 +20,7 @@ from clrun.data.split import Plain, Split, TensorSplit, Transform
 from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
+from clrun.learning.hooks import made_method, warn_of_misspelt_hooks
 from clrun.learning.method import Method
 from clrun.learning.names import NamesHead, has_names, require_text
 from clrun.running.backbone_reuse import remembered, reused_backbone
@@ -73,7 +74,7 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     del dataset, whole
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
-    parts.method_class.check_options(parts.config["method"])
+    _check_method(parts)
     cache: FeatureCache | None = None
     if parts.reads_features and features:
         cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
@@ -82,7 +83,7 @@ def build(parts: Parts, *, features: bool = True) -> Built:
             images, backbone, hardware, cache, digest=digest, text=_reads_text(parts, backbone), show=parts.job.progress
         )
     seed_all(parts.seed, "init", "method")
-    method = parts.method_factory(seen_backbone, stream.num_classes)
+    method = made_method(parts.method_factory, seen_backbone, stream.num_classes)
     _check_head(method, backbone)
     method.read_names(images.captions)
     method.check(images)
@@ -179,7 +180,7 @@ def check_without_building(parts: Parts) -> None:
     Raises:
         ConfigError: one was found; nothing was written.
     """
-    parts.method_class.check_options(parts.config["method"])
+    _check_method(parts)
     parts.hardware.setup()
     stream = build_stream(parts, parts.load_dataset(), parts.task_order, Plain())
     _limited(stream, parts.job, None)
@@ -211,6 +212,16 @@ def _check_head(method: Method, backbone: nn.Module) -> None:
             f"backbone.head: {type(method).__name__} has a classifier of its own; set it to linear, or choose a method "
             "that trains a head, such as method=finetune"
         )
+
+
+def _check_method(parts: Parts) -> None:
+    """Look at the class of the method and its options.
+
+    Raises:
+        ConfigError: options do not suit each other.
+    """
+    parts.method_class.check_options(parts.config["method"])
+    warn_of_misspelt_hooks(parts.method_class)
 
 
 def _names(parts: Parts, text: str) -> dict[str, str]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from torch import nn
+
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context, Progress
 from clrun.learning.method import Method
-from clrun.running.accounting import PeakMemory, parameter_counts, state_bytes
+from clrun.running.accounting import PeakMemory, learner_parameters, parameter_counts, state_bytes
 from clrun.running.checkpoint import RunState
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.recorder import Recorder
@@ -41,6 +43,7 @@ class Engine:
         eval_every: number of optimizer steps between evaluations within a task; None evaluates after tasks only.
         max_steps: upper limit of the steps of any fit; None for none.
         tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
+        backbone: as loaded; None leaves a backbone that the learner does not hold out of the counts of parameters.
         state: progress of the run; its results are added to it.
     """
 
@@ -54,6 +57,7 @@ class Engine:
     eval_every: int | None = None
     max_steps: int | None = None
     tuning: Tuning | None = None
+    backbone: nn.Module | None = None
     state: RunState = field(default_factory=RunState)
     _evaluating: float = 0.0
     _trained: int = 0  # number of parameters that the fits of the last task have trained
@@ -90,13 +94,17 @@ class Engine:
                     "images": images,
                     "images_per_second": self._images(task, self.state.steps - steps) / seconds if seconds else None,
                     "peak_memory_bytes": memory.read(),
-                    "parameters": parameter_counts(method) | {"trainable": self._trained},
+                    "parameters": self._parameters(method) | {"trainable": self._trained},
                     "state_bytes": state_bytes(method),
                     **search,
                 }
             )
             self.recorder.end_task(task, method, self.state)
         return method
+
+    def _parameters(self, method: Method) -> dict[str, int]:
+        """Return the parameter counts of the learner, a frozen backbone whose features it reads included."""
+        return parameter_counts(method) if self.backbone is None else learner_parameters(method, self.backbone)
 
     def _images(self, task: Task, steps: int) -> int:
         """Return the number of training images that passed through the network: one pass when no step was taken."""

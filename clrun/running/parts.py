@@ -13,6 +13,7 @@ from torch import nn
 
 from clrun.config.job import Job
 from clrun.config.signature import locate
+from clrun.data.reading.options import constants_problem
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
 from clrun.learning.budget import Budget
@@ -212,6 +213,8 @@ def _rows_problem(split: Split, dataset: Dataset) -> str | None:
         return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
     if not all(spread > 0 for spread in dataset.std):
         return f"the standard deviations {dataset.std}, expected numbers above 0"
+    if len(dataset.image_shape) == 3 and (problem := constants_problem(dataset.mean, dataset.std)):
+        return problem
     if len(labels) != len(images):
         return f"{len(images)} images and {len(labels)} labels, expected one label per image"
     if not isinstance(split, TensorSplit) or len(dataset.image_shape) == 1:

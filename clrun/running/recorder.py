@@ -16,6 +16,7 @@ from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
 from clrun.learning.method import Method
 from clrun.learning.names import has_names
+from clrun.reporting.tables import printable
 from clrun.results.identity import config_hash
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import SCHEMA, RunFolder
@@ -259,6 +260,9 @@ class Recorder:
         self.folder.truncate_log(state.learned)
         self.folder.write_run(self.run)
         show: Show = "all" if self.job.parallel == 1 else "end"
+        if self.job.number is not None and show == "all" and self.options.progress:
+            words = " ".join(masked(word, self.job.secrets) for word in self.job.overrides)
+            print(f"\nrun {self.job.number + 1}: {printable(words)}", flush=True)
         self.logger.start(self.run, stream, self.folder.path, show=show if self.options.progress else "nothing")
 
     def finish(self, built: Built, method: Method) -> None:

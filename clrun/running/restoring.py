@@ -20,6 +20,7 @@ from clrun.data.identity import Identity
 from clrun.data.split import Split, Transform
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
+from clrun.learning.hooks import made_method
 from clrun.learning.method import Method
 from clrun.running import checkpoint
 from clrun.running.build import build_identified
@@ -164,7 +165,7 @@ def _untrained(parts: Parts) -> tuple[Method, Stream, str, Identity]:
         seen = FeatureBackbone(int(backbone.num_features), getattr(backbone, "joint", None))  # type: ignore[arg-type]
         stream = _through(images, backbone, parts.hardware)
     seed_all(parts.seed, "init", "method")
-    return parts.method_factory(seen, images.num_classes), stream, text, identity
+    return made_method(parts.method_factory, seen, images.num_classes), stream, text, identity
 
 
 def _through(images: Stream, backbone: nn.Module, hardware: Hardware) -> Stream:

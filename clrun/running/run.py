@@ -110,6 +110,7 @@ def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
         eval_every=parts.job.eval_every,
         max_steps=parts.job.max_steps,
         tuning=parts.job.tuning,
+        backbone=built.backbone,
         state=state,
     )
     method = engine.run(method)

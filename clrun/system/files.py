@@ -147,6 +147,15 @@ def open_own(path: Path, how: Literal["new", "append", "update", "lock", "read"]
     return cast(BinaryIO, os.fdopen(descriptor, mode, 0 if how in ("append", "lock") else -1))
 
 
+def open_to_read(path: str) -> int:
+    """Return a descriptor of a file, through links, in as little time as possible; a pipe is opened without waiting.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
 def make_folder(path: Path, *, below: Path | None = None) -> None:
     """Make a folder and its parents as far as they are missing.
 

@@ -223,6 +223,7 @@ def test_a_frozen_backbone_has_no_trainable_parameters(
     assert stored["backbone"]["trainable"] == 0
     assert stored["cost"]["parameters"]["total"] >= stored["backbone"]["total"] == 379_968
     assert all(task["parameters"]["trainable"] == trainable for task in stored["cost"]["tasks"])
+    assert stored["cost"]["tasks"][-1]["parameters"]["total"] == stored["cost"]["parameters"]["total"]
     capfd.readouterr()
     run(tmp_path / "dry", *options, "job.mode=dry_run")
     total = stored["cost"]["parameters"]["total"]

@@ -89,6 +89,22 @@ def test_train_and_test_folders(two: Path) -> None:
     assert torch.equal(batch.x[0], batch.x[2]) and not torch.equal(batch.x[0], batch.x[1])
 
 
+@pytest.mark.parametrize(
+    ("constants", "words"),
+    [
+        ({"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]}, "dataset.mean: every value must be from 0 to 1"),
+        ({"mean": [0.5, 0.5, 0.5], "std": [58.4, 57.1, 57.4]}, "dataset.std: every value must be from 0 to 1"),
+        ({"mean": [-0.1], "std": [1.0]}, "dataset.mean: every value must be from 0 to 1"),
+        ({"mean": [0.5], "std": [0.0]}, "dataset.std: every value must be above 0"),
+        ({"mean": [0.5], "std": []}, "dataset.mean: mean and std need one value per channel"),
+    ],
+)
+def test_constants_are_in_units_of_zero_to_one(two: Path, constants: dict[str, list[float]], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{words}") as raised:
+        load(two, **constants)
+    assert "\n" not in str(raised.value)
+
+
 def test_validation_images_are_cut_per_class(two: Path) -> None:
     data = load(two, val_fraction=0.25)
     assert data.val is not None and data.val.y.tolist() == [0, 1] and len(data.train) == 6

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from running import quiet
+from running import member, quiet
 from torch import nn
 
 from clrun.config.job import JobInfo
@@ -16,11 +16,13 @@ from clrun.data.reading.assemble import assemble
 from clrun.data.reading.options import Reading
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
+from clrun.learning.hooks import misspelt_hooks
 from clrun.learning.method import Method
 from clrun.running.build import build_images
 from clrun.running.parts import Parts
 from clrun.running.run import preflight, run_config
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, collecting_warnings
+from clrun.system.yaml_files import conf_dir
 
 IMAGES, LABELS = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 10
 
@@ -208,3 +210,75 @@ def test_traceback_names_the_file_of_a_method_whose_mistake_shows_later(config, 
     text = "".join(traceback.format_exception(error.value))
     assert "In a run with method=own.part (somewhere/own.py)" in text
     assert "In a run with" in (tmp_path / "run" / "clrun.log").read_text()
+
+
+class Forgetful(Method):
+    def __init__(self, backbone, num_classes):
+        self.backbone = backbone
+
+
+class Empty(Method):
+    def __init__(self, backbone, num_classes):
+        self.strength = 1
+
+
+class Unbased(Method):
+    def __init__(self, backbone, num_classes):
+        nn.Module.__init__(self)
+
+
+@pytest.mark.parametrize("part", [Forgetful, Empty, Unbased])
+def test_a_method_that_does_not_call_its_base(part, config, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        run_config(config("method", part), tmp_path / "run", job=JobInfo(None, 1, {}, False, [], {}))
+    assert_line(error, f"method: {part.__name__}.__init__ does not call the constructor of its base; begin it with ...")
+
+
+class Mixes(Method):
+    def mix(self, batch, ctx):
+        batch.raw  # noqa: B018  # and forgets to return it
+
+
+def test_a_method_whose_mix_returns_nothing(config, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        run_config(config("method", Mixes), tmp_path / "run", job=JobInfo(None, 1, {}, False, [], {}))
+    assert_line(error, "method: Mixes.mix returned NoneType, expected a clrun.data.split.Batch; end it with ...")
+
+
+class Misspelt(Method):
+    def befor_task(self, task, ctx): ...
+
+    def after_task(self, task, ctx): ...
+
+    def aftre_step(self, ctx): ...
+
+    def foward(self, x, task=None): ...
+
+    def loss(self, batch, ctx):
+        return self.losses(batch, ctx)
+
+    def losses(self, batch, ctx): ...
+
+    def _learned(self, task, ctx): ...
+
+    def learnt(self, more, than, a, hook): ...
+
+
+def test_misspelt_hooks_are_mentioned(config):
+    found = {"befor_task": "begin_task", "after_task": "end_task", "aftre_step": "after_step", "foward": "forward"}
+    assert dict(misspelt_hooks(Misspelt)) == found
+    notes = []
+    with collecting_warnings(notes):
+        preflight(config("method", Misspelt))
+    assert sum("nothing calls Misspelt." in note and "\n" not in note for note in notes) == 4
+
+
+def test_no_method_of_clrun_has_a_misspelt_hook():
+    for file in (conf_dir() / "method").glob("*.yaml"):
+        assert not list(misspelt_hooks(locate(member(file)["_target_"])))
+
+
+def test_constants_of_pixels_up_to_255_are_refused(config):
+    with pytest.raises(ConfigError) as error:
+        preflight(config("dataset", lambda: replace(made(IMAGES, LABELS), mean=(128.0,), std=(64.0,))))
+    assert_line(error, "dataset: own.part gives train rows with mean: every value must be from 0 to 1, got [128.0]...")

@@ -126,6 +126,16 @@ def test_other_scenarios_are_not_compared(tmp_path):
 # --- the page
 
 
+def test_no_interval_goes_beyond_0_and_100(tmp_path):
+    for method, finals in (("er", ([99, 99, 99, 99], [60, 60, 60, 60])), ("ewc", ([1, 1, 1, 1], [40, 40, 40, 40]))):
+        for r, values in enumerate(finals):
+            write_run(tmp_path / f"{method}{r}", order=ORDERS[r], finals=values, config=config_of(method, order_seed=r))
+    text = page_of(tmp_path)
+    assert "0.0 to 100.0" in text and "cut at 0 and 100" in text
+    assert "-100.0 to +100.0" in text and "cut at -100 and 100" in text
+    assert not re.search(r"\d to \+?(?!100)\d{3}|-(?!100\.0)\d{3}\.\d to ", text)
+
+
 def test_the_page_is_well_formed_and_fetches_nothing(tmp_path):
     full(tmp_path)
     text = page_of(tmp_path)

@@ -553,6 +553,6 @@ def test_label_of_another_class_has_the_options_that_it_has():
     other = {"scenario._target_": "clrun.data.scenarios.fixed_groups", "scenario.groups": "pairs"}
     second = Group("b", common | other | {"scenario.n_tasks": None}, runs)
     assert labels([first, second]) == [
-        "er max_steps=None scenario=class_split n_tasks=4",
-        "er max_steps=None scenario=fixed_groups groups=pairs",
+        "er max_steps=null scenario=class_split n_tasks=4",
+        "er max_steps=null scenario=fixed_groups groups=pairs",
     ]

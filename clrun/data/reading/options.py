@@ -7,7 +7,7 @@ function of plain options, so that configurations stay flat: `dataset.val_fracti
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -115,7 +115,7 @@ class OwnReading(Reading):
         empty_classes: "error" refuses classes without training images, "drop" leaves them out.
 
     Raises:
-        ConfigError: a standard deviation is not above 0, or `mean` and `std` differ in length.
+        ConfigError: a mean or a standard deviation is none of values in [0, 1], or `mean` and `std` differ in length.
     """
 
     test_fraction: Fraction
@@ -128,8 +128,8 @@ class OwnReading(Reading):
     def __post_init__(self) -> None:
         """Refuse constants that cannot normalise images."""
         super().__post_init__()
-        if not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise ConfigError(f"dataset.std: every value must be above 0, got {self.std}; [] leaves pixels in [0, 1]")
+        if problem := constants_problem(self.mean, self.std):
+            raise ConfigError(f"dataset.{problem}; [] leaves pixels in [0, 1]")
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, 1, 3):
             raise ConfigError(
                 f"dataset.mean: mean and std need one value per channel (1 or 3), or none; got {self.mean} and "
@@ -162,6 +162,19 @@ class FolderReading(OwnReading):
     def home(self) -> Path:
         """`root` as a path."""
         return user_path(self.root, "dataset.root")
+
+
+def constants_problem(mean: Sequence[float], std: Sequence[float]) -> str | None:
+    """Return the problem of normalisation constants of images, which are in [0, 1] units; None without one."""
+    if not all(math.isfinite(value) and value > 0 for value in std):
+        return f"std: every value must be above 0, got {list(std)}"
+    for name, values in (("mean", mean), ("std", std)):
+        if not all(0 <= value <= 1 for value in values):
+            return (
+                f"{name}: every value must be from 0 to 1, got {list(values)}; constants of pixels from 0 to 255 are "
+                "divided by 255"
+            )
+    return None
 
 
 def user_path(text: str, key: str) -> Path:
