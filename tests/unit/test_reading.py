@@ -30,7 +30,10 @@ def test_a_loader_takes_the_fields_of_its_reading_and_its_own_options_as_keyword
     takes = parameters(example)
     assert list(takes) == [*COMMON, "templates", "class_names", "root", "download", "split"]
     assert {parameter.kind for parameter in takes.values()} == {inspect.Parameter.KEYWORD_ONLY}
-    assert takes["val_fraction"].annotation == Fraction | dict[str, Fraction] and takes["split"].annotation == Literal["a", "b"]
+    assert (
+        takes["val_fraction"].annotation == Fraction | dict[str, Fraction]
+        and takes["split"].annotation == Literal["a", "b"]
+    )
     assert mismatch(1.5, takes["val_fraction"].annotation) == "must be at most 1"
     assert example.__name__ == "example" and example.__doc__ == "Return nothing; remember the arguments."
     example(**COMMON, root="~/data", download=True, split="b")
