@@ -1,6 +1,7 @@
 """Set-up of all tests: the number of CPU threads, a temporary cache, and the marker `numeric`.
 
 CLRUN_TEST_THREADS (1 when it is not set) is the number of threads of the tests and of the runs that they start.
+Threads that wait for others sleep, so that parallel tests do not take the cores from each other.
 """
 
 import os
@@ -11,7 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # OpenMP reads it when torch is imported
+import torch  # noqa: E402
 
 THREADS = os.environ.setdefault("CLRUN_TEST_THREADS", "1")
 torch.set_num_threads(int(THREADS))
@@ -43,5 +46,5 @@ def computes(file: Path) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if computes(item.path):
+        if computes(item.path) and not item.get_closest_marker("records"):
             item.add_marker("numeric")

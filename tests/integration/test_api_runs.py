@@ -16,6 +16,8 @@ import clrun
 from clrun.api import ConfigError, Method, load, load_sweep, run, sweep
 from clrun.results.metrics import METRICS
 
+pytestmark = pytest.mark.records  # files, and bits of runs of one layout
+
 ROOT = Path(__file__).parents[2]
 SMALL = {"backbone": "cnn", "hardware": {"threads": 1}, "progress": False}
 SHORT = {"max_tasks": 2, "max_steps": 3, "picture": False}

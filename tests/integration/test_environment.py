@@ -37,13 +37,13 @@ def holding(folder, text):
     return named + [path for path in paths if text.encode() in path.read_bytes()]
 
 
-def test_a_secret_is_recorded_as_its_expression(tmp_path):
+def test_a_secret_is_recorded_as_its_expression(command, tmp_path):
     """In name, which is shown everywhere, and in options that change the result, of a run and of a sweep."""
     lr = {"RATE": "0.012345"}
     words = [*SHORT, "name=run-${oc.env:TOKEN}", "budget.optimizer.lr='${oc.decode:${oc.env:RATE}}'"]
-    done = clrun(tmp_path, *words, TOKEN=SECRET, **lr)
-    assert done.returncode == 0, done.stderr
-    assert SECRET not in done.stdout + done.stderr and not holding(tmp_path, SECRET)
+    code, out, err = command(*words, TOKEN=SECRET, **lr)
+    assert code == 0, err
+    assert SECRET not in out + err and not holding(tmp_path, SECRET)
     [file] = tmp_path.rglob("run.json")
     run = json.loads(file.read_text())
     assert run["name"] == run["config"]["name"] == "run-${oc.env:TOKEN}"
@@ -51,14 +51,14 @@ def test_a_secret_is_recorded_as_its_expression(tmp_path):
     assert list(run["environment"]) == ["budget.optimizer.lr"]
 
     folder = f"hydra.run.dir={file.parent}"
-    assert "was complete already" in clrun(tmp_path, *words, folder, TOKEN="another", **lr).stdout
-    other = clrun(tmp_path, *words, folder, TOKEN=SECRET, RATE="0.0777777")
-    assert other.returncode == 2 and "holds a run of another configuration" in other.stderr
+    assert "was complete already" in command(*words, folder, TOKEN="an0ther-t0ken", **lr)[1]
+    code, _, err = command(*words, folder, TOKEN=SECRET, RATE="0.0777777")
+    assert code == 2 and "holds a run of another configuration" in err
 
     for rate in ("0.012345", "0.0777777"):
         out = f"hydra.run.dir={tmp_path}/two/{rate[-3:]}"
-        assert clrun(tmp_path, *words, out, TOKEN=SECRET, RATE=rate).returncode == 0
-    assert clrun(tmp_path, "report", f"{tmp_path}/two").returncode == 0
+        assert command(*words, out, TOKEN=SECRET, RATE=rate)[0] == 0
+    assert command("report", f"{tmp_path}/two")[0] == 0
     assert not holding(tmp_path, SECRET)
     assert {path.name for path in holding(tmp_path / "two", "0.0777777")} == {"metrics.jsonl"}, "the measured rate"
     two = load_sweep(tmp_path / "two")
@@ -66,28 +66,27 @@ def test_a_secret_is_recorded_as_its_expression(tmp_path):
 
     with pytest.raises(ConfigError, match=r"name, budget.optimizer.lr is read from the environment"):
         load(file.parent).learner()
-    os.environ |= {"TOKEN": SECRET, **lr}
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKEN", SECRET)
+        patch.setenv("RATE", "0.012345")
         assert load(file.parent).learner(trust=["oc.env"]).tasks
-    finally:
-        del os.environ["TOKEN"], os.environ["RATE"]
 
 
-def test_a_sweep_records_the_expression(tmp_path):
+def test_a_sweep_records_the_expression(command, tmp_path):
     words = [*SHORT, "name=${oc.env:TOKEN}", "seed=0,1", "hydra.sweep.dir=s"]
-    done = clrun(tmp_path, "-m", *words, TOKEN=SECRET)
-    assert done.returncode == 0, done.stderr
-    assert SECRET not in done.stdout + done.stderr and not holding(tmp_path, SECRET)
+    code, out, err = command("-m", *words, TOKEN=SECRET)
+    assert code == 0, err
+    assert SECRET not in out + err and not holding(tmp_path, SECRET)
     assert [run.name for run in load_sweep(tmp_path / "s")] == ["${oc.env:TOKEN}"] * 2
 
 
-def test_messages_have_the_expression(tmp_path):
+def test_messages_have_the_expression(command, tmp_path):
     for key, value in (
         ("name=${oc.env:TOKEN}", f"{SECRET}/x"),
         ("dataset=folder dataset.root=${oc.env:TOKEN}", SECRET),
     ):
-        done = clrun(tmp_path, *SHORT, *key.split(), TOKEN=value)
-        assert done.returncode == 2 and "${oc.env:TOKEN}" in done.stderr and SECRET not in done.stderr + done.stdout
+        code, out, err = command(*SHORT, *key.split(), TOKEN=value)
+        assert code == 2 and "${oc.env:TOKEN}" in err and SECRET not in err + out
     assert not holding(tmp_path, SECRET)
 
 

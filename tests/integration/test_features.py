@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from running import run
 
 from clrun.blocks.logme import logme
 from clrun.blocks.statistics import ClassStats
-from clrun.cli import main
 from clrun.data.features import frozen_features
 from clrun.running.build import build_images
 from clrun.running.parts import Parts
@@ -22,18 +20,10 @@ QUIET = ("job.progress=false", "job.picture=false", "hardware.threads=1")
 METHODS = ("simplecil", "lda", "ncm")
 
 
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple]:
-    """The command in this process, with a cache of its own: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache of its own for each test."""
     monkeypatch.setenv("CLRUN_CACHE", str(tmp_path / "cache"))
-
-    def call(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main(argv)
-        return (int(end.value.code or 0), *capfd.readouterr())
-
-    return call
 
 
 def stored(out: Path) -> dict:

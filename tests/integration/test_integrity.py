@@ -24,6 +24,8 @@ from clrun.running.restoring import _unshared
 from clrun.system.checksums import BLANK, SEAL, broken_seal, seal
 from clrun.system.errors import ConfigError
 
+pytestmark = pytest.mark.records  # files, and bits of runs of one layout
+
 OPTIONS = ("method=er", "method.capacity=8", "job.max_tasks=3", "budget.epochs=1", "job.max_steps=2")
 OPTIONS += ("job.max_eval_rows=16",)
 FACTS: dict[str, Any] = {"config_hash": "0f" * 8, "learned": 0, "steps": 0, "rows": [], "costs": [], "referenced": {}}

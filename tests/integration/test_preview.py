@@ -21,6 +21,8 @@ from clrun.running.parts import Parts
 from clrun.running.run import run_config
 from clrun.system.errors import ConfigError
 
+pytestmark = pytest.mark.records  # files, and bits of runs of one layout
+
 DIGITS = digits(val_fraction=0.0, seed=0, augment=[])
 
 

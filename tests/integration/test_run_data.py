@@ -21,6 +21,8 @@ from clrun.running.data_checks import _is_there
 from clrun.running.engine import Engine
 from clrun.system.errors import ConfigError, DataWarning
 
+pytestmark = pytest.mark.records  # files, and bits of runs of one layout
+
 CLASSES = ("ant", "cat", "dog")
 OPTIONS = ("dataset=folder", "dataset.name=photos", "dataset.images.size=8", "scenario.n_tasks=3", "backbone=mlp")
 OPTIONS += ("budget.epochs=1", "method=er", "method.capacity=8")

@@ -13,6 +13,8 @@ from clrun.reporting import refresh
 from clrun.system.errors import ConfigError
 from clrun.system.yaml_files import conf_dir
 
+pytestmark = pytest.mark.records  # files, and bits of runs of one layout
+
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 KINDS = ("er", "ewc", "hat", "simplecil")
 SHORT = ("budget.epochs=1", "job.max_steps=2")

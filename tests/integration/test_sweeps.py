@@ -2,12 +2,9 @@
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from clrun.cli import main
 
 SMALL = (
     "backbone=cnn",
@@ -17,19 +14,6 @@ SMALL = (
     "job.progress=false",
     "budget.epochs=1",
 )
-
-
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple]:
-    """The command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main(argv)
-        return (int(end.value.code or 0), *capfd.readouterr())
-
-    return run
 
 
 def runs(folder: Path) -> dict[str, bytes]:
