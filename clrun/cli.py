@@ -1,4 +1,4 @@
-"""The command `clrun`: runs and sweeps from Hydra overrides, and the commands list, report, features and --version.
+"""The command `clrun`: runs and sweeps from Hydra overrides; the commands list, report, merge, features and --version.
 
 Exit codes: 0 success; 1 failed jobs of a sweep, diverged training or lack of memory (one line), or a bug (traceback);
 2 a mistake of the user (one line per problem); 130 Ctrl-C.
@@ -82,7 +82,7 @@ def _command(argv: list[str]) -> int:
             f"'{ended[0]}': a carriage return follows, as at the end of lines of Windows files; convert the script "
             "with dos2unix or sed -i 's/\\r$//' FILE"
         )
-    commands = {"list": _list, "report": _report, "features": _features}
+    commands = {"list": _list, "report": _report, "merge": _merge, "features": _features}
     before = _config_dir_words(argv)
     if len(argv) > before and argv[before] in commands:
         return commands[argv[before]]([*argv[:before], *argv[before + 1 :]])
@@ -177,6 +177,18 @@ def _report(words: list[str]) -> int:
     result = report(args.dirs, out=args.out, every_picture=args.pictures)
     page = printable(str(result.page or "no report is written for several folders; pass --out FOLDER"))
     print(f"{result.text}\n\nreport: {page}")
+    return 0
+
+
+def _merge(words: list[str]) -> int:
+    """Merge the networks of finished runs into one, and write it as a run."""
+    from clrun.running.merge_runs import merge_runs
+
+    parser = _refusing(ArgumentParser("clrun merge", add_help=False))
+    parser.add_argument("--config-dir", "-cd", type=_folder)
+    parser.add_argument("words", nargs="*")
+    args = parser.parse_intermixed_args(words)
+    merge_runs(args.words, config_dir=None if args.config_dir is None else str(args.config_dir))
     return 0
 
 

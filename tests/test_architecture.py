@@ -34,7 +34,7 @@ NARROW: dict[str, tuple[str, ...]] = {
     "learning": ("data",),
     "blocks": ("data", "learning"),
     "methods": ("data", "learning", "blocks"),
-    "cli": ("config", "data.feature_cache", "reporting", "running.jobs"),
+    "cli": ("config", "data.feature_cache", "reporting", "running.jobs", "running.merge_runs"),
 }
 SLOW = ("timm", "torchvision", "pandas", "sklearn", "matplotlib")
 # What the command line imports before it knows that a run begins: no torch.

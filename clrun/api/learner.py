@@ -3,24 +3,19 @@
 Shapes: `N` images, `C` classes of the whole data set.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from clrun.api.images import Reader, decoding_node
 from clrun.api.process import borrowed
 from clrun.config.check import check
-from clrun.config.environment import needs_environment, resolved
-from clrun.config.signature import locate
 from clrun.data.decode import Decoding
 from clrun.data.images import FileImages, JoinedImages
 from clrun.data.split import TensorSplit
@@ -31,8 +26,10 @@ from clrun.results.records import read_run
 from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts, make
 from clrun.running.restoring import Restored, restore
-from clrun.system.errors import ConfigError, did_you_mean, first_line
-from clrun.system.yaml_files import conf_dir
+from clrun.running.trusted import refuse_strangers, with_environment
+from clrun.system.errors import ConfigError, did_you_mean
+
+HOW = "call learner(trust={})"  # that a module is trusted
 
 
 class Prediction(NamedTuple):
@@ -191,9 +188,9 @@ def learner_of(
         ConfigError: see `Run.learner`.
     """
     if trust is not None:
-        _refuse_strangers(folder, config, trust)
+        refuse_strangers(folder, config, trust, HOW)
     with borrowed():
-        config = _with_environment(folder, config, trust)
+        config = with_environment(folder, config, trust, HOW)
         check(config, {})
         hardware = {**config["hardware"], "processes": 1} | ({} if device is None else {"device": device})
         parts = Parts({**config, "hardware": hardware})
@@ -215,72 +212,7 @@ def _range(stream: Stream, decoding: Decoding) -> Any:
     return images.options.range if isinstance(images, FileImages) else decoding.range
 
 
-def _with_environment(folder: Path, config: Mapping[str, Any], trust: tuple[str, ...] | None) -> Mapping[str, Any]:
-    """Return the configuration with the values that its expressions (`${oc.env:ROOT}`) have in this process.
-
-    Raises:
-        ConfigError: there are expressions in a folder that is not trusted with them; or a variable is not set.
-    """
-    keys = needs_environment(config)
-    if keys and trust is not None and "oc.env" not in trust:
-        raise ConfigError(
-            f"{folder / 'run.json'}: {', '.join(keys)} is read from the environment; if you trust this folder with it, "
-            "call learner(trust=['oc.env'])"
-        )
-    try:
-        return resolved(config) if keys else config
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{folder / 'run.json'}: {first_line(error)}") from error
-
-
 def _prediction(logits: Tensor, allowed: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return labels [n] and probabilities [n, C] of one batch."""
     competing = logits.masked_fill(~allowed, float("-inf"))
     return competing.argmax(dim=1).cpu().numpy(), competing.softmax(dim=1).cpu().numpy()
-
-
-def _refuse_strangers(folder: Path, config: Mapping[str, Any], trust: tuple[str, ...]) -> None:
-    """Raise where the configuration names a class or function that is neither clrun's choice nor trusted.
-
-    A run.json may come from anywhere, and what it names would be called.
-
-    Raises:
-        ConfigError: see above.
-    """
-    strangers = []
-    for target in dict.fromkeys(_targets(config)):
-        if target in _own_targets() or any(target == name or target.startswith(f"{name}.") for name in trust):
-            continue
-        if target.startswith("torch.optim."):
-            from torch.optim import Optimizer
-
-            found = locate(target)
-            if isinstance(found, type) and issubclass(found, Optimizer):
-                continue
-        strangers.append(target)
-    if strangers:
-        verb = "is" if len(strangers) == 1 else "are"
-        modules = list(dict.fromkeys([*trust, *(target.rpartition(".")[0] for target in strangers)]))
-        raise ConfigError(
-            f"{folder / 'run.json'}: names {', '.join(strangers)}, which {verb} not clrun's; if you trust this folder "
-            f"and that code, call learner(trust={modules})"
-        )
-
-
-def _targets(value: Any) -> Iterator[str]:
-    """Yield every `_target_` of a configuration."""
-    if isinstance(value, Mapping):
-        if "_target_" in value:
-            yield str(value["_target_"])
-        for item in value.values():
-            yield from _targets(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _targets(item)
-
-
-@cache
-def _own_targets() -> frozenset[str]:
-    """Return every class and function that clrun's YAML files name."""
-    texts = (file.read_text(encoding="utf-8") for file in conf_dir().rglob("*.yaml"))
-    return frozenset(name for text in texts for name in re.findall(r"_target_:\s*([\w.]+)", text))

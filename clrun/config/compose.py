@@ -31,7 +31,7 @@ from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
 from clrun.system.yaml_files import conf_dir
 
-COMMANDS = ("list", "report", "features")
+COMMANDS = ("list", "report", "features", "merge")
 SLUG_LENGTH = 100  # characters of the readable part; file systems allow 255 bytes in a name
 
 

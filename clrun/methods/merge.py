@@ -18,6 +18,7 @@ start from the initial weights, and wise_ft with alpha 1 is finetuning bit for b
 test_methods_merging).
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -26,12 +27,13 @@ from clrun.blocks import merging
 from clrun.blocks.curvature import Labels
 from clrun.learning.losses import Compete
 from clrun.methods.merged import Merged, Start, Sums
-from clrun.system.errors import PositiveInt, warn
+from clrun.system.errors import ConfigError, PositiveInt, warn
 
 Rule = Literal[
     "mean",
     "fisher",
     "regmean",
+    "regmean_pp",
     "imm_mean",
     "imm_mode",
     "task_arithmetic",
@@ -51,7 +53,8 @@ class Merge(Merged):
     Args:
         backbone: maps prepared images to features [B, D].
         num_classes: C.
-        rule: name of the rule; the options of the rules below are used by the rule of that name.
+        rule: name of the rule; the options of the rules below are used by the rule of that name. "regmean_pp" is
+            RegMean++, with the options of regmean; it needs all networks at once, and is for `clrun merge` alone.
         train_from: the weights that a task starts from, see `Merged`.
         fisher: options of rule=fisher.
         regmean: options of rule=regmean.
@@ -94,6 +97,7 @@ class Merge(Merged):
         rules: dict[str, Any] = {"mean": merging.Mean(), "imm_mean": merging.ImmMean(), "imm_mode": merging.ImmMode()}
         rules |= {"fisher": fisher, "regmean": regmean, "task_arithmetic": task_arithmetic, "ties": ties}
         rules |= {"magmax": magmax, "opcm": opcm, "dop": dop, "wise_ft": wise_ft, "ema": ema}
+        rules["regmean_pp"] = regmean
         rules["dare"] = dare.with_rule(rules[dare.name])
         super().__init__(
             backbone,
@@ -107,7 +111,17 @@ class Merge(Merged):
         )
 
     @classmethod
-    def check_options(cls, options: dict[str, Any]) -> None:  # type: ignore[override]
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        if options.get("rule") == "regmean_pp":
+            raise ConfigError(
+                "method.rule=regmean_pp: merges all networks at once, not one after the other; train runs with "
+                "job.save_model=true, then clrun merge RUN RUN rule=regmean_pp"
+            )
+        if options.get("train_from") == "runs":
+            raise ConfigError(
+                "method.train_from=runs: is for the networks of finished runs, which clrun merge RUN RUN merges; set "
+                "method.train_from=initial, previous or merged"
+            )
         if options.get("rule") in ("task_arithmetic", "ties", "dare") and options.get("train_from") == "previous":
             warn(
                 f"method.rule={options['rule']} with method.train_from=previous: each task vector contains those "

@@ -14,7 +14,7 @@ from clrun.learning.context import Context
 from clrun.learning.losses import Compete
 from clrun.learning.method import Method
 
-Start = Literal["initial", "previous", "merged"]
+Start = Literal["initial", "previous", "merged", "runs"]
 Sums = Literal["exact", "single"]
 
 
@@ -33,7 +33,8 @@ class Merged(Method):
         num_classes: C.
         rule: an unused rule.
         train_from: the weights that a task starts from: "initial", so that every network is trained independently;
-            "previous", those at the end of the previous training, before the merge; "merged".
+            "previous", those at the end of the previous training, before the merge; "merged"; "runs" is what
+            `clrun merge` writes for networks of finished runs, and cannot be trained.
         labels: how the labels of the Fisher information are chosen, see `clrun.blocks.curvature.estimate`.
         samples: number of rows of the task for Fisher information and second moments; None for all.
         sums: "exact", so that a rule which commutes gives the same bits for every order of tasks; or "single".
@@ -77,7 +78,7 @@ class Merged(Method):
         super().begin_task(task, ctx)
         self.start = {name: value.to(ctx.hardware.device) for name, value in self.start.items()}
         if task.index and self.train_from != "merged":
-            self._load(self.start | self._initial())
+            self.set_backbone(self.start | self._initial())
 
     def learn(self, task: Task, ctx: Context) -> None:
         before = clone(dict(self.head.named_parameters()))
@@ -105,7 +106,7 @@ class Merged(Method):
         if self.train_from == "previous":
             self.start = clone(trained | dict(self.backbone.named_buffers()))
         if any(not torch.equal(value, trained[name]) for name, value in merged.items()):
-            self._load(merged)
+            self.set_backbone(merged)
             estimate_statistics(self.backbone, task.train)
 
     def merge(self, trained: Mapping[str, Tensor], found: Evidence, task: Task) -> Params:
@@ -117,7 +118,7 @@ class Merged(Method):
         """Return the initial parameters where tasks start from them."""
         return self.rule.params(self.rule.initial) if self.train_from == "initial" else {}
 
-    def _load(self, values: Params) -> None:
+    def set_backbone(self, values: Params) -> None:
         """Set parameters and buffers of the backbone by name."""
         own = dict(self.backbone.named_parameters()) | dict(self.backbone.named_buffers())
         with torch.no_grad():

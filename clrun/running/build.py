@@ -58,13 +58,14 @@ class Built:
     cache: FeatureCache | None = None
 
 
-def build(parts: Parts, *, features: bool = True) -> Built:
+def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
     """Build data set, stream, backbone, method and budget on the device of `parts.hardware`.
 
     Args:
         parts: of the configuration; its hardware is set up.
         features: compute or look up the features of a frozen backbone for a learner that reads them. False gives such a
             learner the backbone and images instead: its predictions are the same and take longer.
+        learns: the method will learn the stream; otherwise its options are not checked against stream and budget.
 
     Raises:
         ConfigError: the parts do not fit together, or data or weights are missing.
@@ -74,7 +75,8 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     del dataset, whole
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
-    _check_method(parts)
+    if learns:
+        _check_method(parts)
     cache: FeatureCache | None = None
     if parts.reads_features and features:
         cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
@@ -86,8 +88,10 @@ def build(parts: Parts, *, features: bool = True) -> Built:
     method = made_method(parts.method_factory, seen_backbone, stream.num_classes)
     _check_head(method, backbone)
     method.read_names(images.captions)
-    method.check(images)
     budget = parts.budget
+    if not learns:
+        return Built(images, stream, backbone, method, budget, text, data, cache)
+    method.check(images)
     if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
         raise ConfigError(COMPILED)
     method.check_budget(budget)

@@ -8,13 +8,14 @@ file also holds the logits of a few test rows, and a method that does not give t
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clrun.blocks.params import Params, clone, select
 from clrun.data.features import FeatureBackbone
 from clrun.data.identity import Identity
 from clrun.data.split import Split, Transform
@@ -49,6 +50,7 @@ class Restored:
         learned: tasks that it has learned.
         input: one line that says how images are fitted to the backbone.
         hardware: what it computes on.
+        initial: the trainable parameters of the backbone before the first task, by name.
     """
 
     method: Method
@@ -56,6 +58,7 @@ class Restored:
     learned: int
     input: str
     hardware: Hardware
+    initial: Params = field(default_factory=dict)
 
 
 class ThroughBackbone:
@@ -83,7 +86,9 @@ class ThroughBackbone:
         return self.eval(x)
 
 
-def restore(folder: Path, parts: Parts, *, digest: str, data: Mapping[str, Any] | None) -> Restored:
+def restore(
+    folder: Path, parts: Parts, *, digest: str, data: Mapping[str, Any] | None, with_initial: bool = False
+) -> Restored:
     """Return the trained method of the run in `folder`; warn when rows of its data have changed since.
 
     Args:
@@ -91,6 +96,7 @@ def restore(folder: Path, parts: Parts, *, digest: str, data: Mapping[str, Any] 
         parts: of its configuration; the hardware is set up and has one process.
         digest: hash of the run's configuration.
         data: identity of the data that the run has seen, from run.json; None for a run that has not recorded it.
+        with_initial: also return the initial parameters.
 
     Raises:
         ConfigError: the folder holds no trained method, it cannot be restored here, or the classes of the data are no
@@ -101,15 +107,16 @@ def restore(folder: Path, parts: Parts, *, digest: str, data: Mapping[str, Any] 
         raise ConfigError(f"{folder}: holds no trained method (neither {CHECKPOINT} nor {WEIGHTS}); {AGAIN}")
     fresh, stream, text, identity = _untrained(parts)
     check_restored(data, identity, folder)
+    initial = clone(select(fresh.backbone)) if with_initial else {}
     if stored:
         try:
             method, life = checkpoint.load(stored[0], fresh, config_hash=digest, hardware=parts.hardware)
         except Damaged as error:
             advice = f"delete it to restore the method from {WEIGHTS}" if weights.exists() else AGAIN
             raise ConfigError(f"{stored[0]}: refused, nothing in it was run ({error.reason}); {advice}") from None
-        return Restored(method.eval(), stream, life.learned, text, parts.hardware)
+        return Restored(method.eval(), stream, life.learned, text, parts.hardware, initial)
     method = _from_weights(weights, fresh, stream, parts)
-    return Restored(method, stream, len(stream.tasks), text, parts.hardware)
+    return Restored(method, stream, len(stream.tasks), text, parts.hardware, initial)
 
 
 def save_weights(path: Path, method: Method, stream: Stream, hardware: Hardware) -> None:

@@ -26,9 +26,10 @@ from clrun.blocks.params import clone, select
 from clrun.learning.method import Method
 from clrun.methods.imm import dropped_to
 from clrun.methods.merge import Merge
+from clrun.system.errors import ConfigError
 from clrun.system.seeding import seed_all
 
-RULES = get_args(get_type_hints(Merge.__init__)["rule"])
+RULES = [rule for rule in get_args(get_type_hints(Merge.__init__)["rule"]) if rule != "regmean_pp"]
 Options = dict[str, Any]
 
 
@@ -238,6 +239,13 @@ def test_task_by_task_equals_all_at_once() -> None:
         torch.testing.assert_close(value, weights(method)[name], rtol=0, atol=1e-12)
     x = torch.cat([tasks[0][0], torch.ones(12, 1)], dim=1).double()
     torch.testing.assert_close(grams[0].grams["layer"].matrix, x.T @ x)
+
+
+def test_what_finished_runs_alone_allow_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"clrun merge RUN RUN rule=regmean_pp"):
+        Merge.check_options({"rule": "regmean_pp", "train_from": "initial"})
+    with pytest.raises(ConfigError, match=r"set method.train_from=initial, previous or merged"):
+        Merge.check_options({"rule": "mean", "train_from": "runs"})
 
 
 def test_a_chain_of_task_vectors_is_warned_of() -> None:
