@@ -20,9 +20,9 @@ estimated from, and to the sigmoids of a binary cross-entropy. It does not apply
 stored or a teacher's ones: those name their columns themselves. It does not change predictions either: at evaluation
 the candidates are those of the setting (`clrun.data.stream.Stream.candidates`), whatever competed in training.
 
-Three kinds of methods do not have the option, because there is no choice to make: methods for task-incremental streams
-only, whose every task has a head of its own; methods whose classifier has a closed form; and methods that train a
-temporary head on the classes of one task and discard it (aper, ease, phase 1 of ranpac).
+Three kinds of methods do not have the option, because there is no choice to make: methods whose every task has a head
+of its own (those for task-incremental streams only, and esn); methods whose classifier has a closed form; and methods
+that train a temporary head on the classes of one task and discard it (aper, ease, phase 1 of ranpac).
 """
 
 import math
