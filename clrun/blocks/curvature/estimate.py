@@ -11,7 +11,7 @@ from clrun.blocks.curvature.forms import Curvature, Diagonal
 from clrun.blocks.curvature.gradients import diagonal
 from clrun.blocks.curvature.kfac import kronecker
 from clrun.blocks.curvature.layers import Groups, Sharing, layers_of
-from clrun.blocks.curvature.target import Labels, Target
+from clrun.blocks.curvature.target import Columns, Labels, Target
 from clrun.data.split import Split
 from clrun.data.stream import Task
 from clrun.learning.context import Context
@@ -28,7 +28,7 @@ def estimate(
     ctx: Context,
     *,
     of: nn.Module,
-    labels: Labels,
+    labels: Columns,
     samples: int | None,
     top_k: int | None = None,
     modules: Sequence[str] = ("*",),
@@ -59,7 +59,8 @@ def estimate(
             independent with mean 0, and costs one backward pass per batch, but has a larger variance. For Kronecker
             factors "batched" is the same as "sampled". For "abs_output", "batched" follows the published code, where
             gradients of a batch cancel before the absolute value is taken; all other choices take the absolute value
-            row by row.
+            row by row. For a squared error 1/2 |f - y|^2, whose curvature needs no labels: "unit" (exact) and "normal"
+            (unbiased, one column per row).
         samples: number of rows, drawn without replacement; None for all.
         top_k: for "exact", the number of most probable classes that are summed over; None for all.
         modules: shell-style patterns for the names of layers with Kronecker factors; one must match.
@@ -90,7 +91,7 @@ class KroneckerFisher:
         groups: treatment of convolutions with several groups; see `estimate`.
     """
 
-    labels: Labels
+    labels: Columns
     samples: int | None
     top_k: int | None
     sharing: Sharing
@@ -130,7 +131,7 @@ class KroneckerFisher:
         )
 
 
-def require_exact(labels: Labels, top_k: int | None) -> None:
+def require_exact(labels: Columns, top_k: int | None) -> None:
     """Refuse a limit on the classes that are summed over if there is no such sum.
 
     Raises:

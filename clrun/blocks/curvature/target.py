@@ -22,7 +22,10 @@ from clrun.learning.context import Context
 from clrun.learning.method import Method
 
 Labels = Literal["exact", "sampled", "empirical", "predicted", "batched"]
-Columns = Labels | Literal["output"]  # "output": the gradient 2 z of |z|^2 of logits z, which needs no labels
+# "output": the gradient 2 z of |z|^2 of logits z, which needs no labels. For a squared error, whose Hessian in the
+# logits is the identity whatever the labels: "unit", the unit vectors of all competing classes, or "normal", one draw
+# from N(0, I) on these classes, which has the same expectation.
+Columns = Labels | Literal["output", "unit", "normal"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Target:
     @property
     def count(self) -> int:
         """The number K of columns per row."""
-        return self.top_k if self.columns == "exact" else 1
+        return self.top_k if self.columns in ("exact", "unit") else 1
 
     def batches(self, size: int) -> Iterator[tuple[Batch, Tensor, Tensor]]:
         """Yield batches of prepared rows, the mask [B, C] of competing classes and noise [B, C] to draw labels."""
@@ -116,6 +119,12 @@ class Target:
         """
         if self.columns == "output":
             return 2 * logits.masked_fill(~mask, 0)[..., None, :]
+        if self.columns == "normal":  # the exponential noise e gives uniform numbers 1 - exp(-e), and these normal ones
+            normal: Tensor = torch.special.ndtri(-torch.expm1(-noise.double())).to(logits)
+            return normal.masked_fill(~mask, 0)[..., None, :]
+        if self.columns == "unit":
+            own = mask.to(logits.dtype).topk(self.top_k)
+            return torch.eye(mask.shape[-1]).to(logits)[own.indices] * own.values[..., None]
         p = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
         if self.columns == "exact":
             choice = p.topk(self.top_k).indices  # top_k is the number of competing classes unless it is limited
