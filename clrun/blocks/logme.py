@@ -22,10 +22,22 @@ SMALLEST = 1e-12  # lower bound of residuals and of squared weights
 
 def logme(stats: ClassStats) -> float:
     """Return the score of statistics with pooled moments: the mean log evidence per row over classes with rows."""
+    return read_out(stats)[0]
+
+
+def read_out(stats: ClassStats) -> tuple[float, Tensor]:
+    """Return the score, and the posterior mean of the weights [C, D] float64; 0 for classes without rows.
+
+    The weights of a class are V diag(1 / (s + alpha / beta)) V'F'y, with the eigenvalues s and eigenvectors V of F'F.
+    """
     spectrum, present = Spectrum.of(stats), stats.counts() > 0
-    squared, energy = spectrum.projected[:, present].square(), stats.counts()[present].double()
-    evidence = log_evidence(spectrum.values, squared, energy, stats.num_features, spectrum.rows)
-    return float(evidence.mean()) / spectrum.rows
+    projected, energy = spectrum.projected[:, present], stats.counts()[present].double()
+    values, squared = spectrum.values, projected.square()
+    evidence = log_evidence(values, squared, energy, stats.num_features, spectrum.rows)
+    alpha, beta, _, _ = _precisions(values, squared, energy, spectrum.rows)
+    weights = torch.zeros_like(stats.sums.value())
+    weights[present] = (spectrum.vectors @ (projected / (values[:, None] + alpha / beta))).t()
+    return float(evidence.mean()) / spectrum.rows, weights
 
 
 def log_evidence(values: Tensor, squared: Tensor, energy: Tensor, width: int, rows: int) -> Tensor:

@@ -99,7 +99,8 @@ def _node_problems(node: Mapping[str, Any], path: str, label: str, kind: Kind) -
         return
     options = {key: value for key, value in node.items() if key not in RESERVED}
     partial = bool(node.get("_partial_", False))
-    problems = list(_option_problems(target, options, path, label, partial=partial))
+    factory = kind.factory or path in FACTORIES
+    problems = list(_option_problems(target, options, path, label, partial=partial, factory=factory))
     takes = parameters(target)
     for key, value in options.items():
         expected = kind_of(takes[key].annotation) if key in takes else ANY
@@ -108,22 +109,28 @@ def _node_problems(node: Mapping[str, Any], path: str, label: str, kind: Kind) -
 
 
 def _nested_problems(value: Any, path: str, kind: Kind) -> Iterator[str]:
-    """Yield the problems of the nodes with a `_target_` inside a value; `kind` is what the value's option expects."""
+    """Yield the problems of the nodes with a `_target_` inside a value; `kind` is what the value's option expects.
+
+    In lists and mappings it is what the option expects of each item.
+    """
     if isinstance(value, Mapping):
         if "_target_" in value:
             yield from _node_problems(value, path, str(value["_target_"]).rpartition(".")[2], kind)
         else:
             for key, item in value.items():
-                yield from _nested_problems(item, f"{path}.{key}", ANY)
+                yield from _nested_problems(item, f"{path}.{key}", kind)
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            yield from _nested_problems(item, f"{path}[{i}]", ANY)
+            yield from _nested_problems(item, f"{path}[{i}]", kind)
 
 
 def _option_problems(
-    target: Callable[..., Any], options: Mapping[str, Any], path: str, label: str, *, partial: bool
+    target: Callable[..., Any], options: Mapping[str, Any], path: str, label: str, *, partial: bool, factory: bool
 ) -> Iterator[str]:
-    """Yield unknown, missing and invalid options; a partial node gets its positional parameters at run time."""
+    """Yield unknown, missing and invalid options; a partial node gets its positional parameters at run time.
+
+    `factory` says whether the place expects a partial node.
+    """
     takes = parameters(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     for key, value in options.items():
@@ -140,7 +147,9 @@ def _option_problems(
         if key not in options and parameter.default is parameter.empty and not (variadic or at_run_time):
             own = f"add it to the YAML file, or set +{path}.{key}=..."
             clruns = f"add _partial_: true to the YAML file if clrun is to pass it, or set +{path}.{key}=..."
-            positional = not partial and parameter.kind is not parameter.KEYWORD_ONLY and path in FACTORIES
+            if "[" in path:  # an item of a list, to which the command line cannot add a key
+                own, clruns = "add it to the node", "add _partial_: true to the node, and clrun passes it"
+            positional = factory and not partial and parameter.kind is not parameter.KEYWORD_ONLY
             yield f"{path}.{key}: is missing; {label} needs it: {clruns if positional else own}"
 
 

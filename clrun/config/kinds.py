@@ -28,11 +28,13 @@ class Kind(NamedTuple):
         name: dotted name of the class of which the target is a subclass, or which a function returns; None for any.
         words: the same for a message.
         strict: whether every class has to be a subclass of it; else a class of the user's own may be called instead.
+        factory: whether the node stands for a function that is called during the run, with more arguments.
     """
 
     name: str | None
     words: str
     strict: bool = False
+    factory: bool = False
 
 
 KINDS = {
@@ -51,16 +53,22 @@ HARMLESS = ("torch.nn.Module", "torch.optim.Optimizer", "torch.optim.lr_schedule
 
 
 def kind_of(hint: Any) -> Kind:
-    """Return what an option with this annotation expects of a node: `Callable[..., Optimizer]` is an `Optimizer`."""
+    """Return what an option with this annotation expects of a node, or of each node in a list or mapping.
+
+    `Callable[..., Optimizer]` is an `Optimizer`.
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return next((found for arg in args if (found := kind_of(arg)).name), ANY)
-    if origin is not None and getattr(origin, "__name__", "") == "Callable" and args:
+    if origin in (list, dict):
+        return kind_of(args[-1])
+    factory = origin is not None and getattr(origin, "__name__", "") == "Callable" and bool(args)
+    if factory:
         hint = args[-1]
     if not inspect.isclass(hint) or hint.__module__ in ("builtins", "typing", "pathlib") or hint is NoneType:
         return ANY
     name = f"{hint.__module__}.{hint.__qualname__}"
-    return Kind(name, f"a {name} or a function that returns one", strict=True)
+    return Kind(name, f"a {name} or a function that returns one", strict=True, factory=factory)
 
 
 def wrong_kind(target: Callable[..., Any], name: str, kind: Kind) -> str | None:

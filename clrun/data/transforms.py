@@ -88,6 +88,11 @@ class ImageTransform:
         """Whether the train view differs from the eval view."""
         return bool(self.augmentations)
 
+    @property
+    def channels(self) -> int:
+        """C of the network."""
+        return len(self._scale.value)
+
     def eval(self, x: Tensor) -> Tensor:
         """Return stored images as prepared floats, deterministically and per sample."""
         return self._fit(over_white(x) if self.alpha else x, self.resized)
@@ -119,6 +124,51 @@ class ImageTransform:
         if len(scale) != x.shape[1]:
             return (x * scale).add_(offset)  # grey is repeated by broadcasting
         return x.to(torch.float32, copy=True).mul_(scale).add_(offset)
+
+
+class SecondView:
+    """Turns images that are prepared for one network into the input of another: both see the same augmented view.
+
+    The images are not cut again. They have the pixels that the first network sees: details that were lost when they
+    were made smaller for it do not come back.
+
+    Args:
+        first: prepares images for the first network.
+        second: turns images of the first network's shape, values 0..255, into the input of the second.
+    """
+
+    def __init__(self, first: ImageTransform, second: ImageTransform) -> None:
+        self.first, self.second = first, second
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the input of the second network for prepared images x of the first."""
+        return self.second.eval(self.first.undo(x))
+
+
+def second_transform(dataset: Dataset, first: Transform, network: nn.Module) -> tuple[ImageTransform, str]:
+    """Return what turns images of the shape that `first` gives, values 0..255, into the input of another network.
+
+    Args:
+        dataset: has the normalisation constants of networks that bring none.
+        first: the transform of the network that the images are prepared for.
+        network: the other one.
+
+    Returns:
+        The transform, and one line that describes it.
+
+    Raises:
+        ConfigError: the rows are no images, or have channels that cannot be converted.
+    """
+    if not isinstance(first, ImageTransform):
+        raise ConfigError("reads images, and this data set has none; leave it out")
+    shape = (first.channels, *first.size)
+    wanted: Shape = tuple(getattr(network, "input_size", None) or shape)
+    steps = _channel_steps(shape, wanted)
+    mean, std, source = _normalisation(dataset, network, wanted[0])
+    how: Interpolation = getattr(network, "interpolation", "bilinear")
+    line = _shape(shape) if shape == wanted else f"{_shape(shape)} -> {_shape(wanted)}"
+    transform = ImageTransform(shape, wanted, mean=mean, std=std, augmentations=(), interpolation=how)
+    return transform, f"{line}: {', '.join([*steps, source])}"
 
 
 def over_white(x: Tensor) -> Tensor:

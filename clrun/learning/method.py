@@ -15,6 +15,7 @@ from clrun.learning.heads import GrowingHead
 from clrun.learning.knobs import Knob
 from clrun.learning.losses import Compete, masked_cross_entropy
 from clrun.learning.names import NamesHead, new_head
+from clrun.learning.networks import Factory, FrozenNetwork
 from clrun.learning.training import fit
 
 ALL_SETTINGS: frozenset[Setting] = frozenset({"til", "cil", "dil"})
@@ -76,6 +77,28 @@ class Method(nn.Module):
     def uses_frozen_features(self) -> bool:
         """Whether the engine feeds features of the frozen backbone to this instance: see `reads_features`."""
         return self.reads_features(vars(self))
+
+    @classmethod
+    def further_networks(cls, options: Mapping[str, Any]) -> Mapping[str, Factory]:
+        """Return the factories of networks that a run loads like its backbone, by the path of their option.
+
+        Args:
+            options: of the method, by name; nodes of the configuration are factories.
+
+        Raises:
+            ConfigError: an option is no collection of factories.
+        """
+        return {}
+
+    def receive(self, networks: Mapping[str, FrozenNetwork]) -> None:
+        """Take the networks of `further_networks`, by the same paths; called before the first task."""
+
+    def loaded_networks(self) -> dict[str, nn.Module]:
+        """Return the networks that are as the configuration loads them, by name; "" is the backbone.
+
+        A checkpoint stores those of their tensors that have not changed by a digest only.
+        """
+        return {"": self.backbone}
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

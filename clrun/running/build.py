@@ -1,7 +1,6 @@
 """Builds stream, backbone and learner from the parts of a configuration and fits them to each other."""
 
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,9 @@ from clrun.learning.budget import Budget
 from clrun.learning.hooks import made_method, warn_of_misspelt_hooks
 from clrun.learning.method import Method
 from clrun.learning.names import NamesHead, has_names, require_text
+from clrun.learning.networks import FrozenNetwork
 from clrun.running.backbone_reuse import remembered, reused_backbone
+from clrun.running.networks import check_features, check_networks, load_networks
 from clrun.running.parts import Parts, function_of, of_kind, options_of
 from clrun.running.similarity import task_similarities
 from clrun.system.errors import ConfigError
@@ -46,6 +47,7 @@ class Built:
         input: how the images were fitted to the backbone, one line.
         data: identity of the data set and of the tasks into which it was cut.
         cache: where the features of the frozen backbone are stored; None when they are not.
+        networks: those that the method loads besides the backbone, by the path of their option.
     """
 
     images: Stream
@@ -56,6 +58,7 @@ class Built:
     input: str
     data: Identity
     cache: FeatureCache | None = None
+    networks: dict[str, FrozenNetwork] = field(default_factory=dict)
 
 
 def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
@@ -72,6 +75,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
     """
     backbone, images, text, (dataset, whole) = _images(parts, place=True, pretrained=True)
     data = identify(dataset, whole)
+    networks = load_networks(parts, dataset, images.transform)
     del dataset, whole
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
@@ -84,8 +88,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
         stream, seen_backbone = frozen_features(
             images, backbone, hardware, cache, digest=digest, text=_reads_text(parts, backbone), show=parts.job.progress
         )
-    seed_all(parts.seed, "init", "method")
-    method = made_method(parts.method_factory, seen_backbone, stream.num_classes)
+    method = new_method(parts, seen_backbone, stream.num_classes, networks)
     _check_head(method, backbone)
     method.read_names(images.captions)
     budget = parts.budget
@@ -98,7 +101,15 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
     tuning: Any = parts.job.tuning
     if tuning is not None:
         tuning.check(budget)
-    return Built(images, stream, backbone, method, budget, text, data, cache)
+    return Built(images, stream, backbone, method, budget, text, data, cache, networks)
+
+
+def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: dict[str, FrozenNetwork]) -> Method:
+    """Return the learner before its first task, given the networks that it loads besides the backbone."""
+    seed_all(parts.seed, "init", "method")
+    method = made_method(parts.method_factory, backbone, num_classes)
+    method.receive(networks)
+    return method
 
 
 def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -> tuple[nn.Module, Stream, str]:
@@ -144,7 +155,7 @@ def _images(parts: Parts, *, place: bool, pretrained: bool) -> tuple[nn.Module, 
         seed_all(parts.seed, "init", "backbone")
         factory = parts.backbone_factory if pretrained else _untrained(parts)
         backbone = factory(dataset.image_shape)
-        _check_features(backbone, parts.target("backbone"), dataset.image_shape)
+        check_features(backbone, parts.target("backbone"), dataset.image_shape)
         if hardware is not None:
             hardware.place(backbone)
         return backbone
@@ -191,6 +202,8 @@ def check_without_building(parts: Parts) -> None:
     check = getattr(function_of(parts.backbone_factory), "preflight", None)
     if check is not None and parts.job.mode != "preview":
         check(**options_of(parts.backbone_factory))
+    if parts.job.mode != "preview":
+        check_networks(parts)
 
 
 def _reads_text(parts: Parts, backbone: nn.Module) -> bool:
@@ -242,29 +255,6 @@ def _untrained(parts: Parts) -> Any:
     """Return the backbone's factory without the options that load weights."""
     factory = parts.backbone_factory
     return partial(factory, **{key: value for key, value in WEIGHT_OPTIONS.items() if key in options_of(factory)})
-
-
-def _check_features(backbone: Any, name: str, image_shape: tuple[int, ...]) -> None:
-    """Refuse a backbone without `num_features`; one that is not clrun's own is tried on one black image, in a copy.
-
-    Raises:
-        ConfigError: see above, or its features are not [B, num_features].
-    """
-    if not isinstance(backbone, nn.Module):
-        raise ConfigError(f"backbone: {name} is no torch.nn.Module")
-    width, size = (getattr(backbone, key, None) for key in ("num_features", "input_size"))
-    if not isinstance(width, int):
-        raise ConfigError(f"backbone: {name} has no num_features; set self.num_features to the width of its features")
-    if name.startswith("clrun."):
-        return
-    if size is not None and not (isinstance(size, tuple | list | torch.Size) and len(size) == len(image_shape)):
-        raise ConfigError(f"backbone: {name} has input_size={size!r}, expected (channels, height, width)")
-    with torch.no_grad():
-        image = torch.zeros(1, *(size or image_shape))
-        features = copy.deepcopy(backbone).eval()(image)
-    if features.shape != (1, width):
-        shape = f"[B, {', '.join(map(str, features.shape[1:]))}]"
-        raise ConfigError(f"backbone: {name} returns features {shape}, expected [B, num_features] = [B, {width}]")
 
 
 def _order(parts: Parts, dataset: Dataset, transform: Transform, backbone: nn.Module) -> Any:

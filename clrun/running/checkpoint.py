@@ -61,7 +61,7 @@ class RunState:
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
-    """Return the digest of the bytes of each parameter and buffer of `module`, by name."""
+    """Return the digest of each parameter and buffer of a network, or of the networks that a method has loaded."""
     return {name: tensor_digest(tensor) for name, tensor in _tensors(module).items()}
 
 
@@ -80,10 +80,10 @@ def save(
 
     Args:
         path: the file. The main process writes it; the others send it their methods.
-        method: its tensors that still equal the backbone's as loaded are stored by their digest only.
+        method: tensors of its networks that still are as loaded are stored by their digest only.
         state: the progress of the run.
         config_hash: hash of the configuration.
-        backbone: digests of the backbone as loaded (`fingerprints`).
+        backbone: digests of the networks as loaded (`fingerprints`).
         hardware: the processes; each of them has its own method.
         flush: wait until the file is on the disk; only then does it survive a loss of power.
         allowed: the `parts` of the method as it was built. The checkpoint is read back under this list before it is
@@ -284,9 +284,16 @@ def parts(method: Method) -> list[Any]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers of a backbone, or of a method's backbone, by their name in the backbone."""
-    source = module.backbone if isinstance(module, Method) else module
-    return dict(source.named_parameters()) | dict(source.named_buffers())
+    """Return parameters and buffers of a network, or of the networks that a method has loaded.
+
+    The backbone's have the names that they have in it; those of other networks begin with the network's name.
+    """
+    networks = module.loaded_networks() if isinstance(module, Method) else {"": module}
+    found: dict[str, Tensor] = {}
+    for name, network in networks.items():
+        tensors = (*network.named_parameters(), *network.named_buffers())
+        found |= {f"{name}:{path}" if name else path: tensor for path, tensor in tensors}
+    return found
 
 
 @contextmanager

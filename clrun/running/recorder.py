@@ -37,6 +37,7 @@ from clrun.running.data_checks import UNKNOWN, check_resumed, check_task, stored
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
+from clrun.running.networks import network_notes, network_record
 from clrun.running.parts import Parts
 from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
@@ -168,7 +169,7 @@ class Recorder:
     def _resumed(self, built: Built) -> tuple[Method, RunState]:
         """Do what `resumed` says, but leave the identity of the data as it was stored."""
         method = built.method
-        self.backbone_digests = checkpoint.fingerprints(method.backbone)
+        self.backbone_digests = checkpoint.fingerprints(method)
         if self.options.resume:
             self.storable = checkpoint.parts(method)
         if not self.options.resume or not checkpoint_file.generations(self.checkpoint):
@@ -231,6 +232,8 @@ class Recorder:
         self.run["notes"] += weights["notes"] if weights else []
         if stream.captions is not None and (built.method.needs_text or has_names(built.backbone)):
             self.run["captions"] = stream.captions.record()
+        self.run |= network_record(built.networks)
+        self.run["notes"] += network_notes(built.networks)
         if frozen:
             self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
             self.run["notes"] += feature_notes(built.cache, built.images)

@@ -21,13 +21,13 @@ from clrun.data.identity import Identity
 from clrun.data.split import Split, Transform
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
-from clrun.learning.hooks import made_method
 from clrun.learning.method import Method
 from clrun.running import checkpoint
-from clrun.running.build import build_identified
+from clrun.running.build import build_identified, new_method
 from clrun.running.checkpoint_file import Damaged, generations
 from clrun.running.data_checks import check_restored
-from clrun.running.parts import Parts
+from clrun.running.networks import load_networks
+from clrun.running.parts import Parts, options_of
 from clrun.system.checksums import BLANK, SEAL, broken_seal, seal
 from clrun.system.errors import ConfigError, first_line, one_line
 from clrun.system.files import replacing
@@ -171,8 +171,9 @@ def _untrained(parts: Parts) -> tuple[Method, Stream, str, Identity]:
         backbone.eval()
         seen = FeatureBackbone(int(backbone.num_features), getattr(backbone, "joint", None))  # type: ignore[arg-type]
         stream = _through(images, backbone, parts.hardware)
-    seed_all(parts.seed, "init", "method")
-    return made_method(parts.method_factory, seen, images.num_classes), stream, text, identity
+    further = parts.method_class.further_networks(options_of(parts.method_factory))
+    networks = load_networks(parts, parts.load_dataset(), images.transform) if further else {}
+    return new_method(parts, seen, images.num_classes, networks), stream, text, identity
 
 
 def _through(images: Stream, backbone: nn.Module, hardware: Hardware) -> Stream:

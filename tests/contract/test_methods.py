@@ -54,6 +54,8 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("imm", {"matching": "mean", "alpha": 1.0, "l2_transfer": 0.0, "compete": "seen"}),
     ("slca", {"backbone_lr_scale": 1.0, "compete": "seen", "alignment": {"budget": {"epochs": 0}}}),
     ("coma", {"alpha": 1.0, "backbone_lr_scale": 1.0, "compete": "seen", "alignment": {"budget": {"epochs": 0}}}),
+    ("swag", {"start_fraction": 1.0, "lr_ratio": 1.0}),
+    ("b_tuning", {"strength": 0.0, "head_std": None, "head_lr_factor": 1.0}),
 ]
 # Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
@@ -71,12 +73,16 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
     ("fecam", {"covariance": "diagonal"}),
     ("halrp", {"base": "backbone", "growth": 2.0}),
     ("batchensemble", {"base": "backbone"}),
+    ("esn", {"vote": "single"}),
+    ("esn", {"vote": "single", "head": "mlp"}),
 ]
 
 
 # Options that make a learner cheap enough for its many lives here; no promise depends on them.
 SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}}
 SMALL |= {name: {"alignment": {"rows_per_class": 16}} for name in ("slca", "slca_pp", "coma", "cofima")}
+# Published strengths are for other learning rates than that of these short lives.
+SMALL |= {"dlcft": {"target_scale": 1.0}, "b_tuning": {"strength": 1.0, "head_lr_factor": 1.0}}
 
 
 def small(name: str, **options: Any) -> Callable[..., Method]:
@@ -232,7 +238,7 @@ def test_goes_on_from_copies(name: str) -> None:
 
 
 # Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
-WITHOUT_COMPETE = {"aper", "ease", "fecam", "lda", "ncm", "ranpac", "simplecil", "zero_shot"}
+WITHOUT_COMPETE = {"aper", "ease", "esn", "fecam", "lda", "ncm", "ranpac", "simplecil", "zero_shot"}
 DEFAULTS = {name: OmegaConf.load(CONF / "method" / f"{name}.yaml") for name in METHODS}
 COMPETE = {name: node.get("compete") or node.get("host", {}).get("compete") for name, node in DEFAULTS.items()}
 
