@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, first_line, warn
+from clrun.system.errors import ConfigError, first_line
 
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 LARGEST = 49152 - 256 - 2  # merges of CLIP's vocabulary; longer lists are cut there, as in open_clip
@@ -50,17 +50,17 @@ class BytePairs:
         return cls("\n".join(line for line in lines[:LARGEST] if len(line.split()) == 2), context_length)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Return the token ids [N, context_length] long of N texts; too long ones are cut, with a warning."""
+        """Return the token ids [N, context_length] long of N texts; too long ones are cut before their end mark."""
         rows = torch.zeros(len(texts), self.context_length, dtype=torch.long)
         start, end = self._marks
-        encoded = [[start, *self.encode(text)] for text in texts]
-        if cut := [text for text, ids in zip(texts, encoded, strict=True) if len(ids) >= self.context_length]:
-            room = self.context_length - 2
-            warn(f"{len(cut)} texts have more than {room} tokens and were cut there, among them '{cut[0][:60]}'")
-        for row, ids in zip(rows, encoded, strict=True):
-            ids = ids[: self.context_length - 1]
+        for row, text in zip(rows, texts, strict=True):
+            ids = [start, *self.encode(text)][: self.context_length - 1]
             row[: len(ids) + 1] = torch.tensor([*ids, end])
         return rows
+
+    def too_long(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that are cut."""
+        return [text for text in texts if len(self.encode(text)) > self.context_length - 2]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text without marks."""

@@ -1,5 +1,6 @@
 """Composes configurations with Hydra and reports every mistake in one line. Nothing here imports torch."""
 
+import copy
 import hashlib
 import os
 import re
@@ -20,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clrun.config.environment import masked, recorded, recorded_key, register
@@ -32,6 +33,7 @@ from clrun.system.libraries import pip_install
 from clrun.system.yaml_files import conf_dir
 
 COMMANDS = ("list", "report", "features", "merge")
+DATASET_LISTS = ("job.eval_extra", "method.reference")  # options that list data sets by name or as nodes
 SLUG_LENGTH = 100  # characters of the readable part; file systems allow 255 bytes in a name
 
 
@@ -285,12 +287,39 @@ def recorded_config(cfg: DictConfig) -> dict[str, Any]:
     return _plain(cfg, recorded)
 
 
+def _loader(entry: Any, key: str) -> DictConfig:
+    """Return the node of a data set that a list has by its name or as a node; instantiated, it is a loader.
+
+    Raises:
+        ConfigError: there is no data set of this name, or the entry is something else.
+    """
+    node = entry
+    if isinstance(entry, str):
+        compose: Any = GlobalHydra.instance().config_loader().load_configuration
+        try:
+            node = compose("config", [f"dataset={entry}"], RunMode.RUN).dataset
+        except MissingConfigException as error:
+            known = GlobalHydra.instance().config_loader().get_group_options("dataset")
+            raise ConfigError(f"{key}: no dataset named '{entry}'{did_you_mean(entry, known)}") from error
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigError(f"{key}: expected names of data sets or nodes with a _target_, got {entry!r}")
+    node = copy.deepcopy(node)
+    with open_dict(node):
+        node._partial_ = True
+    return node
+
+
 def _plain(cfg: DictConfig, convert: Callable[[DictConfig], Any]) -> dict[str, Any]:
-    """Return what `convert` makes of a configuration without its `hydra` node."""
+    """Return what `convert` makes of a configuration without its `hydra` node, with nodes for names of data sets."""
     if "hydra" in cfg:
         HydraConfig.instance().set_config(cfg)
         cfg = without_hydra(cfg)
     try:
+        for key in DATASET_LISTS:
+            if entries := OmegaConf.select(cfg, key):
+                cfg = copy.deepcopy(cfg)
+                with open_dict(cfg):
+                    OmegaConf.update(cfg, key, [_loader(entry, key) for entry in entries], merge=False)
         return {str(key): value for key, value in convert(cfg).items()}
     except OmegaConfBaseException as error:
         raise ConfigError(masked(_omegaconf_line(error))) from error

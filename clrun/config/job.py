@@ -28,6 +28,10 @@ class Job:
         feature_cache_gb: size limit of that folder in GB; the features used least recently make room for new ones.
         mode: "run"; "dry_run" prints what the run would do, "preview" draws samples of the data, and neither trains.
         eval_initial: evaluate the untrained learner and unseen tasks (domain-incremental only).
+        eval_unseen: also evaluate every task before it is learned, for methods that know classes by their names: within
+            its own classes ("til"), and among all classes ("cil", "open").
+        eval_extra: data sets that are never learned, to evaluate by their names of classes before the first and after
+            each task: names of `dataset=NAME`, or nodes with a `_target_`. They arrive here as loaders.
         eval_every: number of optimizer steps between evaluations within a task; null evaluates after tasks only.
         eval_split: rows to evaluate on.
         eval_batch_size: rows per evaluation batch.
@@ -54,6 +58,8 @@ class Job:
     feature_cache_gb: Positive
     mode: Literal["run", "dry_run", "preview"]
     eval_initial: bool
+    eval_unseen: bool
+    eval_extra: list[Any]
     eval_every: PositiveInt | None
     eval_split: Literal["test", "val"]
     eval_batch_size: PositiveInt

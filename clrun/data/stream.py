@@ -11,7 +11,7 @@ from torch import Tensor
 from clrun.data.captions import Captions, captions
 from clrun.data.split import Plain, Split, Transform
 
-Setting = Literal["til", "cil", "dil"]
+Setting = Literal["til", "cil", "dil", "open"]  # "open" only for evaluations
 Order = Callable[[int], list[int]]
 
 
@@ -118,8 +118,10 @@ class Stream:
         """Return [T, C] bool: the classes that compete for a sample of each task after `learned` tasks.
 
         In the class- and domain-incremental settings each row has every class seen so far. In the task-incremental
-        setting row t has only those of them that belong to task t.
+        setting row t has only those of them that belong to task t. With "open" every class competes, learned or not.
         """
+        if setting == "open":
+            return self.members.any(dim=0).repeat(len(self.tasks), 1)
         seen = self.members[:learned].any(dim=0)
         return self.members & seen if (setting or self.setting) == "til" else seen.repeat(len(self.tasks), 1)
 

@@ -139,6 +139,15 @@ class Method(nn.Module):
         if isinstance(self.head, NamesHead):
             self.head.grow(classes)
 
+    def score_names(self, x: Tensor, captions: Captions) -> Tensor:
+        """Return logits [B, K] of prepared x over K other classes, which are given by their captions.
+
+        `job.eval_extra` asks for this on data sets that are never learned (`needs_text`). A method whose head is not of
+        names overrides it.
+        """
+        assert isinstance(self.head, NamesHead)
+        return self.head.score(self.backbone(x), captions)
+
     # --- once per task
 
     def begin_task(self, task: Task, ctx: Context) -> None:

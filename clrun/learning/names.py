@@ -64,10 +64,11 @@ class NamesHead(GrowingHead):
         self.active: list[int] | None = None
         self.weight.requires_grad_(names == "init")
         self._made_from: tuple[Any, ...] = ()
+        self._others: tuple[Captions, tuple[Any, ...], Tensor] | None = None  # of the data set asked for last
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without the mark of what the rows were computed from, which holds in this process alone."""
-        return {**self.__dict__, "_made_from": ()}
+        """Return the state without what holds in this process alone: from which tensors the texts were computed."""
+        return {**self.__dict__, "_made_from": (), "_others": None}
 
     @property
     def joint(self) -> Any:
@@ -114,9 +115,13 @@ class NamesHead(GrowingHead):
             with torch.no_grad():
                 self.weight[classes] = self.final_texts(classes).to(self.weight)
 
+    def _version_of_sources(self) -> tuple[Any, ...]:
+        """Return what changes whenever the tensors change on which the rows depend."""
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.sources())
+
     def refresh(self) -> None:
         """Encode all grown classes again if what they depend on has changed since they were encoded ("live")."""
-        version = tuple((tensor.data_ptr(), tensor._version) for tensor in self.sources())
+        version = self._version_of_sources()
         if version != self._made_from:
             self._encode(self.initialised.nonzero()[:, 0].tolist())
             self._made_from = version
@@ -137,6 +142,22 @@ class NamesHead(GrowingHead):
         """Return logits [B, C] of features [B, D]."""
         embeddings = F.normalize(self.joint.project(features), dim=1)
         logits: Tensor = self.joint.scale * F.linear(embeddings, self.rows())
+        return logits
+
+    def other_texts(self, captions: Captions) -> Tensor:
+        """Return w [K, d] of other classes, without gradients, as predictions use it."""
+        own = [captions.of(label) for label in range(len(captions.classes))]
+        features = self.joint.encode_texts([text for texts in own for text in texts])
+        return torch.stack([class_text(part) for part in torch.split(features, list(map(len, own)))])
+
+    def score(self, features: Tensor, captions: Captions) -> Tensor:
+        """Return logits [B, K] of features [B, D] over K other classes; their texts are encoded once per change."""
+        version = self._version_of_sources()
+        if self._others is None or self._others[0] is not captions or self._others[1] != version:
+            with torch.no_grad():
+                self._others = captions, version, self.other_texts(captions)
+        embeddings = F.normalize(self.joint.project(features), dim=1)
+        logits: Tensor = self.joint.scale * F.linear(embeddings, self._others[2])
         return logits
 
 

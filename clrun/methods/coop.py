@@ -115,6 +115,17 @@ class ContextHead(NamesHead):
             rows[known] = self.texts([classes[k] for k in known]).to(rows)
         return rows
 
+    def other_texts(self, captions: Captions) -> Tensor:
+        """Return w [K, d] of other classes: with a shared context in front of their names, else their captions."""
+        if (self.owner != 0).any():
+            return super().other_texts(captions)
+        count = len(captions.classes)
+        twin = ContextHead(self._of[0], count, length=self.length, position=self.position).to(self.weight.device)
+        twin.contexts = self.contexts
+        twin.owner.zero_()
+        twin.read(captions)
+        return twin.texts(list(range(count)))
+
     def sources(self) -> Iterable[Tensor]:
         """Return the contexts, on which the rows depend: the towers are frozen."""
         return self.contexts

@@ -16,7 +16,7 @@ from clrun.reporting.data_groups import DataOfRuns
 from clrun.reporting.groups import SEARCHED, Group, differing, group_runs, labels
 from clrun.reporting.page import Page, render
 from clrun.reporting.tables import SETTINGS, WIDTH, Line, Standing, comparison_table, listing, printable
-from clrun.results.metrics import METRICS
+from clrun.results.metrics import METRICS, UNSEEN
 from clrun.results.records import read_run
 from clrun.system.errors import ConfigError
 from clrun.system.files import csv_text, json_text, make_folder, remove_leftovers, replace_text
@@ -201,7 +201,8 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     None stands for a value that a run does not have; orders are task ids separated by spaces.
     """
     settings = [setting for setting in SETTINGS if any(setting in run.metrics for run in runs)]
-    measured = [(setting, name) for setting in settings for name in METRICS]
+    present = {(s, name) for run in runs for s, own in run.metrics.items() for name in UNSEEN if own[name] is not None}
+    measured = [(s, name) for s in settings for name in METRICS if name not in UNSEEN or (s, name) in present]
     keys = differing([run.config for run in runs], ("seed", "name"))
     header = [*COLUMNS, *(f"{setting}_{name}" for setting, name in measured)]
     header += ["parameters", "state_bytes", "train_seconds", "logme", "error", *keys]

@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clrun.results.metrics import UNSEEN, zero_shot_degradation
+
 OVERRIDE = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w./@-]*(=|$)")
 WIDTH = 100
 LISTED = 20  # most entries of a list
 WIDE = 10  # with more tasks a row of the matrix shows a summary instead of every cell
 AVERAGES = 24  # width of the averages of two settings
-SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domain-incremental"}
+SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domain-incremental", "open": "all classes"}
 FINAL = {
     "average_accuracy": "average accuracy",
     "average_incremental_accuracy": "average incremental accuracy",
@@ -24,6 +26,11 @@ FINAL = {
     "forward_transfer": "forward transfer",
     "learning_accuracy": "learning accuracy",
     "worst_task": "worst task",
+    "transfer": "transfer to unseen tasks",
+    "matrix_average": "average of the matrix",
+    "seen_accuracy": "accuracy on seen tasks",
+    "unseen_accuracy": "accuracy on unseen tasks",
+    "harmonic_accuracy": "harmonic mean of both",
 }
 
 
@@ -111,14 +118,28 @@ def final_table(run: Mapping[str, Any]) -> str:
     lines = [" " * 30 + "".join(f"{SETTINGS[setting]:>20}" for setting in settings)]
     for key, label in FINAL.items():
         values = [run["metrics"][setting].get(key) for setting in settings]
-        if key == "forward_transfer" and all(value is None for value in values):
+        if key in ("forward_transfer", *UNSEEN) and all(value is None for value in values):
             continue
         lines.append(f"{label:<30}" + "".join(points(value, 20) for value in values))
+    lines += _held_out_lines(run)
     parameters, stored, seconds = cost_totals(run.get("cost") or {})
     lines.append(f"{'parameters':<30}{_count(parameters):>20}")
     lines.append(f"{'stored bytes':<30}{_count(stored):>20}")
     lines.append(f"{'training seconds':<30}{'-' if seconds is None else f'{seconds:.1f}':>20}")
     return "\n".join([*lines, *_tuning_lines(run)])
+
+
+def _held_out_lines(run: Mapping[str, Any]) -> list[str]:
+    """Return the accuracy on each data set of `job.eval_extra` before and after all tasks, and the loss."""
+    counts = run.get("held_out") or []
+    if len(counts) < 2:
+        return []
+    lines = []
+    for name, (right, total) in counts[-1].items():
+        first, _ = counts[0][name]
+        values = points(first / total, 20) + points(right / total, 20)
+        lines.append(f"{printable(f'{name}, before and after'):<30}{values}")
+    return [*lines, f"{'zero-shot degradation':<30}{points(zero_shot_degradation(counts), 20)}"]
 
 
 def _tuning_lines(run: Mapping[str, Any]) -> list[str]:

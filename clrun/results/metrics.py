@@ -124,6 +124,64 @@ def forward_transfer(m: AccuracyMatrix) -> float:
     return _mean((np.diagonal(accuracy) - accuracy[0])[1:]) if len(m.order) > 1 else math.nan
 
 
+def transfer(m: AccuracyMatrix) -> float:
+    """Return mean_{j>=2} mean_{1<=i<j} R[i, j], the accuracy on tasks not learned yet (ZSCL, Zheng et al. 2023).
+
+    It is an absolute accuracy, not a gain as `forward_transfer`; the untrained model is no part of it. NaN for one task
+    and where unseen tasks are not evaluated (job.eval_unseen).
+    """
+    accuracy = m.by_position()[1:]
+    return _mean(accuracy[:j, j].mean() for j in range(1, len(m.order)))
+
+
+def matrix_average(m: AccuracyMatrix) -> float:
+    """Return mean_{1<=i<=T, 1<=j<=T} R[i, j], over learned and unseen tasks alike ("Avg." of ZSCL's protocol MTIL).
+
+    "Last" of that protocol is `average_accuracy`. NaN where unseen tasks are not evaluated.
+    """
+    return _mean(m.by_position()[1:])
+
+
+def seen_accuracy(m: AccuracyMatrix) -> float:
+    """Return mean_{1<=k<T} S_k, S_k the accuracy over all samples of the k tasks learned (PROOF, Zhou et al. 2025).
+
+    PROOF lets all classes compete, learned or not: the setting "open". NaN where unseen tasks are not evaluated.
+    """
+    return _mean(seen for seen, _ in _seen_and_unseen(m))
+
+
+def unseen_accuracy(m: AccuracyMatrix) -> float:
+    """Return mean_{1<=k<T} U_k, U_k the accuracy over all samples of the other T - k tasks; see `seen_accuracy`."""
+    return _mean(unseen for _, unseen in _seen_and_unseen(m))
+
+
+def harmonic_accuracy(m: AccuracyMatrix) -> float:
+    """Return mean_{1<=k<T} 2 S_k U_k / (S_k + U_k), 0 where both are 0; see `seen_accuracy`."""
+    return _mean(2 * s * u / (s + u) if s + u else s + u for s, u in _seen_and_unseen(m))
+
+
+def _seen_and_unseen(m: AccuracyMatrix) -> list[tuple[float, float]]:
+    """Return (S_k, U_k) for 1 <= k < T; NaN unless every task was evaluated each time."""
+    correct, total, tasks = m.correct[1:], m.total.astype(np.float64), len(m.order)
+    pairs = []
+    for k in range(1, tasks):
+        row = correct[k - 1] if not np.isnan(correct[k - 1]).any() else np.full(tasks, math.nan)
+        pairs.append(
+            (float(row[:k].sum() / max(1.0, total[:k].sum())), float(row[k:].sum() / max(1.0, total[k:].sum())))
+        )
+    return pairs
+
+
+def zero_shot_degradation(counts: Sequence[Mapping[str, Sequence[int]]]) -> float:
+    """Return the mean over held-out data sets of their accuracy before the first task minus that after the last one.
+
+    Args:
+        counts: [correct, total] of each data set by name, before the first task and after each (`job.eval_extra`).
+    """
+    first, last = ([right / total for right, total in counts[k].values()] for k in (0, -1))
+    return _mean(before - after for before, after in zip(first, last, strict=True))
+
+
 def worst_task(m: AccuracyMatrix) -> float:
     """Return min_j R[T, j], the lowest final accuracy of a task."""
     return float(m.by_position()[-1].min()) if m.order else math.nan
@@ -137,8 +195,14 @@ FUNCTIONS: tuple[Callable[[AccuracyMatrix], float], ...] = (
     forward_transfer,
     learning_accuracy,
     worst_task,
+    transfer,
+    matrix_average,
+    seen_accuracy,
+    unseen_accuracy,
+    harmonic_accuracy,
 )
 METRICS = tuple(function.__name__ for function in FUNCTIONS)
+UNSEEN = METRICS[-5:]  # those that need every task evaluated after every task
 
 
 def summary(m: AccuracyMatrix) -> dict[str, float | None]:

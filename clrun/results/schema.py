@@ -168,7 +168,7 @@ def _unsound_items(items: list[Any]) -> str | None:
     return None
 
 
-SETTINGS = ("til", "cil", "dil")
+SETTINGS = ("til", "cil", "dil", "open")
 SPLITS = ("test", "val")
 STATES = ("running", "completed", "failed", "interrupted")
 _TOTALS = nullable(mapping(count))
@@ -233,6 +233,9 @@ def _pair(value: Any, place: str) -> str | None:
     return listed(plain)(value, place) if two else f"{place}: expected a list of two values"
 
 
+EXTRA = listed(mapping(listed(count, 2)), TASKS + 1)
+"""Numbers of correct answers and of samples on each held-out data set, before the first task and after each."""
+
 START = record(
     {
         "folder": text,
@@ -257,6 +260,7 @@ RUN = record(
         "task_classes": nullable(listed(listed(whole), TASKS)),
         "setting": nullable(one_of(*SETTINGS)),
         "notes": nullable(listed(text)),
+        "held_out": nullable(EXTRA),
         "accuracy_matrix": nullable(mapping(anything)),  # only its figure reads it, and checks it
         "metrics": nullable(mapping(mapping(nullable(number)), len(SETTINGS))),
         "cost": unless_empty(_COST),

@@ -10,6 +10,7 @@ from torch import nn
 from clrun.blocks.inject import COMPILED
 from clrun.config.job import Job
 from clrun.config.signature import locate
+from clrun.data.captions import Captions
 from clrun.data.edge import edge
 from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import frozen_features, module_digest, open_cache
@@ -24,10 +25,11 @@ from clrun.learning.method import Method
 from clrun.learning.names import NamesHead, has_names, require_text
 from clrun.learning.networks import FrozenNetwork
 from clrun.running.backbone_reuse import remembered, reused_backbone
+from clrun.running.held_out import HeldOut
 from clrun.running.networks import check_features, check_networks, load_networks
 from clrun.running.parts import Parts, function_of, of_kind, options_of
 from clrun.running.similarity import task_similarities
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, warn
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
@@ -48,6 +50,7 @@ class Built:
         data: identity of the data set and of the tasks into which it was cut.
         cache: where the features of the frozen backbone are stored; None when they are not.
         networks: those that the method loads besides the backbone, by the path of their option.
+        held_out: evaluates the learner on the data sets of `job.eval_extra`; None without them.
     """
 
     images: Stream
@@ -59,6 +62,7 @@ class Built:
     data: Identity
     cache: FeatureCache | None = None
     networks: dict[str, FrozenNetwork] = field(default_factory=dict)
+    held_out: HeldOut | None = None
 
 
 def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
@@ -88,9 +92,12 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
         stream, seen_backbone = frozen_features(
             images, backbone, hardware, cache, digest=digest, text=_reads_text(parts, backbone), show=parts.job.progress
         )
+    needs_text = _reads_text(parts, backbone)
     method = new_method(parts, seen_backbone, stream.num_classes, networks)
     _check_head(method, backbone)
-    method.read_names(images.captions)
+    if images.captions is not None and needs_text:
+        method.read_names(images.captions)
+        _warn_of_cut(images.captions, backbone)
     budget = parts.budget
     if not learns:
         return Built(images, stream, backbone, method, budget, text, data, cache)
@@ -101,7 +108,11 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
     tuning: Any = parts.job.tuning
     if tuning is not None:
         tuning.check(budget)
-    return Built(images, stream, backbone, method, budget, text, data, cache, networks)
+    held_out = None
+    if parts.job.eval_unseen or parts.job.eval_extra:
+        _require_names(parts, method, stream)
+        held_out = HeldOut.of(parts, backbone, method, cache) if parts.job.eval_extra else None
+    return Built(images, stream, backbone, method, budget, text, data, cache, networks, held_out)
 
 
 def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: dict[str, FrozenNetwork]) -> Method:
@@ -216,6 +227,35 @@ def _reads_text(parts: Parts, backbone: nn.Module) -> bool:
         require_text(backbone, parts.method_class.__name__)
         return True
     return has_names(backbone)
+
+
+def _require_names(parts: Parts, method: Method, stream: Stream) -> None:
+    """Refuse evaluations on classes that were not learned for a learner that does not know them by their names.
+
+    Raises:
+        ConfigError: see above.
+    """
+    names = method.needs_text or isinstance(method.head, NamesHead)
+    if names or (stream.setting == "dil" and not parts.job.eval_extra):
+        return
+    option = "eval_extra" if parts.job.eval_extra else "eval_unseen"
+    raise ConfigError(
+        f"job.{option}: {type(method).__name__} knows no class that it has not learned; choose a method that compares "
+        "images with names (such as zero_shot or clip_finetune), or set backbone.head=fixed on a backbone with a text "
+        "tower"
+    )
+
+
+def _warn_of_cut(captions: Captions, backbone: nn.Module) -> None:
+    """Warn if captions have more tokens than the text tower takes."""
+    tokenizer: Any = backbone.joint.tokenizer  # type: ignore[union-attr]
+    texts = [text for label in range(len(captions.classes)) for text in captions.of(label)]
+    if cut := tokenizer.too_long(texts):
+        room = tokenizer.context_length - 2
+        warn(
+            f"dataset.templates: {len(cut)} of {len(texts)} captions have more than {room} tokens and are cut there, "
+            f"such as '{cut[0][:60]}'"
+        )
 
 
 def _check_head(method: Method, backbone: nn.Module) -> None:

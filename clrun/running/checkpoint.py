@@ -49,6 +49,7 @@ class RunState:
             for a run from before data had one.
         start: the run from which this one went on (`job.start_from`), for run.json; None for a run from its beginning.
         predictions: number of bytes and CRC-32 of predictions.csv (`clrun.running.predictions`); None when unknown.
+        extra: [correct, total] on each data set of `job.eval_extra` by name, before the first and after each task.
     """
 
     learned: int = 0
@@ -58,6 +59,7 @@ class RunState:
     data: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
     predictions: tuple[int, int] | None = None
+    extra: list[dict[str, list[int]]] = field(default_factory=list)
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
@@ -111,7 +113,7 @@ def save(
         return
     header = {"config_hash": config_hash, "learned": state.learned, "steps": state.steps}
     header |= {"rows": state.rows, "costs": state.costs, "referenced": referenced}
-    header |= {"data": state.data, "start": state.start, "predictions": state.predictions}
+    header |= {"data": state.data, "start": state.start, "predictions": state.predictions, "extra": state.extra}
     checkpoint_file.write(path, header, methods, flush=flush)
 
 
@@ -215,7 +217,7 @@ def _restored(path: Path, header: Header, data: bytes, fresh: Method, hardware: 
             )
         loaded[name].data = built[name].data
     hardware.place(method)
-    names = ("learned", "steps", "rows", "costs", "data", "start")
+    names = ("learned", "steps", "rows", "costs", "data", "start", "extra")
     predictions = None if header.predictions is None else (header.predictions[0], header.predictions[1])
     return method, RunState(**{name: getattr(header, name) for name in names}, predictions=predictions)
 

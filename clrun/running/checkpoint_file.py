@@ -16,12 +16,12 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from clrun.results.records import COLUMNS
-from clrun.results.schema import START
+from clrun.results.schema import EXTRA, START
 from clrun.system.checksums import crc_of
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import json_value, replacing, writing
@@ -29,7 +29,7 @@ from clrun.system.files import json_value, replacing, writing
 SCHEMA = 2
 PREFIX = struct.Struct("<16sIQ")
 MAGIC = b"clrun checkpoint"
-WORDS = {"split": ("test", "val"), "setting": ("cil", "dil", "til"), "phase": ("during", "end")}
+WORDS = {"split": ("test", "val"), "setting": ("cil", "dil", "til", "open"), "phase": ("during", "end")}
 DIGEST, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[\x20-\x7e]{0,100}")
 LATER = ("data", "start", "predictions")  # fields that files of the same schema may lack
 SHOWN = 60  # characters of a wrong value in a message
@@ -63,6 +63,7 @@ class Header:
         data: identity of the data (`clrun.running.data_checks`), which reads it with care; None in an older file.
         start: the run from which this one went on; None for none.
         predictions: number of bytes and CRC-32 of predictions.csv at that time; None in an older file.
+        extra: counts on the data sets of `job.eval_extra`, before the first and after each task; [] for none.
     """
 
     config_hash: str
@@ -76,6 +77,7 @@ class Header:
     data: dict[str, Any] | None = None
     start: dict[str, Any] | None = None
     predictions: list[int] | None = None
+    extra: list[dict[str, list[int]]] = field(default_factory=list)
 
 
 def previous(path: Path) -> Path:
@@ -205,7 +207,7 @@ def _checked(content: Any, tasks: int | None) -> Header:
     """
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise _Wrong("schema", content.get("schema") if isinstance(content, dict) else content, str(SCHEMA))
-    content = dict.fromkeys(LATER) | content
+    content = dict.fromkeys(LATER) | {"extra": []} | content
     names = {"schema", *(found.name for found in fields(Header))}
     for name in sorted(names ^ content.keys()):
         raise _Wrong(name, content[name], "absent") if name in content else _Wrong(name, None, "present")
@@ -224,6 +226,8 @@ def _checked(content: Any, tasks: int | None) -> Header:
         _check_pair("predictions", content["predictions"])
     if content["start"] is not None and (problem := START(content["start"], "start")):
         raise _Wrong("start", content["start"], f"the record of a run ({problem})")
+    if content["extra"] and (problem := EXTRA(content["extra"], "extra")):
+        raise _Wrong("extra", content["extra"], f"counts on data sets ({problem})")
     rows = _check_rows(content["rows"], content["learned"], content["steps"], tasks)
     return Header(**{name: content[name] for name in names - {"schema", "rows"}}, rows=rows)
 

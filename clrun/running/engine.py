@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from clrun.data.stream import Stream, Task
@@ -40,6 +41,8 @@ class Engine:
         recorder: where to report to.
         eval_initial: evaluate the untrained learner, and each task before it is learned (domain-incremental only:
             elsewhere the classes of an unseen task do not compete yet).
+        eval_unseen: evaluate all tasks every time, also before they are learned, and the untrained learner.
+        held_out: evaluates the method on data sets that are never learned; None without such data sets.
         eval_every: number of optimizer steps between evaluations within a task; None evaluates after tasks only.
         max_steps: upper limit of the steps of any fit; None for none.
         tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
@@ -54,6 +57,8 @@ class Engine:
     evaluation: Evaluation
     recorder: Recorder
     eval_initial: bool = False
+    eval_unseen: bool = False
+    held_out: Callable[[Method], dict[str, list[int]]] | None = None
     eval_every: int | None = None
     max_steps: int | None = None
     tuning: Tuning | None = None
@@ -126,8 +131,10 @@ class Engine:
         method.begin_task(task, ctx)
         for part in method.new_parts():
             self.hardware.place(part)
-        if initial and self._initial and not self.state.rows:
-            self._record(self.evaluation(method, self.stream, 0, candidates=1, tasks=len(self.stream.tasks)), "end")
+        if self.eval_unseen:
+            method.meet(torch.arange(self.stream.num_classes))
+        if initial and not self.state.rows:
+            self._evaluate_untrained(method)
 
         def work() -> None:
             method.learn(task, ctx)
@@ -136,6 +143,16 @@ class Engine:
         seconds = self._timed(work) - self._evaluating
         self._trained = sum(p.numel() for p in ctx.progress.trained)
         return seconds
+
+    def _evaluate_untrained(self, method: Method) -> None:
+        """Evaluate the method before its first task, where the run does so."""
+        tasks = len(self.stream.tasks)
+        if self.eval_unseen:
+            self._record(self.evaluation(method, self.stream, 0, unseen=True), "end")
+        elif self._initial:
+            self._record(self.evaluation(method, self.stream, 0, candidates=1, tasks=tasks), "end")
+        if self.held_out is not None and not self.state.extra:
+            self.state.extra.append(self.held_out(method))
 
     @property
     def _initial(self) -> bool:
@@ -161,7 +178,9 @@ class Engine:
     def _evaluate(self, method: Method, learned: int) -> None:
         """Evaluate the learned tasks, and the next one where the run evaluates tasks before they are learned."""
         ahead = min(learned + 1, len(self.stream.tasks)) if self._initial else learned
-        self._record(self.evaluation(method, self.stream, learned, tasks=ahead), "end")
+        self._record(self.evaluation(method, self.stream, learned, tasks=ahead, unseen=self.eval_unseen), "end")
+        if self.held_out is not None:
+            self.state.extra.append(self.held_out(method))
 
     def _evaluate_during(self, method: Method, task: Task) -> None:
         """Evaluate in the middle of `task`; its classes compete already."""

@@ -92,7 +92,14 @@ class Evaluation:
         return self._prepared[task.id]
 
     def __call__(
-        self, method: Method, stream: Stream, learned: int, *, candidates: int | None = None, tasks: int | None = None
+        self,
+        method: Method,
+        stream: Stream,
+        learned: int,
+        *,
+        candidates: int | None = None,
+        tasks: int | None = None,
+        unseen: bool = False,
     ) -> list[Row]:
         """Evaluate every learned task in every setting.
 
@@ -102,6 +109,8 @@ class Evaluation:
             learned: tasks learned so far; the `position` of the rows.
             candidates: tasks whose classes compete; default `learned`.
             tasks: how many tasks to evaluate, by position; default `candidates`.
+            unseen: evaluate all tasks. For those beyond `candidates`, their own classes compete in the setting "til",
+                and all classes elsewhere; a setting "open" has all classes for every task.
 
         Returns:
             Rows of accuracy.csv without `step` and `phase`, sorted by task position and setting.
@@ -113,7 +122,13 @@ class Evaluation:
         rows = []
         after = stream.tasks[learned - 1].id if learned else -1
         settings = self.settings(method, stream)
+        settings += ("open",) if unseen and "cil" in settings else ()
         masks = self._masks(stream, settings, candidates)
+        if unseen:
+            tasks = len(stream.tasks)
+            for own, setting in zip(masks, settings, strict=True):
+                known = stream.members if setting == "til" else stream.candidates(0, "open")
+                own[candidates:] = known[candidates:].to(own.device)
         members = stream.members.to(self.hardware.device)
         with torch.inference_mode():
             for task in stream.tasks[: candidates if tasks is None else tasks]:

@@ -309,6 +309,8 @@ class Recorder:
             matrix = AccuracyMatrix.from_rows(rows, order=self.run["task_order"])
             self.run["accuracy_matrix"][setting] = json_value(matrix.by_position()[1:])
             self.run["metrics"][setting] = json_value(summary(matrix))
+        if state.extra:
+            self.run["held_out"] = list(state.extra)
         self.run["cost"]["tasks"] = list(state.costs)  # which the engine goes on to extend
         for name in ("train_seconds", "eval_seconds"):
             self.run["cost"][name] = sum(cost[name] for cost in state.costs)

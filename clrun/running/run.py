@@ -1,5 +1,6 @@
 """Runs one configuration in its folder: builds its parts, lets the engine learn every task, returns the accuracy."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
         recorder.evaluation,
         recorder,
         eval_initial=parts.job.eval_initial,
+        eval_unseen=parts.job.eval_unseen,
+        held_out=None if built.held_out is None else partial(built.held_out, evaluation=recorder.evaluation),
         eval_every=parts.job.eval_every,
         max_steps=parts.job.max_steps,
         tuning=parts.job.tuning,

@@ -122,9 +122,10 @@ def _refuse_dependent(folder: Path, built: Built, parts: Parts) -> None:
             f"job.start_from: {type(built.method).__name__}, as configured, divides something among all tasks, so that "
             f"the run in {folder} cannot go on with another job.max_tasks; run all tasks anew"
         )
-    if parts.job.eval_initial and built.stream.setting == "dil":
+    option = "eval_unseen" if parts.job.eval_unseen else "eval_initial"
+    if parts.job.eval_unseen or (parts.job.eval_initial and built.stream.setting == "dil"):
         raise ConfigError(
-            f"job.start_from: with job.eval_initial=true the run in {folder} has not evaluated the tasks beyond its "
+            f"job.start_from: with job.{option}=true the run in {folder} has not evaluated the tasks beyond its "
             "job.max_tasks; run all tasks anew"
         )
 

@@ -7,15 +7,22 @@ import pytest
 
 from clrun.results.metrics import (
     METRICS,
+    UNSEEN,
     AccuracyMatrix,
     average_accuracy,
     average_incremental_accuracy,
     backward_transfer,
     forgetting,
     forward_transfer,
+    harmonic_accuracy,
     learning_accuracy,
+    matrix_average,
+    seen_accuracy,
     summary,
+    transfer,
+    unseen_accuracy,
     worst_task,
+    zero_shot_degradation,
 )
 
 EXAMPLE = np.array(
@@ -117,10 +124,17 @@ def test_forward_transfer_needs_the_untrained_row_and_unseen_tasks():
 @pytest.mark.parametrize(
     ("cell", "broken"),
     [
-        ((4, 2), {"average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer", "worst_task"}),
-        ((2, 1), {"average_incremental_accuracy", "learning_accuracy", "backward_transfer"}),
+        (
+            (4, 2),
+            {"average_accuracy", "average_incremental_accuracy", "forgetting", "backward_transfer", "worst_task"}
+            | {"matrix_average"},
+        ),
+        (
+            (2, 1),
+            {"average_incremental_accuracy", "learning_accuracy", "backward_transfer", *UNSEEN} - {"transfer"},
+        ),
         ((0, 3), {"forward_transfer"}),
-        ((3, 3), {"forward_transfer"}),
+        ((3, 3), {"forward_transfer", *UNSEEN}),
     ],
 )
 def test_a_missing_cell_makes_what_needs_it_none_and_nothing_else(cell, broken):
@@ -162,6 +176,24 @@ def test_nothing_forgotten():
     m = matrix(np.where(np.tri(3, dtype=bool), diagonal, np.nan))
     assert forgetting(m) == backward_transfer(m) == 0
     assert average_accuracy(m) == learning_accuracy(m)
+
+
+def test_the_metrics_of_unseen_tasks_by_hand():
+    m = matrix(np.array([[0.1, 0.1, 0.1], [0.9, 0.4, 0.2], [0.7, 0.8, 0.6], [0.5, 0.7, 1.0]]))
+    assert transfer(m) == pytest.approx((0.4 + (0.2 + 0.6) / 2) / 2)
+    assert matrix_average(m) == pytest.approx((0.9 + 0.4 + 0.2 + 0.7 + 0.8 + 0.6 + 0.5 + 0.7 + 1.0) / 9)
+    rows = AccuracyMatrix(np.array([[0, 0], [8, 1], [6, 5]], dtype=float), np.array([10, 5]), (0, 1))
+    assert seen_accuracy(rows) == 0.8 and unseen_accuracy(rows) == 0.2
+    assert harmonic_accuracy(rows) == pytest.approx(2 * 0.8 * 0.2)
+    same = matrix(
+        np.array([[0.2, 0.4, 0.9]] * 4)
+    )  # a method that nothing changes: Transfer is the mean of columns 2..T
+    assert transfer(same) == pytest.approx(0.65) and matrix_average(same) == pytest.approx(average_accuracy(same))
+
+
+def test_zero_shot_degradation_is_the_mean_loss_of_the_data_sets():
+    counts = [{"a": [8, 10], "b": [3, 4]}, {"a": [9, 10], "b": [0, 4]}, {"a": [6, 10], "b": [2, 4]}]
+    assert zero_shot_degradation(counts) == pytest.approx((0.2 + 0.25) / 2)
 
 
 def test_constant_accuracy():
