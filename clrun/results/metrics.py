@@ -117,8 +117,8 @@ def backward_transfer(m: AccuracyMatrix) -> float:
 def forward_transfer(m: AccuracyMatrix) -> float:
     """Return mean_{j>=2} (R[j-1, j] - b_j) (Lopez-Paz and Ranzato 2017), b_j from the untrained model of the same run.
 
-    NaN for one task and where unseen tasks are not evaluated: without job.eval_initial, and always in the class- and
-    task-incremental settings, where no classes of an unseen task compete.
+    NaN for one task and where unseen tasks are not evaluated: job.eval_initial does so in the domain-incremental
+    setting, job.eval_unseen for methods that know classes by their names.
     """
     accuracy = m.by_position()
     return _mean((np.diagonal(accuracy) - accuracy[0])[1:]) if len(m.order) > 1 else math.nan

@@ -122,7 +122,8 @@ class Evaluation:
         rows = []
         after = stream.tasks[learned - 1].id if learned else -1
         settings = self.settings(method, stream)
-        settings += ("open",) if unseen and "cil" in settings else ()
+        if unseen and "cil" in settings:
+            settings = ("cil", "open", "til")
         masks = self._masks(stream, settings, candidates)
         if unseen:
             tasks = len(stream.tasks)
