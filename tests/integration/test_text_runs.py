@@ -53,9 +53,10 @@ class TestZeroShot:
         assert len(found["held_out"]) == 6 and all(counts == found["held_out"][0] for counts in found["held_out"])
         assert found["held_out"][0]["glyphs"][1] == 20
 
-    def test_a_backbone_without_text_tower_is_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="^backbone: ZeroShot needs an image and a text tower, not Backbone; use"):
-            run(tmp_path, "method=zero_shot", "dataset=digits")
+    @pytest.mark.parametrize("method", ["zero_shot", "clip_finetune"])
+    def test_a_backbone_without_text_tower_is_refused(self, tmp_path, method):
+        with pytest.raises(ConfigError, match=r"^backbone: \w+ needs an image and a text tower, not Backbone; use"):
+            run(tmp_path, f"method={method}", "dataset=digits")
 
 
 class TestUnseen:
