@@ -193,18 +193,20 @@ def file_digests(root: str, names: Sequence[str]) -> tuple[Digests, Stamps]:
     """
     stored = _load(root) if root not in _known and len(names) >= STORED else {}
     known = _known.setdefault(root, stored)
-    start = os.path.join(root, "")  # joining each name would take as long as asking for its stamp
+    start = os.path.join(root, "")
+    # Calling os.path.join for each name would take as long as asking for its stamp.
+    paths = [name if name.startswith("/") else start + name for name in names]
     stamps = np.empty((len(names), 3), dtype=np.int64)
     digests = np.empty(len(names), dtype=np.uint64)
     missing = []
     for row, name in enumerate(names):
         found = known.get(name)
-        if found is not None and found[:3] == file_stamp(start + name):
+        if found is not None and found[:3] == file_stamp(paths[row]):
             stamps[row], digests[row] = found[:3], found[3]
         else:
             missing.append(row)
     if missing:
-        digests[missing], stamps[missing] = _read([start + names[row] for row in missing])
+        digests[missing], stamps[missing] = _read([paths[row] for row in missing])
         before = time.time_ns() - RECENT
         read = zip(missing, stamps[missing].tolist(), digests[missing].tolist(), strict=True)
         fresh = {

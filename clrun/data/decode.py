@@ -218,8 +218,7 @@ def opened(file: Path | bytes, name: str) -> Any:
 def undecodable(file: Path | bytes, name: str, error: Exception) -> ConfigError:
     """Return the error for a file that a decoder has refused."""
     return ConfigError(
-        f"{name}: cannot be decoded ({_reason(file, error)}); repair or remove it, or set "
-        "dataset.images.unreadable=skip"
+        f"{name}: cannot be decoded ({_reason(file, error)}); repair it, or set dataset.images.unreadable=skip"
     )
 
 

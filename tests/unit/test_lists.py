@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pictures import decoding, write
 
@@ -201,6 +202,49 @@ def test_a_path_that_is_named_twice_counts_once(home: Path) -> None:
     (home / "a.csv").write_text(lines() + lines())
     data, notes = noted(home / "a.csv")
     assert len(data.train) == 4 and "8 paths are named again, and count once, where they are first" in notes[0]
+
+
+def test_a_file_that_is_named_in_several_ways_counts_once(home: Path) -> None:
+    path, label, part = ROWS[0]
+    (home / "link.png").symlink_to(path)
+    (home / "more").symlink_to("images")
+    others = (
+        f"../{home.name}/{path}",
+        f"{home}/{path}",
+        "link.png",
+        path.replace("images/", "more/"),
+        f"./x/..//{path}",
+    )
+    (home / "x").mkdir()
+    for other in others:
+        (home / "a.csv").write_text(lines() + f"{other},{label},test\n")
+        data, notes = noted(home / "a.csv")
+        assert len(data.train) == len(data.test) == 4 and "1 paths are named again, and count once" in notes[0]
+        (home / "a.csv").write_text(lines() + f"{other},dog,{part}\n")
+        with pytest.raises(ConfigError, match="line 1 says that .* is 'cat', and line 9 that .* is 'dog'; remove one"):
+            load(home / "a.csv")
+
+
+def test_absolute_paths_below_the_folder_of_the_list_are_those_of_any_folder(home: Path, tmp_path: Path) -> None:
+    (home / "a.csv").write_text(lines(columns=2))
+    (home / "b.csv").write_text(lines(columns=2).replace("images/", f"{home}/images/"))
+    (tmp_path / "elsewhere").mkdir(exist_ok=True)
+    (tmp_path / "elsewhere" / "c.csv").write_text((home / "b.csv").read_text())
+    near, far = load(home / "b.csv"), load(tmp_path / "elsewhere" / "c.csv")
+    assert names(near.train) == names(load(home / "a.csv").train) and len(far.train) + len(far.test) == 8
+    stored = [split.stored_rows() for split in (near.train, load(home / "a.csv").train)]
+    assert stored[0].names == stored[1].names and stored[0].contents.tolist() == stored[1].contents.tolist()
+    whole = far.train.stored_rows()
+    assert all(name.startswith(str(home)) for name in whole.names) and not whole.changed(np.arange(len(whole.names)))
+
+
+def test_domains_of_a_list_with_a_pipe(home: Path) -> None:
+    os.mkfifo(home / "pipe.png")
+    text = "path,label,split,domain\npipe.png,cat,train,a\n"
+    (home / "a.csv").write_text(text + "".join(f"{','.join(row)},{'ab'[k % 2]}\n" for k, row in enumerate(ROWS)))
+    data, notes = noted(home / "a.csv")
+    assert len(notes) == 1 and "1 pipes or devices" in notes[0]
+    assert [(part.name, len(part.train), len(part.test)) for part in data.parts] == [("a", 2, 2), ("b", 2, 2)]
 
 
 def test_a_pipe_is_never_opened(home: Path) -> None:

@@ -1,5 +1,6 @@
 """The user's own images, named by a list in a CSV, TSV or text file."""
 
+import os
 import posixpath
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,13 +54,14 @@ def list(
             read; names the file and the line.
     """
     listed = user_path(file, "dataset.file")
-    rows = _distinct_paths(listed, read_rows(listed, columns))
     home = listed.parent if root is None else user_path(root, "dataset.root")
+    rows, special = _regular(home, _distinct(listed, home, read_rows(listed, columns)))
     parts, said = _parts(listed, rows, splits, reading.test_fraction)
     classes = in_order(distinct((row.label for row in parts["train"]), str(listed)), sort)
     for part, own in parts.items():
         match(classes, distinct((row.label for row in own), str(listed)), where=str(listed), part=f"the {part} part")
     listings = {part: _listing(home, own, classes) for part, own in parts.items()}
+    listings["train"] = replace(listings["train"], special=special)
     dataset = from_files(
         Path(name).stem or "list",
         listings["train"],
@@ -76,20 +78,25 @@ def list(
     return with_note(replace(dataset, sort=sort), said)
 
 
-def _distinct_paths(file: Path, rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Return the rows, each path once; a warning names repeated ones.
+def _distinct(file: Path, home: Path, rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Return the rows with their paths as they are stored, each file once; a warning names lines that repeat one.
+
+    Two paths name one file also when they differ in "..", lead through links, or are absolute in one line alone.
 
     Raises:
-        ConfigError: a path has two labels.
+        ConfigError: a file has two labels.
     """
     found: dict[str, Row] = {}
     again = []
+    folders: dict[str, str] = {}
     for row in rows:
-        other = found.setdefault(_plain(row.path), row)
+        row = replace(row, path=_stored(home, row.path))
+        other = found.setdefault(_real(home, row.path, folders), row)
         if composed(other.label) != composed(row.label):
+            same = "it" if other.path == row.path else f"{row.path}, the same file,"
             raise ConfigError(
-                f"{file}: line {other.line} says that {other.path} is '{other.label}', and line {row.line} that it is "
-                f"'{row.label}'; remove one"
+                f"{file}: line {other.line} says that {other.path} is '{other.label}', and line {row.line} that {same} "
+                f"is '{row.label}'; remove one"
             )
         if other is not row:
             again.append(row.path)
@@ -98,9 +105,32 @@ def _distinct_paths(file: Path, rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(found.values())
 
 
-def _plain(path: str) -> str:
-    """Return a path with slashes and without "./"."""
-    return posixpath.normpath(path.replace("\\", "/"))
+def _stored(home: Path, path: str) -> str:
+    """Return a path as it is stored, from `home` on where it lies there.
+
+    Lists of Windows programs have backslashes in place of slashes.
+    """
+    if "\\" in path and not (home / path).exists():
+        path = path.replace("\\", "/")
+    if os.path.isabs(path):
+        start = os.path.join(os.path.abspath(home), "")
+        return path.removeprefix(start).lstrip("/") if path.startswith(start) else path
+    return posixpath.normpath(path) if ".." not in path.split("/") else path
+
+
+def _real(home: Path, path: str, folders: dict[str, str]) -> str:
+    """Return the path of a file with links resolved; `folders` keeps the real paths of folders."""
+    place, name = os.path.split(os.path.join(home, path))
+    if place not in folders:
+        folders[place] = os.path.realpath(place)
+    found = os.path.join(folders[place], name)
+    return os.path.realpath(found) if os.path.islink(found) else found
+
+
+def _regular(home: Path, rows: Sequence[Row]) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """Return the rows without pipes, sockets and devices, which may never be opened, and the paths of these."""
+    special = {row.path for row in rows if _is_special(home / row.path)}
+    return tuple(row for row in rows if row.path not in special), tuple(sorted(special))
 
 
 def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None, fraction: float) -> tuple[Parts, str]:
@@ -124,8 +154,8 @@ def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None
     parts = {part: tuple(row for row in rows if row.split == title) for part, title in chosen.items()}
     train = parts.get("train", tuple(rows))
     if "test" not in parts:
-        parts["train"] = tuple(row for row in train if not in_test(_plain(row.path), fraction))
-        parts["test"] = tuple(row for row in train if in_test(_plain(row.path), fraction))
+        parts["train"] = tuple(row for row in train if not in_test(row.path, fraction))
+        parts["test"] = tuple(row for row in train if in_test(row.path, fraction))
     said = "" if chosen.get("test") in (None, "test") else f"tested on {chosen['test']}"
     return parts, said
 
@@ -133,23 +163,12 @@ def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None
 def _listing(home: Path, rows: Sequence[Row], classes: Sequence[str]) -> Listing:
     """Return the images of some rows."""
     ids = {name: label for label, name in enumerate(classes)}
-    names = [_stored(home, row.path) for row in rows]
-    special = {name for name in names if _is_special(home / name)}
-    kept = [(name, ids[composed(row.label)]) for name, row in zip(names, rows, strict=True) if name not in special]
-    listed, labels = tuple(name for name, _ in kept), tuple(label for _, label in kept)
-    return Listing(home, listed, labels, special=tuple(sorted(special)))
+    return Listing(home, tuple(row.path for row in rows), tuple(ids[composed(row.label)] for row in rows))
 
 
 def _is_special(path: Path) -> bool:
     """Return whether a path is that of a pipe, a socket or a device, which may never be opened."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def _stored(home: Path, path: str) -> str:
-    """Return a path as it is stored: with slashes where a list of a Windows program has backslashes."""
-    if "\\" in path and not (home / path).exists():
-        return path.replace("\\", "/")
-    return path
 
 
 def _groups(file: Path, rows: Sequence[Row], classes: Sequence[str], sort: Sort) -> Groups:
