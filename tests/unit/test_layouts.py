@@ -114,6 +114,16 @@ LAYOUTS = {
         options={"splits": {"train": "train", "test": "test"}},
         notes=("ignored, because they are in no class folder of a part: val/",),
     ),
+    "data sets as classes": Layout(
+        ("{cat,dog}/train/{x,y}/{a,b,c,d,e,f}.png", "{cat,dog}/Test/{x,y}/a.png"),
+        rows=(15, 13),
+        notes=("in cat, dog there are folders called train and test, which are not read as parts",),
+    ),
+    "parts within classes": Layout(
+        ("{cat,dog}/train/{a,b,c,d,e,f}.png", "{cat,dog}/test/{a,b}.png"),
+        rows=(5, 11),
+        notes=("in cat, dog there are folders called train and test", "or name images and parts in a list"),
+    ),
     "train alone": Layout(
         (TRAIN,), error="contains train but no test part; add one, or set dataset.splits={train: train}"
     ),

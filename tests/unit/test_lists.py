@@ -226,8 +226,8 @@ def test_a_file_that_is_named_in_several_ways_counts_once(home: Path) -> None:
 
 
 def test_absolute_paths_below_the_folder_of_the_list_are_those_of_any_folder(home: Path, tmp_path: Path) -> None:
-    (home / "a.csv").write_text(lines(columns=2))
-    (home / "b.csv").write_text(lines(columns=2).replace("images/", f"{home}/images/"))
+    (home / "a.csv").write_text(lines())
+    (home / "b.csv").write_text(lines().replace("images/", f"{home}/images/"))
     (tmp_path / "elsewhere").mkdir(exist_ok=True)
     (tmp_path / "elsewhere" / "c.csv").write_text((home / "b.csv").read_text())
     near, far = load(home / "b.csv"), load(tmp_path / "elsewhere" / "c.csv")

@@ -27,6 +27,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "test": ("test", "testing"),
     "val": ("val", "valid", "validation", "dev"),
 }
+LOOKED = 100  # class folders that are looked into for parts of data sets
 Splits = Mapping[str, str | None]
 Classes = Literal["top", "path"]
 
@@ -176,6 +177,8 @@ def tree(home: Path, splits: Splits | None, classes: Classes, *, key: str = "dat
     known = listed(train)
     if not known:
         raise ConfigError(f"{train}: contains no class folders; {LAYOUT}")
+    if not chosen and classes == "top":
+        _say_nested_parts(home, names)
     for part, place in places.items():
         if place is not None:
             match(known, listed(place), where=str(home), part=f"{chosen[part]}/")
@@ -235,6 +238,18 @@ def _say_ignored(home: Path, names: Sequence[str], chosen: Mapping[str, str]) ->
             warn(f"{home}: the folders {some(classes)} are learned as classes, as dataset.splits={{}} asks")
     if ignored:
         warn(f"{home}: ignored, because they are in no class folder of a part: {some(ignored)}")
+
+
+def _say_nested_parts(home: Path, names: Sequence[str]) -> None:
+    """Warn about class folders in which there are training and test parts: they are probably data sets."""
+    looked = names[:LOOKED]
+    nested = [name for name in looked if {"train", "test"} <= {part_of(inner) for inner in subfolders(home / name)}]
+    if nested:
+        warn(
+            f"{home}: in {some(nested)} there are folders called train and test, which are not read as parts: all "
+            "images of such a folder are one class, divided by dataset.test_fraction; set dataset.root to one of them, "
+            "use dataset=folder_domains or dataset=folder_sequence, or name images and parts in a list (dataset=list)"
+        )
 
 
 def _images(folder: Path) -> list[str]:
