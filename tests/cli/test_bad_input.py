@@ -376,7 +376,7 @@ FOUND_BY_TASKS = {
     "flat images": (["dataset.image_shape=[1,8]"], "dataset.image_shape: must be three positive integers ..."),
     "no rows to learn": (
         ["dataset.val_fraction=0.99"],
-        "dataset.val_fraction: 0.99 leaves class c0 no training rows ...",
+        "dataset.val_fraction: 0.99 leaves class c0 and 5 more classes no training rows ...",
     ),
     "word for augmentations": (["dataset.augment=crop"], "dataset.augment: expected a list, got 'crop'"),
     "augmentation in a list": (

@@ -122,7 +122,7 @@ LAYOUTS = {
     "parts within classes": Layout(
         ("{cat,dog}/train/{a,b,c,d,e,f}.png", "{cat,dog}/test/{a,b}.png"),
         rows=(5, 11),
-        notes=("in cat, dog there are folders called train and test", "or name images and parts in a list"),
+        notes=("or name images and parts in a list (dataset=list)",),
     ),
     "train alone": Layout(
         (TRAIN,), error="contains train but no test part; add one, or set dataset.splits={train: train}"

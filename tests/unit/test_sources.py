@@ -132,9 +132,14 @@ def test_classes_may_have_fractions_of_their_own() -> None:
     assert cut_validation(labels, {"cat": 0}, 0, class_names=names)[1] is None
     with pytest.raises(ConfigError, match="^dataset.val_fraction: there is no class 'cta'; did you mean 'cat'"):
         cut_validation(labels, {"cta": 0.5}, 0, class_names=names)
-    with pytest.raises(ConfigError, match="{cat: 0, others: 0.96}") as raised:
-        cut_validation(labels, 0.96, 0, class_names=names)
+    large = torch.cat([labels, torch.ones(90).long()])  # 10, 100 and 1
+    with pytest.raises(ConfigError, match="leaves class cat no training rows .*{cat: 0, others: 0.96}") as raised:
+        cut_validation(large, 0.96, 0, class_names=names)
     assert "\n" not in str(raised.value)
+    with pytest.warns(DataWarning, match="no validation rows of 7"):  # the advice, followed
+        assert cut_validation(large, {"cat": 0, "others": 0.96}, 0, class_names=names)[1] is not None
+    with pytest.raises(ConfigError, match="leaves class cat and 1 more classes no training rows .* fraction$"):
+        cut_validation(labels, 0.96, 0, class_names=names)
     with pytest.raises(ConfigError, match="choose a smaller fraction$"):  # the command line cannot write this name
         cut_validation(labels[10:20], 0.96, 0, class_names=names)
 

@@ -183,7 +183,7 @@ def cut_validation(
     if not any(fractions.values()):
         return torch.arange(len(labels)), None
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    single = []
+    single, empty = [], []
     for label in sorted(set(labels.tolist())):
         rows = (labels == label).nonzero()[:, 0]
         name = class_names[label % len(class_names)] if class_names else str(label)
@@ -193,12 +193,17 @@ def cut_validation(
             single.append(name)
             continue
         if count >= len(rows):
-            raise ConfigError(
-                f"dataset.val_fraction: {own:g} leaves class {name} no training rows (it has {len(rows)}); choose a "
-                f"smaller fraction{_for_one(name, fractions)}"
-            )
+            empty.append((name, own, len(rows)))
+            continue
         shuffled = np.random.RandomState(derive(seed, "validation", label) % 2**32).permutation(len(rows))
         held_out[rows[torch.from_numpy(shuffled[:count])]] = True
+    if empty:
+        name, own, rows_of = empty[0]
+        more = f" and {len(empty) - 1} more classes" if len(empty) > 1 else ""
+        raise ConfigError(
+            f"dataset.val_fraction: {own:g} leaves class {name}{more} no training rows (it has {rows_of}); choose a "
+            f"smaller fraction{'' if more else _for_one(name, fractions)}"
+        )
     if single:
         warn(f"dataset.val_fraction: no validation rows of {some(single)}, with one training row each")
     return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
