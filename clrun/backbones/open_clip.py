@@ -16,7 +16,7 @@ from torch import nn
 
 from clrun.backbones.tokens import BytePairs
 from clrun.backbones.weights import check_file, load_weights
-from clrun.system.errors import ConfigError, did_you_mean
+from clrun.system.errors import ConfigError, WeightsMissing, did_you_mean
 from clrun.system.libraries import not_installed
 from clrun.system.reading import read_json
 
@@ -116,7 +116,8 @@ def preflight(*, folder: str | None, model: str | None, weights: str | None, pre
     """Find what is wrong with the options of `open_clip` without building the model.
 
     Raises:
-        ConfigError: neither or both of folder and model are named; the folder, or a file that is wanted, is missing.
+        WeightsMissing: the file of weights is not there.
+        ConfigError: neither or both of folder and model are named, the folder is missing, or the file holds no weights.
     """
     if (folder is None) == (model is None):
         raise ConfigError("backbone: set one of backbone.folder (a folder of open_clip) and backbone.model (a name)")
@@ -127,11 +128,15 @@ def preflight(*, folder: str | None, model: str | None, weights: str | None, pre
     if not pretrained:
         return
     if weights is not None:
+        if not Path(weights).expanduser().exists():
+            raise WeightsMissing(
+                f"backbone.weights: there is no file {weights}, which has the weights of {model or folder}"
+            )
         check_file(Path(weights).expanduser())
     elif folder is not None:
         _weights_in(Path(folder).expanduser())
     else:
-        raise ConfigError(wanted(str(model)))
+        raise WeightsMissing(wanted(str(model)))
 
 
 open_clip.preflight = preflight  # type: ignore[attr-defined]
@@ -278,7 +283,7 @@ def _weights_in(folder: Path) -> Path:
     """
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
-        raise ConfigError(f"backbone.folder: there is no {' or '.join(WEIGHTS)} in {folder}; put the weights there")
+        raise WeightsMissing(f"backbone.folder: there is no {' or '.join(WEIGHTS)} in {folder}; put the weights there")
     return file
 
 

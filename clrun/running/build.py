@@ -29,7 +29,7 @@ from clrun.running.held_out import HeldOut
 from clrun.running.networks import check_features, check_networks, load_networks
 from clrun.running.parts import Parts, function_of, of_kind, options_of
 from clrun.running.similarity import task_similarities
-from clrun.system.errors import ConfigError, warn
+from clrun.system.errors import ConfigError, WeightsMissing, warn
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
@@ -65,7 +65,7 @@ class Built:
     held_out: HeldOut | None = None
 
 
-def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
+def build(parts: Parts, *, features: bool = True, learns: bool = True, pretrained: bool = True) -> Built:
     """Build data set, stream, backbone, method and budget on the device of `parts.hardware`.
 
     Args:
@@ -73,11 +73,12 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True) -> Built:
         features: compute or look up the features of a frozen backbone for a learner that reads them. False gives such a
             learner the backbone and images instead: its predictions are the same and take longer.
         learns: the method will learn the stream; otherwise its options are not checked against stream and budget.
+        pretrained: load the weights of the backbone that the configuration names; else it has random ones.
 
     Raises:
         ConfigError: the parts do not fit together, or data or weights are missing.
     """
-    backbone, images, text, (dataset, whole) = _images(parts, place=True, pretrained=True)
+    backbone, images, text, (dataset, whole) = _images(parts, place=True, pretrained=pretrained)
     data = identify(dataset, whole)
     networks = load_networks(parts, dataset, images.transform)
     del dataset, whole
@@ -210,9 +211,9 @@ def check_without_building(parts: Parts) -> None:
     parts.hardware.setup()
     stream = build_stream(parts, parts.load_dataset(), parts.task_order, Plain())
     _limited(stream, parts.job, None)
-    check = getattr(function_of(parts.backbone_factory), "preflight", None)
-    if check is not None and parts.job.mode != "preview":
-        check(**options_of(parts.backbone_factory))
+    missing = None if parts.job.mode == "preview" else missing_weights(parts)
+    if missing is not None and parts.job.mode != "dry_run":
+        raise missing
     if parts.job.mode != "preview":
         check_networks(parts)
 
@@ -279,6 +280,21 @@ def _check_method(parts: Parts) -> None:
     """
     parts.method_class.check_options(parts.config["method"])
     warn_of_misspelt_hooks(parts.method_class)
+
+
+def missing_weights(parts: Parts) -> WeightsMissing | None:
+    """Return which file of weights the backbone wants and does not find; its factory is asked, nothing is built.
+
+    Raises:
+        ConfigError: something else is wrong with the options of the backbone.
+    """
+    check = getattr(function_of(parts.backbone_factory), "preflight", None)
+    try:
+        if check is not None:
+            check(**options_of(parts.backbone_factory))
+    except WeightsMissing as error:
+        return error
+    return None
 
 
 def _names(parts: Parts, text: str) -> dict[str, str]:

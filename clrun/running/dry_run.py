@@ -13,7 +13,7 @@ from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.running.accounting import forward_flops, learner_parameters
-from clrun.running.build import Built, build
+from clrun.running.build import Built, build, missing_weights
 from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts
 from clrun.system.hardware import Hardware
@@ -29,7 +29,8 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
     """
     hardware = parts.hardware
     hardware.setup(job=job.number or 0, parallel=job.parallel)
-    built = build(parts, features=False)
+    missing = missing_weights(parts)
+    built = build(parts, features=False, pretrained=missing is None)
     stream = built.stream
     print(f"{masked(parts.name)}: {len(stream.tasks)} tasks, {stream.num_classes} classes, setting {stream.setting}")
     for task in stream.tasks:
@@ -43,6 +44,8 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
     image = next(built.images.tasks[0].test.batches(1)).x
     flops = forward_flops(built.backbone, image)
     print(f"input: {built.input}")
+    if missing is not None:
+        print(f"weights: random in this dry run, and a run needs them: {missing}")
     print(f"parameters: {counts['total']:,} ({counts['trainable']:,} trainable)")
     print("forward FLOPs per image: " + ("unknown" if flops is None else f"{flops:,}"))
     print(f"estimated time: {_duration(_estimate(parts, built))} on {hardware.device}")

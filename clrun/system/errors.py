@@ -15,6 +15,10 @@ class ConfigError(Exception):
     """
 
 
+class WeightsMissing(ConfigError):
+    """A file of weights is not there: a run needs it, and a dry run can do without."""
+
+
 class NumericalError(ArithmeticError):
     """A loss or a parameter became NaN or infinite: reported as one line, with exit code 1 and without traceback."""
 
