@@ -122,6 +122,7 @@ class Case:
         adaptor: width of these adaptors; 0 for gates.
         phases: names of the fits that are timed.
         vit: on a vision transformer.
+        lora: rank of low-rank updates of the layers `qkv`; 0 for none.
     """
 
     grad: tuple[int, ...] = (BATCH,)
@@ -138,6 +139,7 @@ class Case:
     adaptor: int = 0
     phases: tuple[str, ...] = ("fit",)
     vit: bool = False
+    lora: int = 0
 
 
 SLOW = {"alignment": {"rows_per_class": 8, "budget": {"batch_size": 8}}}
@@ -193,6 +195,7 @@ CASES: dict[str, Case] = {
         options=SLOW,
         grows=ALIGNED,
         vit=True,
+        lora=4,
     ),  # LoRA of rank 4 on qkv in 4 blocks, and a factor per row of the head
     "coma": Case(state=lambda n: replay_bytes(n) + 4 * n.p, options=SLOW, grows=ALIGNED),
     "cofima": Case(state=lambda n: replay_bytes(n) + 8 * n.p, options=SLOW, grows=ALIGNED),
@@ -332,6 +335,9 @@ class Bare:
         self.case, self.images, self.labels = case, split.images, split.labels
         self.model = nn.Sequential(copy.deepcopy(method.backbone), copy.deepcopy(method.head))
         self.teacher = copy.deepcopy(self.model).eval()
+        for name, layer in self.model.named_modules():
+            if case.lora and name.endswith("qkv") and isinstance(layer, nn.Linear):
+                self._update(layer, case.lora)
         params = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(params, lr=1e-3)
         size = sum(p.numel() for p in method.backbone.parameters())
@@ -360,6 +366,13 @@ class Bare:
 
         layer.register_forward_hook(changed)
         other.register_forward_hook(lambda module, args, output: seen.clear() or seen.append(output))
+
+    @staticmethod
+    def _update(layer: nn.Linear, rank: int) -> None:
+        """Add a low-rank update to the output of a layer."""
+        down, up = torch.rand(rank, layer.in_features) - 0.5, torch.zeros(layer.out_features, rank)
+        layer.down, layer.up = nn.Parameter(down), nn.Parameter(up)
+        layer.register_forward_hook(lambda module, args, y: y + F.linear(F.linear(args[0], module.down), module.up))
 
     def rows(self, count: int) -> tuple[Tensor, Tensor]:
         """Return prepared images and labels."""

@@ -72,7 +72,7 @@ class LinearLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the change of the output [..., m] for the input x [..., n]."""
-        return self.scale * F.linear(F.linear(x, self.down), self.up)
+        return F.linear(self.scale * F.linear(x, self.down), self.up)  # scaled where there are r numbers, not m
 
     def delta(self) -> Tensor:
         """Return the change [m, n] to the weight that has the same effect."""

@@ -108,10 +108,9 @@ def masked_symmetric_cross_entropy(
         weight: of the cross-entropy.
         reverse_weight: of the reverse cross-entropy.
     """
-    loss = weight * masked_cross_entropy(logits, y, mask)
+    likelihoods = logits.masked_fill(~mask, float("-inf")).log_softmax(dim=1)
+    loss = weight * F.nll_loss(likelihoods, y)
     if not reverse_weight:
         return loss
-    others = mask & ~F.one_hot(y, logits.shape[1]).bool()
-    probabilities = logits.masked_fill(~mask, float("-inf")).softmax(dim=1).clamp_min(1e-7)
-    reverse = -math.log(1e-4) * (probabilities * others).sum(dim=1).mean()
-    return loss + reverse_weight * reverse
+    wrong = (likelihoods.exp().clamp_min(1e-7) * mask).scatter(1, y[:, None], 0.0)
+    return loss - reverse_weight * math.log(1e-4) * wrong.sum(dim=1).mean()
