@@ -263,6 +263,18 @@ def test_features_of_old_classes_shrink_in_the_alignment_and_grow_in_tests() -> 
     assert method.head.scale.tolist() == [1.0] * 6
 
 
+def test_golden_factors_of_a_class_of_three_tasks_ago() -> None:
+    method, stream = born(small("slca_pp", epochs=0, feature_scale_spread=0.0, covariance="diagonal"), image_stream())
+    fourth = replace(context(stream, 2), task=replace(stream.tasks[2], index=3))
+    method.latest[:2] = torch.tensor([0, 3])
+    method.replay.rows[:2], method.replay.jitter = 1, 0.0
+    method.replay.means += 1
+    method.replay.covariances, method.replay.slots = torch.zeros(2, 32), {0: 0, 1: 1}
+    assert method.replayed(torch.arange(2), fourth)()[:, 0, 0].tolist() == pytest.approx([0.9433962, 1.0])
+    method.align_head(fourth.task, fourth)
+    assert method.head.scale.tolist() == pytest.approx([1.06, 1, 1, 1, 1, 1])
+
+
 def eval_features(method: Any, stream: Any) -> Tensor:
     with torch.inference_mode():
         features: Tensor = method.features(next(stream.tasks[0].test.batches(8)).x)
