@@ -24,9 +24,9 @@ class Merged(Method):
     Predictions use the merge. Only the trained parameters of the backbone are merged. A row of the head is the one that
     was trained with its task, unless earlier classes compete in the loss: with compete=current the rows of other
     classes are as before when a task ends, also where weight decay has moved them. In class-incremental evaluations
-    rows of different tasks compete that were never compared in training. Running statistics of batch normalisation are
-    estimated anew on the task's rows whenever the merge differs from the trained network; integer buffers are those
-    of the newest network.
+    rows of different tasks compete that were never compared in training; with two towers and `backbone.head=fixed` the
+    rows are texts, and there is nothing to merge. Running statistics of batch normalisation are estimated anew on the
+    task's rows whenever the merge differs from the trained network; integer buffers are those of the newest network.
 
     Args:
         backbone: maps prepared images to features [B, D].

@@ -31,6 +31,7 @@ from clrun.data.stream import Stream
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
 from clrun.learning.method import Method
+from clrun.learning.names import NamesHead
 from clrun.methods.merge import Merge
 from clrun.results.data_record import data_changes, data_digest
 from clrun.results.identity import config_hash, differing_keys
@@ -54,7 +55,15 @@ JOB: dict[str, Any] = {
     "tuning": None,
     "eval_every": None,
 }
-JOB |= {"eval_initial": False, "mode": "run", "save_predictions": "none", "save_logits": "none", "progress": True}
+JOB |= {
+    "eval_initial": False,
+    "mode": "run",
+    "save_predictions": "none",
+    "save_logits": "none",
+    "progress": True,
+    "eval_unseen": False,
+    "eval_extra": [],
+}
 ROWS = 64  # rows of a batch that RegMean++ reads
 
 
@@ -337,7 +346,9 @@ def _network(run: Finished, first: Finished, built: Built, options: Options) -> 
     parts.hardware.setup()
     restored = restore(run.folder, parts, digest=config_hash(run.config), data=run.stored["data"], with_initial=True)
     method = restored.method
-    plain = type(method).forward is Method.forward and type(method.head) is GrowingHead
+    head = type(method.head)
+    plain = type(method).forward is Method.forward and head in (GrowingHead, NamesHead)
+    plain = plain and head is type(built.method.head)
     if not plain or method.uses_frozen_features or method.needs_task_id:
         raise ConfigError(
             f"{run.folder}: {type(method).__name__} predicts with more than a trained backbone and a linear head, "

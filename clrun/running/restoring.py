@@ -22,6 +22,7 @@ from clrun.data.split import Split, Transform
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
+from clrun.learning.names import has_names
 from clrun.running import checkpoint
 from clrun.running.build import build_identified, new_method
 from clrun.running.checkpoint_file import Damaged, generations
@@ -173,7 +174,10 @@ def _untrained(parts: Parts) -> tuple[Method, Stream, str, Identity]:
         stream = _through(images, backbone, parts.hardware)
     further = parts.method_class.further_networks(options_of(parts.method_factory))
     networks = load_networks(parts, parts.load_dataset(), images.transform) if further else {}
-    return new_method(parts, seen, images.num_classes, networks), stream, text, identity
+    method = new_method(parts, seen, images.num_classes, networks)
+    if images.captions is not None and (method.needs_text or has_names(backbone)):
+        method.read_names(images.captions)
+    return method, stream, text, identity
 
 
 def _through(images: Stream, backbone: nn.Module, hardware: Hardware) -> Stream:

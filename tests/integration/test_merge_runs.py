@@ -100,7 +100,8 @@ def test_merging_a_run_with_itself_is_that_run(rule: str, experts: list[Path], t
     out = merged([experts[1]] * 2, tmp_path / "out", f"rule={rule}", *scale)
     for name, value in weights(experts[1]).items():
         torch.testing.assert_close(weights(out)[name], value, rtol=0, atol=1e-5)
-    assert cells(out) == cells(experts[1])
+    if "regmean" not in rule:  # whose least squares are solved to a tolerance
+        assert cells(out) == cells(experts[1])
 
 
 def test_runs_of_all_tasks_in_several_orders_give_one_row(tmp_path: Path) -> None:
@@ -196,6 +197,16 @@ def test_folders_without_a_usable_run_are_refused(
     (tmp_path / "half" / "run.json").write_text(json.dumps(stored))
     assert "add 'trust=['my_package.nets']' to the command" in refused(experts[0], tmp_path / "half")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["half"]
+
+
+def test_networks_with_texts_as_heads_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLRUN_CACHE", str(tmp_path / "cache"))
+    common = ("backbone=glyph_clip", "backbone.head=fixed", "dataset=digits", "method=finetune", "job.max_tasks=1")
+    for order, kept in (("canonical", "job.save_model=true"), ("reverse", "job.keep_checkpoint=true")):
+        run(tmp_path / order, *common, kept, f"task_order={order}", "job.max_steps=1", "job.max_eval_rows=10")
+    out = merged([tmp_path / "canonical", tmp_path / "reverse"], tmp_path / "out", "samples=10")
+    assert cells(out).keys() == {(1, 0), (2, 0), (2, 4)}
+    assert cells(out)[1, 0] == cells(tmp_path / "canonical")[1, 0]
 
 
 def test_the_command_prints_the_table_and_the_folder(
