@@ -91,6 +91,8 @@ class SlcaPp(Slca):
         compete: Compete,
     ) -> None:
         require_blocks(backbone, type(self).__name__)
+        if len(set(targets)) < len(targets):
+            raise ConfigError(f"method.targets: a layer is listed twice in {targets}; name each once")
         super().__init__(
             backbone,
             num_classes,

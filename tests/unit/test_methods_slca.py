@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, born, context, factory, image_stream, live, sgd, tiny_vit, trace
+from helpers import Net, assert_same, born, context, factory, image_stream, live, sgd, tiny_vit, trace
 from torch import Tensor, nn
 
 from clrun.learning.context import Context
@@ -303,6 +303,10 @@ def test_without_lora_and_rates_in_the_backbone_it_is_a_linear_probe() -> None:
     torch.testing.assert_close(method.head.weight, probe.head.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_a_word_that_names_nothing_is_refused() -> None:
+def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^method.tuned: no parameter of the backbone has a name with 'lora'"):
         small("slca_pp", tuned=["norm", "lora"])(tiny_vit(), 6)
+    with pytest.raises(ConfigError, match=r"^method.targets: a layer is listed twice in \['qkv', 'qkv'\]"):
+        small("slca_pp", targets=["qkv", "qkv"])(tiny_vit(), 6)
+    with pytest.raises(ConfigError, match=r"^backbone: SlcaPp needs a transformer with blocks"):
+        small("slca_pp")(Net(), 6)
