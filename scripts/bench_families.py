@@ -123,6 +123,7 @@ class Case:
         phases: names of the fits that are timed.
         vit: on a vision transformer.
         lora: rank of low-rank updates of the layers `qkv`; 0 for none.
+        frozen: the method's own backbone is frozen, but the passes with gradient go through all weights.
     """
 
     grad: tuple[int, ...] = (BATCH,)
@@ -140,6 +141,7 @@ class Case:
     phases: tuple[str, ...] = ("fit",)
     vit: bool = False
     lora: int = 0
+    frozen: bool = False
 
 
 SLOW = {"alignment": {"rows_per_class": 8, "budget": {"batch_size": 8}}}
@@ -199,6 +201,21 @@ CASES: dict[str, Case] = {
     ),  # LoRA of rank 4 on qkv in 4 blocks, and a factor per row of the head
     "coma": Case(state=lambda n: replay_bytes(n) + 4 * n.p, options=SLOW, grows=ALIGNED),
     "cofima": Case(state=lambda n: replay_bytes(n) + 8 * n.p, options=SLOW, grows=ALIGNED),
+    "esn": Case(grows="the temperature of a task is searched with the classifiers of all earlier ones"),
+    "swag": Case(
+        vector=PENALTY + 6 / 4,  # every fourth step of the tail a snapshot: mean, square and deviation
+        state=lambda n: 2 * 4 * (n.p + n.head) + 8 * n.p,  # variances and a deviation; importance and anchor
+        options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 4.0},
+    ),
+    "dlcft": Case(  # value and derivative by one pass in forward mode, the gradient by an ordinary pass
+        read=(BATCH, BATCH),
+        vector=PENALTY,
+        products=1,
+        state=lambda n: 4 * (2 * n.p + n.kronecker + n.method.num_classes * (n.features + 2) + (n.features + 1) ** 2),
+        options={"samples": 32},
+        frozen=True,
+    ),
+    "b_tuning": Case(state=lambda n: 4 * n.p),  # a copy of the student; its answers are stored during a task
     "packnet": Case(
         vector=1 + 2, state=lambda n: n.weights, setting="til", phases=("fit", "retrain")
     ),  # masked weights; gradient and restoration
@@ -334,6 +351,8 @@ class Bare:
     def __init__(self, case: Case, method: Method, split: TensorSplit) -> None:
         self.case, self.images, self.labels = case, split.images, split.labels
         self.model = nn.Sequential(copy.deepcopy(method.backbone), copy.deepcopy(method.head))
+        if case.frozen:
+            self.model.requires_grad_(True)
         self.teacher = copy.deepcopy(self.model).eval()
         for name, layer in self.model.named_modules():
             if case.lora and name.endswith("qkv") and isinstance(layer, nn.Linear):

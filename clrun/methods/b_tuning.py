@@ -62,6 +62,9 @@ class BTuning(Method):
         strength: lambda; 0 is finetuning.
         anchor: "current" or "seen".
         reduction: "mean" over rows and classes, or "sum_classes": the sum over classes, averaged over rows.
+        clip_norm: largest norm of the gradient while there are read-outs; None does not clip. It is not published:
+            features that have adapted to earlier tasks may hardly differ between the classes of a new one, so that
+            their read-outs and with them the gradients are large.
         head_lr_factor: learning rate of the head relative to that of the budget.
         head_std: standard deviation of new rows of the head, whose biases are 0; None initialises them as `nn.Linear`.
         compete: classes that compete in the cross-entropy, see `clrun.learning.losses`.
@@ -81,6 +84,7 @@ class BTuning(Method):
         strength: NonNegative,
         anchor: Literal["current", "seen"],
         reduction: Literal["mean", "sum_classes"],
+        clip_norm: Positive | None,
         head_lr_factor: NonNegative,
         head_std: NonNegative | None,
         compete: Compete,
@@ -88,7 +92,7 @@ class BTuning(Method):
         super().__init__(backbone, num_classes, compete=compete)
         self.head: GrowingHead = GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
         self.self_teacher, self.k, self.temperature, self.strength = self_teacher, k, temperature, strength
-        self.anchor, self.reduction = anchor, reduction
+        self.anchor, self.reduction, self.clip_norm = anchor, reduction, clip_norm
         self.head_lr_factor, self.head_std = head_lr_factor, head_std
         self.teachers: list[FrozenNetwork] = []
         if self_teacher == "initial":
@@ -198,6 +202,10 @@ class BTuning(Method):
         error = (features.float() @ self.read_outs.of_student().T - target).square()
         distance = error.mean() if self.reduction == "mean" else error.sum(dim=1).mean()
         return loss + self.strength * distance
+
+    def adjust_gradients(self, ctx: Context) -> None:
+        if self.clip_norm is not None and self.read_outs is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm)
 
     def trainable(self) -> Any:
         if self.head_lr_factor == 1:
