@@ -1,8 +1,8 @@
 """Names of classes as text: their encoded captions, and a head whose rows are these texts.
 
-A backbone with a text side has an attribute `joint` (`JointSpace` of `clrun.backbones.two_towers`, or anything with
-`project`, `encode_texts`, `scale`, `dim` and `head`). Notation: f features [B, D], g(f) = `joint.project(f)` [B, d],
-n(v) = v / |v|, t_{k,m} caption m of class k, kappa = `joint.scale`.
+A backbone with a text side has an attribute `joint`: `JointSpace` of `clrun.backbones.two_towers`, or a module with its
+`project`, `encode_texts`, `tokenize`, `encode_text`, `scale`, `dim` and `head`. Notation: f features [B, D], g(f) =
+`joint.project(f)` [B, d], n(v) = v / |v|, t_{k,m} caption m of class k, kappa = `joint.scale`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -64,11 +64,12 @@ class NamesHead(GrowingHead):
         self.active: list[int] | None = None
         self.weight.requires_grad_(names == "init")
         self._made_from: tuple[Any, ...] = ()
+        self._tokens: tuple[list[int], Tensor] | None = None  # of the first captions of classes in training
         self._others: tuple[Captions, tuple[Any, ...], Tensor] | None = None  # of the data set asked for last
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what holds in this process alone: from which tensors the texts were computed."""
-        return {**self.__dict__, "_made_from": (), "_others": None}
+        return {**self.__dict__, "_made_from": (), "_others": None, "_tokens": None}
 
     @property
     def joint(self) -> Any:
@@ -97,7 +98,9 @@ class NamesHead(GrowingHead):
     def texts(self, classes: list[int]) -> Tensor:
         """Return w [k, d] of classes with gradients, as training with "live" uses it: the first template alone."""
         assert self.captions is not None, "the method reads the captions before its first task"
-        return F.normalize(self.joint.encode_texts([self.captions.of(label)[0] for label in classes]), dim=1)
+        if self._tokens is None or self._tokens[0] != classes:
+            self._tokens = classes, self.joint.tokenize([self.captions.of(label)[0] for label in classes])
+        return F.normalize(self.joint.encode_text(self._tokens[1]), dim=1)
 
     def final_texts(self, classes: list[int]) -> Tensor:
         """Return w [k, d] of classes without gradients, as predictions use it: all templates."""
@@ -135,6 +138,8 @@ class NamesHead(GrowingHead):
             return self.weight
         classes = self.initialised.nonzero()[:, 0].tolist() if self.active is None else self.active
         texts = self.texts(classes)
+        if len(texts) == len(self.weight) and classes == list(range(len(classes))):
+            return texts
         index = torch.tensor(classes, device=texts.device)
         return self.weight.detach().to(texts.dtype).index_copy(0, index, texts)
 

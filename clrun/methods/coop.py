@@ -57,6 +57,11 @@ class ContextHead(NamesHead):
         self.length, self.position = length, position
         self.contexts = nn.ParameterList()
         self.register_buffer("owner", torch.full((num_classes, 2), -1))
+        self._prompts: tuple[Any, ...] | None = None  # those asked for last, without their vectors
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without what is computed again."""
+        return {**super().__getstate__(), "_prompts": None}
 
     def read(self, captions: Captions | None) -> None:
         """Take the names of all classes, and find the places of the vectors in their prompts.
@@ -89,6 +94,7 @@ class ContextHead(NamesHead):
             self.owner[new, 0] = len(self.contexts)
             self.owner[new, 1] = torch.arange(len(new), device=new.device) if len(vectors) > 1 else 0
             self.contexts.append(nn.Parameter(vectors))
+            self._prompts = None
 
     def train_only(self, classes: Tensor) -> None:
         """Let only the contexts of these classes be trained."""
@@ -98,14 +104,34 @@ class ContextHead(NamesHead):
 
     def texts(self, classes: list[int]) -> Tensor:
         """Return w [k, d] of classes, with gradients to their contexts."""
-        ids = self.ids[classes].to(self.weight.device)
-        groups, places = self.owner[classes].unbind(dim=1)
-        vectors = torch.stack([self.contexts[g][p] for g, p in zip(groups.tolist(), places.tolist(), strict=True)])
-        embeddings: Tensor = self.joint.embed_tokens(ids)
-        index = self.places[classes].to(ids.device)[:, :, None].expand(-1, -1, embeddings.shape[2])
-        eot = ids.argmax(dim=1)
-        prompts = embeddings.scatter(1, index, vectors.to(embeddings))[:, : int(eot.max()) + 1]
+        asked = classes, torch.is_inference_mode_enabled()  # tensors made in that mode cannot be trained through
+        if self._prompts is None or self._prompts[0] != asked:
+            self._prompts = asked, *self._without_vectors(classes)
+        _, groups, embeddings, index, eot = self._prompts
+        parts = [self.contexts[group][places] for group, places in groups]
+        vectors = parts[0] if len(parts) == 1 else torch.cat(parts)
+        prompts = embeddings.scatter(1, index, vectors.expand(len(eot), -1, -1).to(embeddings))
         return F.normalize(self.joint.text_from_embeddings(prompts, eot), dim=1)
+
+    def _without_vectors(self, classes: list[int]) -> tuple[list[tuple[int, Any]], Tensor, Tensor, Tensor]:
+        """Return what is constant in the prompts of classes.
+
+        That is the rows of each group of contexts that they have in turn, the embeddings of the tokens [k, L, w] with
+        places for the vectors, the index [k, M, w] of these places, and the places [k] of the end-of-text marks.
+        """
+        groups: list[tuple[int, Any]] = []
+        for group, place in self.owner[classes].tolist():
+            if groups and groups[-1][0] == group:
+                groups[-1][1].append(place)
+            else:
+                groups.append((group, [place]))
+        if len(groups) == 1 and len(self.contexts[groups[0][0]]) == 1:
+            groups = [(groups[0][0], slice(None))]  # one context for all: no copies
+        ids = self.ids[classes].to(self.weight.device)
+        eot = ids.argmax(dim=1)
+        embeddings: Tensor = self.joint.embed_tokens(ids[:, : int(eot.max()) + 1])
+        index = self.places[classes].to(ids.device)[:, :, None].expand(-1, -1, embeddings.shape[2])
+        return groups, embeddings, index, eot
 
     def final_texts(self, classes: list[int]) -> Tensor:
         """Return w [k, d] of classes without gradients; a class without context has the texts of its captions."""
