@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.params import Carrier
-from clrun.blocks.statistics import ClassStats, Moments, cholesky
+from clrun.blocks.statistics import ClassStats, Moments, cholesky, shrunk
 from clrun.data.split import Batch, TensorSplit
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
@@ -46,12 +46,22 @@ class GaussianReplay(Carrier):
         covariance: "full": a matrix per class. "diagonal": the variances of each class. "shared": one matrix for all
             classes, that of all rows about the means of their classes.
         jitter: added to the diagonal of each covariance, in units of squared features.
+        shrinkage: alpha1 and alpha2 of `clrun.blocks.statistics.shrunk`, which is applied to each covariance after the
+            jitter when features are drawn; not for "diagonal".
     """
 
-    def __init__(self, num_features: int, num_classes: int, *, covariance: Covariance, jitter: float) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        *,
+        covariance: Covariance,
+        jitter: float,
+        shrinkage: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
         self.covariance: Covariance = covariance
-        self.jitter = jitter
+        self.jitter, self.shrinkage = jitter, shrinkage
         self.rows = torch.zeros(num_classes, dtype=torch.long)
         self.means = torch.zeros(num_classes, num_features, dtype=torch.float64)
         square = 1 if covariance == "diagonal" else 2
@@ -136,6 +146,8 @@ class GaussianReplay(Carrier):
         if self.jitter:
             covariance = covariance.clone()
             covariance.diagonal().add_(self.jitter)
+        if self.shrinkage is not None:
+            covariance = shrunk(covariance, *self.shrinkage)
         return cholesky(covariance) if covariance.any() else covariance
 
 
@@ -150,6 +162,10 @@ class Sampler:
 
     means: Tensor
     factors: Sequence[Tensor]
+
+    def of(self, places: Sequence[int]) -> "Sampler":
+        """Return a sampler of the Gaussians at these places, in this order; a place may come several times."""
+        return Sampler(self.means[list(places)], [self.factors[place] for place in places])
 
     def __call__(self, rows: int, generator: torch.Generator) -> Tensor:
         """Return [k, rows, D] float32: `rows` independent draws from each Gaussian.

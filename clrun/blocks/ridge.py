@@ -5,9 +5,10 @@ eigenvalues. H [n, M] are the features and Y [n, C] the one-hot labels of the ro
 solution is W(strength) = (G + strength I)^-1 Q.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +18,32 @@ from clrun.system.seeding import generator
 
 
 class RandomProjection(nn.Module):
-    """The projection h = ReLU(f W) with a fixed Gaussian matrix W [D, M], which is not scaled.
+    """The projection h = ReLU(f W) with a fixed random matrix W [D, M].
 
-    Source: RanPAC (McDonnell et al., NeurIPS 2023, section 4.1).
+    Sources: RanPAC (McDonnell et al., NeurIPS 2023, section 4.1), whose matrix is normal; RAIL and ACIL, whose matrix
+    is uniform. A strength gamma of the ridge with a uniform matrix is about the strength 3 D gamma with a normal one,
+    because h is proportional to the scale of W.
 
     Args:
         num_features: D.
         width: M; 0 leaves the features as they are.
         seed: seed of W, which is drawn from a separate generator.
+        kind: distribution of the entries of W: "normal", with mean 0 and variance 1; "uniform" between -1/sqrt(D) and
+            1/sqrt(D), as the rows of `nn.Linear`.
     """
 
     weight: Tensor
 
-    def __init__(self, num_features: int, width: int, *, seed: int) -> None:
+    def __init__(
+        self, num_features: int, width: int, *, seed: int, kind: Literal["normal", "uniform"] = "normal"
+    ) -> None:
         super().__init__()
         self.num_features = width or num_features
-        draw = torch.randn(num_features, width, generator=generator(seed, "random projection"))
+        source = generator(seed, "random projection")
+        if kind == "normal":
+            draw = torch.randn(num_features, width, generator=source)
+        else:
+            draw = (2 * torch.rand(num_features, width, generator=source) - 1) / math.sqrt(num_features)
         self.register_buffer("weight", draw)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -302,6 +302,23 @@ def oas(covariance: Tensor, rows: int) -> float:
     return min(1.0, ((1 - 2 / width) * square + trace) / denominator)
 
 
+def shrunk(covariance: Tensor, alpha1: float, alpha2: float) -> Tensor:
+    """Return S + alpha1 V1 I + alpha2 V2 (11' - I): V1 the mean of the diagonal of S, V2 that off the diagonal.
+
+    This is the shrinkage of FeCAM (Goswami et al., NeurIPS 2023, arXiv 2309.14062), which RAPF uses too.
+
+    Args:
+        covariance: S [D, D].
+        alpha1: shrinkage of the diagonal.
+        alpha2: shrinkage off the diagonal.
+    """
+    width, trace = len(covariance), covariance.trace()
+    off = alpha2 * (covariance.sum() - trace) / max(1, width * (width - 1))
+    result = covariance + off
+    result.diagonal().add_(alpha1 * trace / width - off)
+    return result
+
+
 def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
     """Return matrix^-1 right [D, k] for a symmetric positive definite matrix [D, D], by its Cholesky factor.
 
@@ -331,4 +348,15 @@ def cholesky(matrix: Tensor) -> Tensor:
     raise ArithmeticError("a covariance or Gram matrix is not finite")
 
 
-__all__ = ["ClassStats", "ExactSum", "SymmetricSum", "cholesky", "extract", "lda", "oas", "solve_positive", "together"]
+__all__ = [
+    "ClassStats",
+    "ExactSum",
+    "SymmetricSum",
+    "cholesky",
+    "extract",
+    "lda",
+    "oas",
+    "shrunk",
+    "solve_positive",
+    "together",
+]

@@ -114,3 +114,13 @@ def masked_symmetric_cross_entropy(
         return loss
     wrong = (likelihoods.exp().clamp_min(1e-7) * mask).scatter(1, y[:, None], 0.0)
     return loss - reverse_weight * math.log(1e-4) * wrong.sum(dim=1).mean()
+
+
+def paired_cross_entropy(logits: Tensor) -> Tensor:
+    """Return the symmetric loss [] of CLIP of logits [B, B] of B images (rows) and their texts (columns), in order.
+
+    It is the mean of the cross-entropy of each image over all texts, and of each text over all images. Texts of other
+    images of the same class count as negatives, too.
+    """
+    own = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own))

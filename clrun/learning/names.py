@@ -105,7 +105,11 @@ class NamesHead(GrowingHead):
     def final_texts(self, classes: list[int]) -> Tensor:
         """Return w [k, d] of classes without gradients, as predictions use it: all templates."""
         assert self.captions is not None, "the method reads the captions before its first task"
-        return torch.stack([class_text(own) for own in caption_features(self._of[0], self.captions, classes)])
+        return torch.stack([self.ensemble(own) for own in caption_features(self._of[0], self.captions, classes)])
+
+    def ensemble(self, features: Tensor) -> Tensor:
+        """Return w [d] of the text embeddings [M, d] of the captions of one class, see `class_text`."""
+        return class_text(features)
 
     def sources(self) -> Iterable[Tensor]:
         """Return the tensors on which the rows depend."""
@@ -145,25 +149,34 @@ class NamesHead(GrowingHead):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, C] of features [B, D]."""
-        embeddings = F.normalize(self.joint.project(features), dim=1)
-        logits: Tensor = self.joint.scale * F.linear(embeddings, self.rows())
+        return self.match(self.embed(features), self.rows())
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Return the unit image embeddings n(g(f)) [B, d] of features [B, D]."""
+        return F.normalize(self.joint.project(features), dim=1)
+
+    def match(self, embeddings: Tensor, texts: Tensor) -> Tensor:
+        """Return kappa times the products [B, K] of unit embeddings [B, d] and texts [K, d]."""
+        logits: Tensor = self.joint.scale * F.linear(embeddings, texts)
         return logits
 
     def other_texts(self, captions: Captions) -> Tensor:
         """Return w [K, d] of other classes, without gradients, as predictions use it."""
         own = [captions.of(label) for label in range(len(captions.classes))]
         features = self.joint.encode_texts([text for texts in own for text in texts])
-        return torch.stack([class_text(part) for part in torch.split(features, list(map(len, own)))])
+        return torch.stack([self.ensemble(part) for part in torch.split(features, list(map(len, own)))])
 
-    def score(self, features: Tensor, captions: Captions) -> Tensor:
-        """Return logits [B, K] of features [B, D] over K other classes; their texts are encoded once per change."""
+    def rows_of(self, captions: Captions) -> Tensor:
+        """Return `other_texts` [K, d], which are encoded once per change of what they depend on."""
         version = self._version_of_sources()
         if self._others is None or self._others[0] is not captions or self._others[1] != version:
             with torch.no_grad():
                 self._others = captions, version, self.other_texts(captions)
-        embeddings = F.normalize(self.joint.project(features), dim=1)
-        logits: Tensor = self.joint.scale * F.linear(embeddings, self._others[2])
-        return logits
+        return self._others[2]
+
+    def score(self, features: Tensor, captions: Captions) -> Tensor:
+        """Return logits [B, K] of features [B, D] over K other classes, which are given by their captions."""
+        return self.match(self.embed(features), self.rows_of(captions))
 
 
 def has_names(backbone: nn.Module) -> bool:

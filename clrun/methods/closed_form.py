@@ -74,6 +74,11 @@ class ClosedForm(Method):
         """Add features [N, D] with labels [N] of stored `rows` [N] to the statistics of a task."""
         statistics["features"].update(self.lift(features), y)
 
+    def score_features(self, features: Tensor) -> Tensor:
+        """Return scores [B, C] of features [B, D] fp32, as a new tensor, before forgotten classes are pushed down."""
+        scores: Tensor = self.head(self.lift(features))
+        return scores
+
     def solve(self, task: Task, ctx: Context) -> None:
         """Compute the head from `self.statistics`; `task` is the latest one."""
         raise NotImplementedError
@@ -156,7 +161,7 @@ class ClosedForm(Method):
     def scores(self, features: Tensor) -> Tensor:
         """Return scores [B, C] of features [B, D]."""
         with torch.autocast(features.device.type, enabled=False):
-            scores: Tensor = self.head(self.lift(features.float()))
+            scores = self.score_features(features.float())
         if self.lost:
             scores[:, self.lost] = scores.min(dim=1, keepdim=True).values - FAR_BELOW
         return scores

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.blocks.statistics import ClassStats, Moments, cholesky
+from clrun.blocks.statistics import ClassStats, Moments, cholesky, shrunk
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.methods.closed_form import ClosedForm
@@ -112,15 +112,6 @@ class Fecam(ClosedForm):
         identity = torch.eye(len(factor)).to(factor)
         inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
         return inverse.float()
-
-
-def shrunk(covariance: Tensor, alpha1: float, alpha2: float) -> Tensor:
-    """Return S + alpha1 V1 I + alpha2 V2 (11' - I): V1 the mean of the diagonal of S, V2 that off the diagonal."""
-    width, trace = len(covariance), covariance.trace()
-    off = alpha2 * (covariance.sum() - trace) / max(1, width * (width - 1))
-    result = covariance + off
-    result.diagonal().add_(alpha1 * trace / width - off)
-    return result
 
 
 def correlation(covariance: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
 ]
 # Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in ("fecam", "lda", "ncm", "ranpac", "simplecil", "stl", "zero_shot")),
+    *((name, {}) for name in ("fecam", "lda", "ncm", "rail", "ranpac", "simplecil", "stl", "zero_shot")),
     ("joint", {"mode": "once"}),
     ("simplecil", {"metric": "euclidean", "normalise_before_mean": True}),
     ("simplecil", {"keep_task_statistics": True}),
@@ -68,6 +68,8 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
     ("ranpac", {"m": 100, "rule": "gcv"}),
     ("ranpac", {"m": 0, "rule": "fixed", "strengths": [1.0]}),
     ("ranpac", {"m": 100, "keep_task_statistics": True}),
+    ("rail", {"form": "dual"}),
+    ("rail", {"m": 0, "gate": "none", "keep_task_statistics": True}),
     ("fecam", {"recipe": "cnn", "alpha2": 1.0, "shrinkages": 2}),
     ("fecam", {"covariance": "common"}),
     ("fecam", {"covariance": "diagonal"}),
@@ -79,7 +81,7 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
 
 
 # Options that make a learner cheap enough for its many lives here; no promise depends on them.
-SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}}
+SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}, "rail": {"m": 100}}
 SMALL |= {name: {"alignment": {"rows_per_class": 16}} for name in ("slca", "slca_pp", "coma", "cofima")}
 # Published strengths are for other learning rates than that of these short lives.
 SMALL |= {"zscl": {"reference_rows": 8, "reference_size": 4}}

@@ -9,10 +9,10 @@ from helpers import Identity, born, context, factory, image_stream, live, row_st
 from test_blocks_statistics import TOY, gaussians
 from torch import Tensor
 
-from clrun.blocks.statistics import cholesky
+from clrun.blocks.statistics import cholesky, shrunk
 from clrun.data.stream import Stream
 from clrun.learning.method import Method
-from clrun.methods.fecam import correlation, shrunk
+from clrun.methods.fecam import correlation
 from clrun.methods.ranpac import uniform
 from clrun.system.errors import ConfigError
 
