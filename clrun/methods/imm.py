@@ -50,6 +50,7 @@ class Imm(Merged):
             expectation is that of theta: dropout around theta_(t-1) instead of around 0.
         labels: how the labels of the Fisher information are chosen, see `clrun.blocks.curvature.estimate`.
         samples: number of rows of the task for the Fisher information; None for all.
+        modules: patterns for the parameters that are trained and merged, see `Merged`.
         sums: how sums are stored, "exact" or "single"; see `Merged`.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -68,6 +69,7 @@ class Imm(Merged):
         drop_transfer: Fraction,
         labels: Labels,
         samples: PositiveInt | None,
+        modules: list[str],
         sums: Sums,
         compete: Compete,
     ) -> None:
@@ -78,6 +80,7 @@ class Imm(Merged):
             train_from="previous" if weight_transfer else "initial",
             labels=labels,
             samples=samples,
+            modules=modules,
             sums=sums,
             compete=compete,
         )

@@ -68,6 +68,7 @@ class Merge(Merged):
         ema: options of rule=ema.
         labels: how the labels of the Fisher information are chosen, see `clrun.blocks.curvature.estimate`.
         samples: number of rows of the task for Fisher information and second moments; None for all.
+        modules: patterns for the parameters that are trained and merged, see `Merged`.
         sums: how sums are stored, "exact" or "single".
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -91,6 +92,7 @@ class Merge(Merged):
         ema: merging.Ema,
         labels: Labels,
         samples: PositiveInt | None,
+        modules: list[str],
         sums: Sums,
         compete: Compete,
     ) -> None:
@@ -106,6 +108,7 @@ class Merge(Merged):
             train_from=train_from,
             labels=labels,
             samples=samples,
+            modules=modules,
             sums=sums,
             compete=compete,
         )

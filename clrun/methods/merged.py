@@ -1,6 +1,7 @@
 """The base of methods that train a network per task and predict with the merge of all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.losses import Compete
 from clrun.learning.method import Method
+from clrun.system.errors import ConfigError
 
 Start = Literal["initial", "previous", "merged", "runs"]
 Sums = Literal["exact", "single"]
@@ -37,6 +39,8 @@ class Merged(Method):
             `clrun merge` writes for networks of finished runs, and cannot be trained.
         labels: how the labels of the Fisher information are chosen, see `clrun.blocks.curvature.estimate`.
         samples: number of rows of the task for Fisher information and second moments; None for all.
+        modules: shell-style patterns; parameters of the backbone are trained and merged if their name, or that of their
+            module, matches one. All others stay as they are.
         sums: "exact", so that a rule which commutes gives the same bits for every order of tasks; or "single".
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -50,10 +54,12 @@ class Merged(Method):
         train_from: Start,
         labels: Labels,
         samples: int | None,
+        modules: Sequence[str],
         sums: Sums,
         compete: Compete,
     ) -> None:
         super().__init__(backbone, num_classes, compete=compete)
+        train_only(backbone, modules)
         self.rule, self.train_from, self.labels, self.samples = rule, train_from, labels, samples
         self.rule.begin(
             select(backbone),
@@ -124,3 +130,19 @@ class Merged(Method):
         with torch.no_grad():
             for name, value in values.items():
                 own[name].copy_(value)
+
+
+def train_only(backbone: nn.Module, modules: Sequence[str]) -> None:
+    """Stop the training of the parameters that no pattern matches; see `Merged`.
+
+    Raises:
+        ConfigError: a pattern matches nothing.
+    """
+    found = select(backbone)
+    names = {name: (name, name.rpartition(".")[0]) for name in found}
+    for pattern in modules:
+        if pattern != "*" and not any(fnmatchcase(n, pattern) for pair in names.values() for n in pair):
+            known = ", ".join(dict.fromkeys(module for _, module in names.values()))
+            raise ConfigError(f"method.modules: no trained parameter matches '{pattern}' (modules: {known})")
+    for name, parameter in found.items():
+        parameter.requires_grad_(any(fnmatchcase(n, pattern) for n in names[name] for pattern in modules))

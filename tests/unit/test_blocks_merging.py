@@ -339,6 +339,19 @@ def test_trimming_keeps_exactly_the_entries_asked_for(keep: float, count: int) -
     assert trimmed.abs().sum() == values.abs().sort(descending=True).values[:count].sum()
 
 
+def test_ties_is_trim_elect_and_merge_of_all_vectors_at_once() -> None:
+    source = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(50, generator=source, dtype=torch.float64) for _ in range(6)]
+    trimmed = torch.stack([torch.where(v.abs() >= v.abs().sort().values[40], v, 0) for v in vectors])
+    sign = trimmed.sum(dim=0).sign()
+    agree = (trimmed.sign() == sign) & (trimmed != 0)
+    expected = (trimmed * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+    found = folded(rule_of("ties", keep=0.2, scale=1.0), *(tuple(v.tolist()) for v in vectors))
+    torch.testing.assert_close(torch.tensor(found).double(), expected, rtol=0, atol=1e-6)
+    largest = folded(rule_of("magmax", scale=1.0), *(tuple(v.tolist()) for v in vectors))
+    assert max(map(abs, largest)) == pytest.approx(float(torch.stack(vectors).abs().max()))
+
+
 def test_votes_go_beyond_one_byte_and_a_cancelled_sign_follows_the_majority() -> None:
     rule = rule_of("ties", keep=1.0, scale=1.0)
     rule.begin(vector(0.0, 0.0))
@@ -489,6 +502,23 @@ def test_least_squares_fits_merge_to_the_joint_fit(gram: str, rows: tuple[int, .
     value = rule.value()
     off = float((torch.cat([value["weight"], value["bias"][:, None]], dim=1) - joint).abs().max())
     assert (off < 1e-12) == equal
+
+
+def test_regmean_minimises_the_change_of_all_outputs() -> None:
+    found, _ = fits(8, 20)
+    rule, equal = rule_of("regmean", alpha=1.0), rule_of("regmean", alpha=0.3)
+    source = torch.Generator().manual_seed(1)
+    networks = [torch.randn(2, 4, generator=source, dtype=torch.float64) for _ in found]
+    for network, (_, _, x) in zip(networks, found, strict=True):
+        parts = {"weight": network[:, :3], "bias": network[:, 3]}
+        rule.add(parts, Evidence(grams={"": Gram(x.T @ x, len(x))}))
+        equal.add(parts, Evidence(grams={"": Gram(found[0][2].T @ found[0][2], 8)}))
+    value = rule.value()
+    whole = torch.cat([value["weight"], value["bias"][:, None]], dim=1).requires_grad_()
+    change = sum((x @ (whole - w).T).square().sum() for w, (_, _, x) in zip(networks, found, strict=True))
+    (grad,) = torch.autograd.grad(change, whole)
+    assert float(grad.abs().max()) < 1e-12
+    torch.testing.assert_close(equal.value()["weight"], (networks[0] + networks[1])[:, :3] / 2, rtol=0, atol=1e-12)
 
 
 def test_ridge_fits_merge_to_ridge_with_the_summed_penalty_and_damping_tends_to_the_mean() -> None:

@@ -113,6 +113,16 @@ def test_tasks_start_where_they_should_and_the_merge_is_that_of_the_trained_netw
         assert_same(mean.value(), now)
 
 
+def test_modules_limit_what_is_trained_and_merged() -> None:
+    method, stream = born(factory("merge", modules=["linear", "norm.*"]), image_stream())
+    before = clone(dict(method.backbone.named_parameters()))
+    live(method, stream)
+    moved = {name for name, p in method.backbone.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"linear.weight", "linear.bias", "norm.weight", "norm.bias"} == method.rule.shapes.keys()
+    with pytest.raises(ConfigError, match=r"method.modules: no trained parameter matches 'block.*' \(modules: conv, "):
+        born(factory("merge", modules=["linear", "block.*"]), image_stream())
+
+
 def test_a_class_keeps_the_row_that_its_task_trained() -> None:
     method, stream = born(factory("merge"), image_stream())
     rows = trace(lambda m: m.head.weight.clone(), method, stream, budget=sgd(weight_decay=0.1))
