@@ -48,9 +48,9 @@ class Imm(Merged):
         drop_transfer: p. In every step each unit of a linear layer or channel of a convolution uses theta_(t-1) with
             probability p, for a whole image, and otherwise theta / (1 - p) - p / (1 - p) theta_(t-1), so that its
             expectation is that of theta: dropout around theta_(t-1) instead of around 0.
+        modules: patterns for the parameters that are trained and merged, see `Merged`.
         labels: how the labels of the Fisher information are chosen, see `clrun.blocks.curvature.estimate`.
         samples: number of rows of the task for the Fisher information; None for all.
-        modules: patterns for the parameters that are trained and merged, see `Merged`.
         sums: how sums are stored, "exact" or "single"; see `Merged`.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
@@ -67,9 +67,9 @@ class Imm(Merged):
         weight_transfer: bool,
         l2_transfer: NonNegative,
         drop_transfer: Fraction,
+        modules: list[str],
         labels: Labels,
         samples: PositiveInt | None,
-        modules: list[str],
         sums: Sums,
         compete: Compete,
     ) -> None:
@@ -78,9 +78,9 @@ class Imm(Merged):
             num_classes,
             rule=ImmMean() if matching == "mean" else ImmMode(),
             train_from="previous" if weight_transfer else "initial",
+            modules=modules,
             labels=labels,
             samples=samples,
-            modules=modules,
             sums=sums,
             compete=compete,
         )
