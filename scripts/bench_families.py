@@ -207,7 +207,9 @@ CASES: dict[str, Case] = {
         state=lambda n: 2 * 4 * (n.p + n.head) + 8 * n.p,  # variances and a deviation; importance and anchor
         options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 4.0},
     ),
-    "dlcft": Case(  # value and derivative by one pass in forward mode, the gradient by an ordinary pass
+    # The value and the derivative by input and weight of each layer are three forward passes, of which the first
+    # one has a backward pass. Forward mode takes longer where torch has no kernel for it: norms and attention.
+    "dlcft": Case(
         read=(BATCH, BATCH),
         vector=PENALTY,
         products=1,

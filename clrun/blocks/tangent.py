@@ -8,19 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call, jvp, vjp
+from torch.autograd import Function, forward_ad
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
-
-from clrun.blocks.params import Params
 
 
 def tangent(network: nn.Module, change: Mapping[str, Tensor], x: Tensor, *, slope: float) -> tuple[Tensor, Tensor]:
     """Return the output g(x) of a network and its derivative J(x) delta in the direction of a change of its weights.
 
     Both are computed by one pass in forward mode, in float32 also under autocast, which would cost the derivative three
-    digits. The derivative is differentiable in the change: its gradient is one backward pass of the network as it is.
+    digits. The derivative is differentiable in the change: its gradient J' times that of the output needs one backward
+    pass through the network as it is, whose forward pass is the same one.
 
     Args:
         network: differentiable in forward mode, see `make_differentiable`.
@@ -29,17 +27,16 @@ def tangent(network: nn.Module, change: Mapping[str, Tensor], x: Tensor, *, slop
         slope: of ReLUs below 0, see `leaky`.
     """
     weights = dict(network.named_parameters())
-    base = {name: weights[name].detach() for name in change}
-
-    def function(params: Params) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False), leaky(slope):
-            output: Tensor = functional_call(network, params, (x,))
-        return output
-
-    with _outside_inference_mode():
+    with _outside_inference_mode(), torch.autocast(x.device.type, enabled=False), leaky(slope), _quiet():
         x = x.clone() if x.is_inference() else x
-        value, moved = _Tangent.apply(function, base, *change.values())
-    return value, moved
+        with forward_ad.dual_level():
+            duals = {}
+            for name, delta in change.items():
+                weight = _Carried.apply(weights[name].detach(), delta)
+                duals[name] = forward_ad.make_dual(weight, delta.detach())  # type: ignore[no-untyped-call]
+            output, moved = forward_ad.unpack_dual(functional_call(network, duals, (x,)))  # type: ignore[no-untyped-call]
+    value = output.detach()
+    return value, (torch.zeros_like(value) if moved is None else moved.detach()) + (output - value)
 
 
 def leaky(slope: float) -> AbstractContextManager[object]:
@@ -57,26 +54,26 @@ def make_differentiable(backbone: nn.Module) -> None:
             module.requires_grad_(False)
 
 
-class _Tangent(Function):
-    """The value g(theta) and the derivative J delta of a network g at theta, differentiable in delta."""
+class _Carried(Function):
+    """A weight as it is, whose gradient goes to its change."""
 
     @staticmethod
-    def forward(ctx: Any, network: Callable[[Params], Tensor], base: Params, *change: Tensor) -> tuple[Tensor, Tensor]:
-        """Return g(theta) and J delta, by one pass in forward mode."""
-        ctx.network, ctx.base = network, base
-        with warnings.catch_warnings():  # of torch about its own rules for forward mode
-            warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
-            value, moved = jvp(network, (base,), (dict(zip(base, change, strict=True)),))  # type: ignore[misc]
-        ctx.mark_non_differentiable(value)
-        return value, moved
+    def forward(ctx: Any, weight: Tensor, change: Tensor) -> Tensor:
+        """Return the weight."""
+        return weight.view_as(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[None | Tensor, ...]:
-        """Return J' grad, by one ordinary backward pass at theta."""
-        _, pull = vjp(ctx.network, ctx.base)  # type: ignore[misc]
-        (found,) = pull(grad)
-        return None, None, *(found[name] for name in ctx.base)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        """Return the gradient for the change."""
+        return None, grad
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress a warning of torch about its own rules for forward mode."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.script` is deprecated")
+        yield
 
 
 @contextmanager
