@@ -42,6 +42,7 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "dataset.download": ["dataset=mnist"],
     "dataset.archive": ["dataset=folder", "dataset.root=my_images"],
     "dataset.sort": ["dataset=folder", "dataset.root=my_images"],
+    "backbone.folder": ["backbone=open_clip"],
     "trust=": None,  # of clrun.api
     "name=${oc.env": None,  # wants a variable of the environment
     "method.forget_tasks": ["method=ncm"],
@@ -68,6 +69,7 @@ NOT_RUN = {
     "budget.epochs=50 hardware=gpu": DATA,
     "clrun -m experiment=cifar100_superclass task_order.order=A,B,C,D,E method=finetune,ewc": DATA,
     "clrun backbone=vit_b16_in21k backbone.weights=FILE": DATA,
+    "clrun backbone=clip_vit_b16 backbone.weights=FILE method=coop dataset=cifar100": DATA,
     "clrun experiment=l2p_cifar224": DATA,
     "clrun -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu hydra.launcher.timeout_min=60 method=er,ewc "
     "'seed=range(4)'": MACHINE,
