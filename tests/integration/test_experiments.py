@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONF
-from running import configuration
+from running import configuration, member
 
 from clrun.config.check import check
 from clrun.config.job import JobInfo
@@ -130,6 +130,7 @@ CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
+ON_CLIP = ("proof", "rapf", "rail")  # on features of image and text towers
 PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
@@ -157,6 +158,8 @@ EXPECTED = {
     "l2p_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
     **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in OF_1993},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in OF_1993},
+    **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in ON_CLIP},
+    **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in ON_CLIP},
     "cub200": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "vtab": Expected("cil", (10,) * 5),
     "core50_ni": Expected("dil", (50,) * 8, names=SESSIONS),
@@ -299,6 +302,37 @@ def test_slow_learners_are_as_published(name: str) -> None:
         assert (method["fisher"], method["clip"], method["alpha"]) == ("batch_squared", 1e-4, 0.5)
 
 
+def test_methods_on_features_of_clip_are_as_published() -> None:
+    for method, tag in (("proof", "clip_vit_b16_laion400m"), ("rapf", "clip_vit_b16"), ("rail", "clip_vit_b16")):
+        for data in ("cifar224", "imagenet_r"):
+            config, towers = composed(f"{method}_{data}"), member(CONF / "backbone" / f"{tag}.yaml")
+            assert config["backbone"]["quick_gelu"] == towers["quick_gelu"] and config["dataset"]["augment"] == []
+    for name, epochs, size, capacity in (("proof_cifar224", 5, 64, 2000), ("proof_imagenet_r", 10, 48, 20)):
+        config = composed(name)
+        optimizer = config["budget"]["optimizer"]
+        assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (0.001, 0.9, 0.05)
+        found = (config["budget"]["epochs"], config["budget"]["batch_size"], config["method"]["capacity"])
+        assert found == (epochs, size, capacity) and config["method"]["per_class"] == (capacity == 20)
+    for name, size, factor, classes, near, bias in (
+        ("rapf_cifar224", 100, 2, 2, 0.55, 0.6),
+        ("rapf_imagenet_r", 64, 1, 5, 0.65, 0.7),
+    ):
+        method, budget = composed(name)["method"], composed(name)["budget"]
+        assert (method["draw"], method["pair_draw"], method["draw_factor"]) == (10, 20, factor)
+        assert (method["classes_per_batch"], method["name_distance"], method["mix_bias"]) == (classes, near, bias)
+        assert method["shrinkage"] == (name == "rapf_imagenet_r") and method["max_pairs"] is None
+        assert (budget["epochs"], budget["batch_size"], budget["optimizer"]["lr"]) == (15, size, 0.001)
+        made = make(budget)
+        optimizer = made.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        schedule, rates = made.schedule(optimizer, 15 * 50), []
+        for _ in range(15):
+            rates.append(optimizer.param_groups[0]["lr"])
+            for _ in range(50):
+                optimizer.step()
+                schedule.step()
+        assert rates == pytest.approx([0.001] * 4 + [0.0001] * 6 + [0.00001] * 5)
+
+
 def test_the_learning_rate_of_coda_prompt_falls_along_a_quarter_of_a_cosine() -> None:
     budget = make(composed("coda_prompt_cifar224")["budget"])
     optimizer = budget.optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -344,7 +378,27 @@ def test_presets_of_prompts_and_adapters_run(name: str, data: Callable[[dict[str
     assert run["status"] == "completed" and not any("batch" in note for note in run["notes"])
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in PRESETS])
+CLIP_PRESETS = [f"{method}_{data}" for method in ON_CLIP for data in ("cifar224", "imagenet_r")]
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "rapf_cifar224" else pytest.param(n, marks=pytest.mark.slow) for n in CLIP_PRESETS]
+)
+def test_presets_of_methods_on_features_of_clip_run(
+    name: str, data: Callable[[dict[str, Any]], None], tmp_path: Path
+) -> None:
+    base, choices = small()
+    towers = {"_target_": "clrun.backbones.glyph.glyph_clip", "_partial_": True}
+    towers |= {"pretrained": True, "weights": None, "weights_key": None, "head": "linear"}
+    config = composed(name) | {group: base[group] for group in ("hardware", "job")} | {"backbone": towers}
+    config["method"] |= {"m": 50} if name.startswith("rail") else {}
+    data(config)
+    run_config(config, tmp_path, job=JobInfo(None, 1, choices, False, [], {}))
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "completed" and not any("batch" in note for note in run["notes"])
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in (*PRESETS, *CLIP_PRESETS)])
 def test_every_experiment_runs(name: str, data: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
     base, choices = small()
     config = composed(name) | {group: base[group] for group in ("backbone", "method", "hardware", "job")}

@@ -53,6 +53,17 @@ class TestZeroShot:
         assert len(found["held_out"]) == 6 and all(counts == found["held_out"][0] for counts in found["held_out"])
         assert found["held_out"][0]["glyphs"][1] == 20
 
+    @pytest.mark.parametrize("method", ["proof", "rapf", "rail"])
+    def test_methods_on_features_have_seen_unseen_and_harmonic_accuracy(self, tmp_path, method):
+        run(tmp_path, *DIGITS, f"method={method}", "job.eval_unseen=true", "job.eval_extra=[glyphs]", "job.max_steps=5")
+        found, counts = stored(tmp_path), cells(tmp_path, "open")
+        metrics = found["metrics"]["open"]
+        seen, unseen = metrics["seen_accuracy"], metrics["unseen_accuracy"]
+        assert counts.keys() == {(i, j) for i in range(6) for j in range(5)}
+        assert 0 < unseen <= 1 and 0.5 < seen <= 1
+        assert min(seen, unseen) <= metrics["harmonic_accuracy"] <= max(seen, unseen)
+        assert len(found["held_out"]) == 6 and found["held_out"][0]["glyphs"][1] == 20
+
     @pytest.mark.parametrize("method", ["zero_shot", "clip_finetune"])
     def test_a_backbone_without_text_tower_is_refused(self, tmp_path, method):
         with pytest.raises(ConfigError, match=r"^backbone: \w+ needs an image and a text tower, not Backbone; use"):

@@ -101,6 +101,23 @@ def test_towers_stay_bit_for_bit_and_scores_of_learned_classes_do_not_depend_on_
         torch.testing.assert_close(before[:, :4], after[:, :4], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_other_names_are_scored_as_classes_that_have_not_been_learned(name: str) -> None:
+    method, stream, _ = begun(name, 0)
+    method.meet(torch.arange(6))
+    x = rows(stream, part="test")[0]
+    with torch.no_grad():
+        scores = method.eval()(x)
+        found = method.score_names(x, stream.captions)
+    torch.testing.assert_close(found.softmax(dim=1) if name == "rail" else found, scores, rtol=1e-4, atol=1e-4)
+
+
+def test_the_map_of_rapf_applies_to_images_of_other_classes_too() -> None:
+    method, stream = lived("rapf")
+    x = rows(stream, part="test")[0]
+    torch.testing.assert_close(method.score_names(x, stream.captions), method(x), rtol=1e-4, atol=1e-4)
+
+
 # --- RAIL
 
 
