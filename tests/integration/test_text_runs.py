@@ -53,9 +53,9 @@ class TestZeroShot:
         assert len(found["held_out"]) == 6 and all(counts == found["held_out"][0] for counts in found["held_out"])
         assert found["held_out"][0]["glyphs"][1] == 20
 
-    @pytest.mark.parametrize("method", ["proof", "rapf", "rail"])
-    def test_methods_on_features_have_seen_unseen_and_harmonic_accuracy(self, tmp_path, method):
-        run(tmp_path, *DIGITS, f"method={method}", "job.eval_unseen=true", "job.eval_extra=[glyphs]", "job.max_steps=5")
+    @pytest.mark.parametrize("words", [("method=proof",), ("method=rapf",), ("method=rail", "method.m=50")])
+    def test_methods_on_features_have_seen_unseen_and_harmonic_accuracy(self, tmp_path, words):
+        run(tmp_path, *DIGITS, *words, "job.eval_unseen=true", "job.eval_extra=[glyphs]", "job.max_steps=5")
         found, counts = stored(tmp_path), cells(tmp_path, "open")
         metrics = found["metrics"]["open"]
         seen, unseen = metrics["seen_accuracy"], metrics["unseen_accuracy"]
