@@ -14,6 +14,7 @@ and for folders with at least 2,000 images in the user's cache ("contents", see 
 
 import hashlib
 import os
+import resource
 import time
 import unicodedata
 import weakref
@@ -38,6 +39,7 @@ Digests = NDArray[np.uint64]
 Stamps = NDArray[np.int64]  # [M, 3]: size in bytes, time of the last change in ns, inode
 WHOLE = 16 * 1024  # bytes; larger files are read in blocks
 BLOCK = 4 * 1024
+ROW = 8 + WHOLE  # bytes of a file that its digest depends on: its size and what is read
 LIMIT = 1024 * MB  # bytes of stored digests that are read; 5 million files need that many
 STORED = 2000  # files of a folder from which on digests are kept on the disk
 RECENT = 2_000_000_000  # ns; a file changed this recently may change again without another time
@@ -143,34 +145,44 @@ def file_digest(path: str) -> int:
     return int(_read_files([path])[0][0])
 
 
-def _read_files(paths: Sequence[str]) -> tuple[Digests, Stamps]:
+def _read_files(paths: Sequence[str], table: NDArray[np.uint8] | None = None) -> tuple[Digests, Stamps]:
     """Return digest and stamp of each file.
+
+    Args:
+        paths: N files.
+        table: [at least N, 8 + WHOLE], is overwritten; a new one costs time, because its pages are cleared.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    table = np.zeros((len(paths), 8 + WHOLE), dtype=np.uint8)
-    stamps = np.empty((len(paths), 3), dtype=np.int64)
-    content, widest = table.reshape(-1).data, 0
+    table = np.empty((len(paths), ROW), dtype=np.uint8) if table is None else table
+    stamps: list[tuple[int, int, int]] = []
+    lengths: list[int] = []
+    content = table.reshape(-1).data
     for row, path in enumerate(paths):
+        start = at = row * ROW
         try:
             file = open_to_read(path)
             try:
                 state = os.fstat(file)
-                stamps[row] = state.st_size, state.st_mtime_ns, state.st_ino
-                first = at = row * (8 + WHOLE)
-                content[at : at + 8] = state.st_size.to_bytes(8, "little")
+                size = state.st_size
+                stamps.append((size, state.st_mtime_ns, state.st_ino))
+                content[at : at + 8] = size.to_bytes(8, "little")
                 at += 8
-                for start, stop in _blocks(state.st_size):
-                    part = os.pread(file, stop - start, start)
+                for first, stop in _blocks(size):
+                    part = os.pread(file, stop - first, first)
                     content[at : at + len(part)] = part
                     at += len(part)
-                widest = max(widest, at - first)
             finally:
                 os.close(file)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from error
-    return _mixed(_sums(table[:, : -(-widest // 4) * 4])), stamps
+        lengths.append(at - start)
+    widest = -(-max(lengths) // 4) * 4
+    for row, length in enumerate(lengths):
+        if length < widest:
+            table[row, length:widest] = 0
+    return _mixed(_sums(table[: len(paths), :widest])), np.array(stamps, dtype=np.int64)
 
 
 def _blocks(size: int) -> tuple[tuple[int, int], ...]:
@@ -237,22 +249,26 @@ def _read(paths: Sequence[str]) -> tuple[Digests, Stamps]:
     """Return digest and stamp of each file.
 
     Files that the operating system has in memory are read by this thread alone, because threads would take turns. When
-    the first files show that most of the time is spent waiting for a disk, several threads wait at once.
+    this thread has waited for every fourth of the first files or more, several threads wait for the disk at once.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-    wall, busy = time.perf_counter(), time.thread_time()
-    found = [_read_files(parts[0])]
-    wall, busy = time.perf_counter() - wall, time.thread_time() - busy
-    if wall > 2 * busy and len(parts) > 1:
+    table, before = np.empty((len(parts[0]), ROW), dtype=np.uint8), _waits()
+    found = [_read_files(parts[0], table)]
+    if _waits() - before > len(parts[0]) / 4:
         with ThreadPoolExecutor(THREADS, "clrun-contents") as pool:
             found += pool.map(_read_files, parts[1:])
     else:
-        found += map(_read_files, parts[1:])
+        found += [_read_files(part, table) for part in parts[1:]]
     digests, stamps = zip(*found, strict=True)
     return np.concatenate(digests), np.concatenate(stamps)
+
+
+def _waits() -> int:
+    """Return how often this thread has waited, as for a disk; other programs that need the processor do not count."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_nvcsw
 
 
 def _path(root: str) -> Path:

@@ -15,6 +15,8 @@ from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError, collecting_warnings, one_line, warn
 
 UNKNOWN = "this run began before clrun recorded the data of runs: whether they are still the same was not checked"
+RESUME = "put them back and start the same command again, or choose another hydra.run.dir"
+START = "put them back, or leave out job.start_from"
 SHOWN = 3  # names of files in a message
 
 
@@ -23,7 +25,7 @@ def stored_identity(data: Identity) -> dict[str, Any]:
     return {"record": data.record, "rows": data.rows}
 
 
-def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts) -> list[str]:
+def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts, *, advice: str = RESUME) -> list[str]:
     """Return notes on data that have changed where nothing learned so far has used them.
 
     That is allowed for contents (a damaged file was replaced) and for files that `dataset.images.unreadable=skip`
@@ -34,6 +36,7 @@ def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts) -> 
         state: of the checkpoint.
         folder: of the run.
         parts: of the configuration.
+        advice: what to do when the data have changed, the end of the message.
 
     Raises:
         ConfigError: the data have changed in any other way.
@@ -50,8 +53,8 @@ def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts) -> 
     if unused and order[: state.learned] == [cost["task"] for cost in state.costs] and _is_repair(changes, parts):
         return [f"data changed before this run learned from them: {changes.text}"]
     raise ConfigError(
-        f"{folder}: the data are no longer those that this run has learned from: {changes.text}; put them back and "
-        "start the same command again, or choose another hydra.run.dir to begin a run with the data as they are"
+        f"{folder}: the data are no longer those that this run has learned from: {changes.text}; {advice} "
+        "to begin a run with the data as they are"
     )
 
 

@@ -33,7 +33,7 @@ from clrun.running.accounting import (
 from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
 from clrun.running.checkpoint import RunState, Unstorable
-from clrun.running.data_checks import UNKNOWN, check_resumed, check_task, stored_identity
+from clrun.running.data_checks import START, UNKNOWN, check_resumed, check_task, stored_identity
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
@@ -189,7 +189,7 @@ class Recorder:
         folder = Path(self.options.start_from).expanduser()
         method, state = start_from(folder, built, self.parts)
         state.predictions = None  # those are in the other folder
-        self.run["notes"] += check_resumed(built, state, folder, self.parts)
+        self.run["notes"] += check_resumed(built, state, folder, self.parts, advice=START)
         if self.hardware.main:
             copy_log(folder, self.folder.path)
         return method, state

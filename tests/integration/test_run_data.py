@@ -190,6 +190,17 @@ def test_a_complete_run_says_that_its_data_have_changed(
     assert files(tmp_path / "run") == before
 
 
+def test_a_run_does_not_go_on_from_another_one_with_other_data(photos: Path, tmp_path: Path) -> None:
+    options = (*SWEPT, f"dataset.root={photos}")
+    run(tmp_path / "short", *options, "job.max_tasks=1", "job.keep_checkpoint=true")
+    change_learned(photos)
+    with pytest.raises(ConfigError, match="train/ant/3.png.*put them back, or leave out job.start_from to begin"):
+        run(tmp_path / "long", *options, f"job.start_from={tmp_path / 'short'}")
+    assert not (tmp_path / "long" / "run.json").exists()
+    run(tmp_path / "long", *options)
+    assert record(tmp_path / "long")["status"] == "completed"
+
+
 def test_a_run_from_before_data_were_recorded_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("method=er", "method.capacity=8", "budget.epochs=1", "job.max_tasks=2", "job.max_steps=3")
     with monkeypatch.context() as patch:

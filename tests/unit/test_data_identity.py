@@ -212,7 +212,7 @@ def test_digests_are_kept_while_the_stamp_is_the_same(tmp_path: Path, monkeypatc
     monkeypatch.setattr(contents, "STORED", 2)
     read: list[str] = []
     plain = contents._read_files
-    monkeypatch.setattr(contents, "_read_files", lambda paths: read.extend(paths) or plain(paths))
+    monkeypatch.setattr(contents, "_read_files", lambda paths, *table: read.extend(paths) or plain(paths, *table))
     root, names = tmp_path / "d", ["a\tb", "c"]
     root.mkdir()
     long_ago = time.time() - 100
