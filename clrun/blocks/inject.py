@@ -125,12 +125,13 @@ class Injector:
                     handle.remove()
 
 
-def require_vit(backbone: nn.Module, method: str) -> None:
+def require_vit(backbone: nn.Module, method: str, *, where: str = "backbone") -> None:
     """Refuse a backbone into which prompts and prefixes cannot be injected.
 
     Args:
         backbone: the backbone.
         method: name of the method, for the message.
+        where: option that names the backbone, for the message.
 
     Raises:
         ConfigError: it is not a timm `VisionTransformer` of plain blocks with plain attention.
@@ -139,12 +140,12 @@ def require_vit(backbone: nn.Module, method: str) -> None:
     use = "use the backbones vit_*, glyph_vit, or timm with a VisionTransformer (ViT, DeiT, DINOv2, CLIP)"
     found = type(backbone).__name__
     if timm is None or not isinstance(backbone, timm.VisionTransformer):
-        raise ConfigError(f"backbone: {method} needs a vision transformer, not {found}; {use}")
+        raise ConfigError(f"{where}: {method} needs a vision transformer, not {found}; {use}")
     blocks: Any = backbone.blocks
     odd = {type(b).__name__ for b in blocks if type(b) is not timm.Block}
     odd |= {type(b.attn).__name__ for b in blocks if not odd and type(b.attn) is not timm.Attention}
     if odd:
-        raise ConfigError(f"backbone: {method} needs plain transformer blocks, not {', '.join(sorted(odd))}; {use}")
+        raise ConfigError(f"{where}: {method} needs plain transformer blocks, not {', '.join(sorted(odd))}; {use}")
 
 
 def require_blocks(backbone: nn.Module, method: str) -> None:

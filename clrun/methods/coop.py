@@ -44,6 +44,7 @@ class ContextHead(NamesHead):
         num_classes: C.
         length: M, learned vectors per context.
         position: of the class name: after the vectors ("end"), between their halves ("middle") or before ("front").
+        option: path of the option that holds the length, for messages.
 
     Attributes:
         contexts: learned vectors [G, M, w], one parameter per group of contexts.
@@ -52,9 +53,11 @@ class ContextHead(NamesHead):
 
     owner: Tensor
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, length: int, position: Position) -> None:
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, *, length: int, position: Position, option: str = "method.length"
+    ) -> None:
         super().__init__(backbone, num_classes, names="live")
-        self.length, self.position = length, position
+        self.length, self.position, self.option = length, position, option
         self.contexts = nn.ParameterList()
         self.register_buffer("owner", torch.full((num_classes, 2), -1))
         self._prompts: tuple[Any, ...] | None = None  # those asked for last, without their vectors
@@ -77,7 +80,7 @@ class ContextHead(NamesHead):
         needed = int(lengths[longest]) + self.length + 3
         if needed > self.joint.context_length:
             raise ConfigError(
-                f"method.length: {self.length} vectors and the name '{names[longest]}' need {needed} tokens, and the "
+                f"{self.option}: {self.length} vectors and the name '{names[longest]}' need {needed} tokens, and the "
                 f"text tower has {self.joint.context_length}; choose a smaller length"
             )
         before = {"end": self.length, "middle": self.length // 2, "front": 0}[self.position]
