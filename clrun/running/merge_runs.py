@@ -164,6 +164,7 @@ def merge_runs(words: Sequence[str], *, config_dir: str | None = None) -> Path:
     parts.hardware.setup()
     recorder = Recorder(parts, RunFolder(out), _job(runs, options, config))
     built = build(parts, learns=False)
+    parts.hardware.place(built.method)
     networks = [_network(run, runs[0], built, options) for run in runs]
     state = RunState(learned=len(built.stream.tasks))
     _fold(networks, built, options, recorder, state)

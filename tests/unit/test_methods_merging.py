@@ -188,11 +188,12 @@ def test_dropped_units_compute_with_the_last_weights() -> None:
     new = layer[0](x)
     with dropped_to(last, layer, 0.5):
         found = layer[0](x)
-        several = torch.stack([layer[0](x) for _ in range(4000)]).mean(dim=0)
+        several = torch.stack([layer[0](x) for _ in range(2500)]).mean(dim=0)
         whole = layer(x)
-    units = set(((found - old) / (new - old)).amax(dim=(2, 3)).round(decimals=3).flatten().tolist())
+    units = set(((found - old) / (new - old)).detach().amax(dim=(2, 3)).round(decimals=3).flatten().tolist())
     assert units == {0.0, 2.0}, "a channel of an image is the old one, or moves twice as far"
-    torch.testing.assert_close(several, new, rtol=0, atol=0.3)
+    share = ((several - old) / (new - old)).detach()
+    assert float((share - 1).abs().max()) < 0.1, "within five standard errors of the expectation"
     assert whole.shape == (3, 4, 5) and torch.equal(layer[0](x), new), "hooks are gone"
     with dropped_to(last, layer, 0.0):
         assert torch.equal(layer[0](x), new)

@@ -105,8 +105,7 @@ class Merge(Carrier):
         if self.reads_initial or keep:
             self.initial = flatten(initial).detach().clone()
         self._begin(sum(p.numel() for p in initial.values()))
-        for part in self.children():
-            part.to(next(iter(initial.values())).device if initial else "cpu")
+        self.to(next(iter(initial.values())).device if initial else "cpu")
 
     def add(
         self,

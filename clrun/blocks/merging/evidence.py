@@ -1,6 +1,7 @@
 """What rules for merging measure on the rows of a task: Fisher information, second moments, running statistics."""
 
 from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,11 @@ def evidence_of(
         if samples is not None and samples < len(split):
             rows = torch.randperm(len(split), generator=ctx.generator("grams"))[:samples]
             split = split.select(rows.to(split.y.device))
-        grams = input_grams(method.backbone, (batch.x for batch in split.batches(ROWS)))
+        eager: AbstractContextManager[object] = nullcontext()
+        if ctx.hardware.compile:  # compiled code would not see the hooks
+            eager = torch.compiler.set_stance("force_eager")
+        with eager:
+            grams = input_grams(method.backbone, (batch.x for batch in split.batches(ROWS)))
     return Evidence(fisher, grams)
 
 
