@@ -60,26 +60,18 @@ class FeatureBackbone(nn.Module):
     Args:
         num_features: D.
         joint: the text side of the frozen backbone; None for a backbone without one.
-        texts: the text embeddings [M_k, d] of the captions of each of the C classes, if the method needs them.
+        captions: the text embeddings [M_k, d] of the captions of each of the C classes, if the method needs them.
     """
 
-    texts: Tensor
-
     def __init__(
-        self, num_features: int, joint: nn.Module | None = None, texts: Sequence[Tensor] | None = None
+        self, num_features: int, joint: nn.Module | None = None, captions: Sequence[Tensor] | None = None
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.captions_per_class = () if texts is None else tuple(map(len, texts))
         if joint is not None:
             self.joint = joint
-        if texts is not None:
-            self.register_buffer("texts", torch.cat([*texts]), persistent=False)
-
-    @property
-    def captions(self) -> Sequence[Tensor] | None:
-        """The text embeddings [M_k, d] of the captions of each class, by class id; None if they were not computed."""
-        return torch.split(self.texts, list(self.captions_per_class)) if self.captions_per_class else None
+        # No buffer: a checkpoint has them, while it refers to the weights of a backbone, which are loaded again.
+        self.captions = None if captions is None else tuple(captions)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features [B, D] as they are."""

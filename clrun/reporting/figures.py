@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clrun.reporting.tables import SETTINGS, points, printable, settings_of
+from clrun.reporting.tables import EVALUATED, points, printable, settings_of
 from clrun.results.metrics import Floats
 from clrun.system.errors import ConfigError
 from clrun.system.files import replacing
@@ -51,7 +51,7 @@ def draw_accuracy_matrix(run: Mapping[str, Any], path: Path) -> None:
         _draw(axes[index], matrix, labels, rows=index == 0)
         average = matrix[-1].mean()
         ending = "" if np.isnan(average) else f"\naverage accuracy {points(average)}"
-        axes[index].set_title(SETTINGS[setting] + ending, fontsize=10)
+        axes[index].set_title(EVALUATED[setting] + ending, fontsize=10)
     bar = figure.colorbar(axes[0].images[0], ax=list(axes), shrink=0.85, pad=0.02, aspect=25)
     bar.set_label("accuracy (points)", fontsize=9)
     bar.ax.tick_params(labelsize=8)

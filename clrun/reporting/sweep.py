@@ -15,7 +15,7 @@ from clrun.reporting.compare import compare
 from clrun.reporting.data_groups import DataOfRuns
 from clrun.reporting.groups import SEARCHED, Group, differing, group_runs, labels
 from clrun.reporting.page import Page, render
-from clrun.reporting.tables import SETTINGS, WIDTH, Line, Standing, comparison_table, listing, printable
+from clrun.reporting.tables import EVALUATED, WIDTH, Line, Standing, comparison_table, listing, printable
 from clrun.results.metrics import METRICS, UNSEEN
 from clrun.results.records import read_run
 from clrun.system.errors import ConfigError
@@ -200,7 +200,7 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
 
     None stands for a value that a run does not have; orders are task ids separated by spaces.
     """
-    settings = [setting for setting in SETTINGS if any(setting in run.metrics for run in runs)]
+    settings = [setting for setting in EVALUATED if any(setting in run.metrics for run in runs)]
     present = {(s, name) for run in runs for s, own in run.metrics.items() for name in UNSEEN if own[name] is not None}
     measured = [(s, name) for s in settings for name in METRICS if name not in UNSEEN or (s, name) in present]
     keys = differing([run.config for run in runs], ("seed", "name"))

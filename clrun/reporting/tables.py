@@ -17,7 +17,8 @@ WIDTH = 100
 LISTED = 20  # most entries of a list
 WIDE = 10  # with more tasks a row of the matrix shows a summary instead of every cell
 AVERAGES = 24  # width of the averages of two settings
-SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domain-incremental", "open": "all classes"}
+SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domain-incremental"}
+EVALUATED = {**SETTINGS, "open": "all classes"}  # settings of evaluations; only the others are compared between runs
 FINAL = {
     "average_accuracy": "average accuracy",
     "average_incremental_accuracy": "average incremental accuracy",
@@ -36,7 +37,7 @@ FINAL = {
 
 def settings_of(present: Mapping[str, Any]) -> list[str]:
     """Return the settings among the keys of `present`, class-incremental first."""
-    return [setting for setting in SETTINGS if setting in present]
+    return [setting for setting in EVALUATED if setting in present]
 
 
 def printable(text: str) -> str:
@@ -115,7 +116,7 @@ def final_table(run: Mapping[str, Any]) -> str:
         run: content of run.json.
     """
     settings = settings_of(run["metrics"])
-    lines = [" " * 30 + "".join(f"{SETTINGS[setting]:>20}" for setting in settings)]
+    lines = [" " * 30 + "".join(f"{EVALUATED[setting]:>20}" for setting in settings)]
     for key, label in FINAL.items():
         values = [run["metrics"][setting].get(key) for setting in settings]
         if key in ("forward_transfer", *UNSEEN) and all(value is None for value in values):

@@ -3,9 +3,12 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from running import cells, configuration, run, run_interrupted
 
+from clrun.api import load
+from clrun.reporting.sweep import report
 from clrun.system.errors import ConfigError
 
 DIGITS = ("backbone=glyph_clip", "dataset=digits", "scenario.n_tasks=5", "job.max_eval_rows=20")
@@ -35,11 +38,12 @@ class TestZeroShot:
         assert [file["reused"] for file in texts] == [True], "texts are encoded once, whatever the order"
 
     def test_unseen_tasks_are_evaluated_among_their_own_and_among_all_classes(self, tmp_path):
-        run(tmp_path, *DIGITS, "method=zero_shot", "job.eval_unseen=true", "job.eval_extra=[glyphs]")
-        found = stored(tmp_path)
+        out = tmp_path / "run"
+        run(out, *DIGITS, "method=zero_shot", "job.eval_unseen=true", "job.eval_extra=[glyphs]")
+        found = stored(out)
         for setting in ("cil", "til", "open"):
-            assert cells(tmp_path, setting).keys() == {(i, j) for i in range(6) for j in range(5)}
-        grid = {setting: cells(tmp_path, setting) for setting in ("cil", "til", "open")}
+            assert cells(out, setting).keys() == {(i, j) for i in range(6) for j in range(5)}
+        grid = {setting: cells(out, setting) for setting in ("cil", "til", "open")}
         assert all(grid["til"][i, j] == grid["til"][0, j] for i in range(6) for j in range(5)), "nothing is learned"
         assert all(grid["open"][i, j] == grid["cil"][5, j] for i in range(6) for j in range(5))
         assert all(grid["cil"][i, j] == grid["open"][i, j] for i in range(6) for j in range(i, 5))
@@ -52,6 +56,10 @@ class TestZeroShot:
         )
         assert len(found["held_out"]) == 6 and all(counts == found["held_out"][0] for counts in found["held_out"])
         assert found["held_out"][0]["glyphs"][1] == 20
+        report([tmp_path])
+        with (tmp_path / "sweep.csv").open() as file:
+            (line,) = csv.DictReader(file)
+        assert float(line["open_harmonic_accuracy"]) == metrics["open"]["harmonic_accuracy"]
 
     @pytest.mark.parametrize("words", [("method=proof",), ("method=rapf",), ("method=rail", "method.m=50")])
     def test_methods_on_features_have_seen_unseen_and_harmonic_accuracy(self, tmp_path, words):
@@ -92,6 +100,18 @@ class TestUnseen:
         whole, parts = ((tmp_path / name / "accuracy.csv").read_text() for name in ("whole", "parts"))
         assert whole == parts and len(list(csv.reader(whole.splitlines()))) == 1 + 6 * 5 * 3
         assert stored(tmp_path / "whole")["held_out"] == stored(tmp_path / "parts")["held_out"]
+
+    def test_the_trained_method_predicts_from_checkpoint_and_from_weights(self, tmp_path):
+        options = ("method=coop", "method.length=2", "job.max_steps=2", "job.save_model=true")
+        run(tmp_path, *DIGITS, *options, "job.keep_checkpoint=true")
+        found = []
+        for file in ("checkpoint.pt", "model.safetensors"):
+            learner = load(tmp_path).learner()
+            images, labels = learner.test_images(4)
+            found.append(learner.predict(images, task=4).probabilities)
+            assert (found[-1].argmax(axis=1) == labels).mean() > 0.5
+            (tmp_path / file).unlink()
+        np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 class TestConfiguration:
