@@ -130,7 +130,7 @@ CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
-ON_CLIP = ("proof", "rapf", "rail")  # on features of image and text towers
+ON_CLIP = ("zero_shot", "proof", "rapf", "rail")  # on features of image and text towers
 PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
@@ -303,7 +303,13 @@ def test_slow_learners_are_as_published(name: str) -> None:
 
 
 def test_methods_on_features_of_clip_are_as_published() -> None:
-    for method, tag in (("proof", "clip_vit_b16_laion400m"), ("rapf", "clip_vit_b16"), ("rail", "clip_vit_b16")):
+    tags = {
+        "zero_shot": "clip_vit_b16",
+        "proof": "clip_vit_b16_laion400m",
+        "rapf": "clip_vit_b16",
+        "rail": "clip_vit_b16",
+    }
+    for method, tag in tags.items():
         for data in ("cifar224", "imagenet_r"):
             config, towers = composed(f"{method}_{data}"), member(CONF / "backbone" / f"{tag}.yaml")
             assert config["backbone"]["quick_gelu"] == towers["quick_gelu"] and config["dataset"]["augment"] == []
@@ -382,7 +388,11 @@ CLIP_PRESETS = [f"{method}_{data}" for method in ON_CLIP for data in ("cifar224"
 
 
 @pytest.mark.parametrize(
-    "name", [n if n == "rapf_cifar224" else pytest.param(n, marks=pytest.mark.slow) for n in CLIP_PRESETS]
+    "name",
+    [
+        n if n in ("rapf_cifar224", "zero_shot_cifar224") else pytest.param(n, marks=pytest.mark.slow)
+        for n in CLIP_PRESETS
+    ],
 )
 def test_presets_of_methods_on_features_of_clip_run(
     name: str, data: Callable[[dict[str, Any]], None], tmp_path: Path
