@@ -71,6 +71,11 @@ class StageHeads(nn.Module):
         """Return how many temperatures of the pool choose each of S stages, [B, S] long."""
         return F.one_hot(routes(logits, self.pool), len(logits)).sum(dim=1)
 
+    def given(self, inputs: Tensor, number: int) -> Tensor:
+        """Return the logits [B, C] of one stage; 0 in the columns of classes that it does not have."""
+        own: Tensor = self.stages[number](inputs).float()
+        return own.new_zeros(len(own), self.num_classes).index_copy(1, self.classes(number), own)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits [B, C] as `Esn` describes them; 0 in the columns of classes that no stage has."""
         logits = self.own(inputs)

@@ -40,6 +40,8 @@ from clrun.learning.losses import Compete
 from clrun.learning.method import Method, freeze
 from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
 
+TRACE_ROWS = 128  # largest number of rows for the traces of tkfac, one number per layer, which need a gradient per row
+
 
 class Dlcft(Method):
     """Task t minimises [n_t loss_t + strength/2 (delta - delta*)' K (delta - delta*)] / (n_1 + ... + n_t).
@@ -185,8 +187,8 @@ class Dlcft(Method):
             found = self.fisher(self, task, ctx)
             if self.form != "tkfac":
                 return found
-            samples, columns = self.fisher.samples, self.fisher.labels
-            exact = estimate("diag", self, task.train, ctx, of=self.backbone, labels=columns, samples=samples)
+            rows = None if self.fisher.samples is None else min(self.fisher.samples, TRACE_ROWS)
+            exact = estimate("diag", self, task.train, ctx, of=self.backbone, labels=self.fisher.labels, samples=rows)
         assert isinstance(found, Composite)
         traces = {name: float(values.sum()) for name, values in exact.params(exact.diag()).items()}
         return Composite.of([_with_trace(part, sum(traces[name] for name in part.shapes)) for part in found.parts])

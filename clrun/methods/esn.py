@@ -21,7 +21,7 @@ from clrun.blocks.inject import Injector, Plan, require_vit
 from clrun.blocks.params import eval_mode
 from clrun.blocks.stages import ClassAttention, Stage, StageHeads, routes
 from clrun.data.split import Batch
-from clrun.data.stream import Task
+from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method, freeze
 from clrun.system.errors import ConfigError, Count, NonNegative, Positive, PositiveInt
@@ -43,7 +43,7 @@ class Esn(Method):
     `forward` returns the logits of the chosen stage as they are, and those of each other stage moved as a whole so that
     its largest one lies 1 below the largest one of the chosen stage: the order within each stage, which alone counts in
     task-incremental streams, does not change. In domain-incremental streams every stage has all classes, and the logits
-    are those of the chosen stage.
+    are those of the chosen stage; in task-incremental streams whose tasks share classes those of the given task.
 
     Heads linear and mlp without prompts read features of the frozen backbone, which are computed once from images
     without augmentation. head=cab is a class-attention block (Touvron et al., ICCV 2021): a token of the stage, which
@@ -105,6 +105,10 @@ class Esn(Method):
         kind = options.get("kind") or options["head"]  # an instance has another attribute `head`
         return kind != "cab" and not options["prompt_tokens"]
 
+    def check(self, stream: Stream) -> None:
+        shared = bool((stream.members.sum(dim=0) > 1).any())
+        self.needs_task_id = stream.setting == "til" and shared
+
     # --- a task
 
     def begin_task(self, task: Task, ctx: Context) -> None:
@@ -162,7 +166,10 @@ class Esn(Method):
     # --- prediction
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        logits: Tensor = self.head(self.inputs(x))
+        inputs = self.inputs(x)
+        if self.needs_task_id and task is not None:
+            return self.head.given(inputs, task)
+        logits: Tensor = self.head(inputs)
         return logits
 
     def choices(self, x: Tensor) -> Tensor | None:

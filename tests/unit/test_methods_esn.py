@@ -225,3 +225,20 @@ def test_a_checkpoint_with_stages_can_be_read_back(options: tuple[str, str], tmp
     value = run(tmp_path / "whole", *words)
     run_interrupted(tmp_path / "cut", *words)
     assert run(tmp_path / "cut", *words) == value
+
+
+def test_a_given_task_chooses_its_stage_where_tasks_share_classes() -> None:
+    draw, y = torch.Generator().manual_seed(0), torch.tensor([0, 1]).repeat(12)
+    tasks = [(torch.randn(24, 6, generator=draw) + 3 * k, y) for k in range(2)]
+    method = esn(6, 2)
+    method.check(row_stream(tasks, 2))
+    assert not method.needs_task_id, "the stream is class-incremental"
+    method.check(unequal())
+    assert not method.needs_task_id
+    stream = row_stream(tasks, 2, "til")
+    method.check(stream)
+    journal = live(method, stream)
+    assert {row["setting"] for row in journal.recorded} == {"til"}
+    x = tasks[0][0]
+    for number in (0, 1):
+        torch.testing.assert_close(method.eval()(x, number), method.head.stages[number](x))
