@@ -82,12 +82,19 @@ def alphabets() -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(stop - size, stop)) for stop, size in zip(stops, ALPHABETS, strict=True))
 
 
+def folders(*, sets: list[str], **options: Any) -> Dataset:
+    """Return the data sets of these names, of their true numbers of classes, as `folder_sequence` does."""
+    return sequence("folders", [stand_in(part, (RECOGSEQ | MTIL)[part])(**options) for part in sets])
+
+
 SUPERCLASS = tuple(tuple(range(k, 100, 20)) for k in range(20))
 SESSIONS = ("s1", "s2", "s4", "s5", "s6", "s8", "s9", "s11")
 DOMAINS = ("real", "quickdraw", "painting", "sketch", "infograph", "clipart")
 FIVE = {"cifar10": 10, "mnist": 10, "svhn": 10, "fashion_mnist": 10, "notmnist": 10}
 RECOGSEQ = {"flowers": 102, "scenes": 67, "birds": 200, "cars": 196, "aircraft": 100}
 RECOGSEQ |= {"actions": 11, "letters": 52, "svhn": 10}
+MTIL = {"fgvc_aircraft": 100, "caltech101": 101, "cifar100": 100, "dtd": 47, "eurosat": 10, "flowers102": 102}
+MTIL |= {"food101": 101, "mnist": 10, "oxford_pets": 37, "stanford_cars": 196, "sun397": 397}
 LOADERS = {
     "mnist": stand_in("mnist", 10, channels=1),
     "cifar10": stand_in("cifar10", 10),
@@ -102,7 +109,7 @@ LOADERS = {
     "folder": stand_in("vtab", 50),
     "core50": stand_in("core50", 50, domains=SESSIONS, shared_test=True),
     "domainnet": stand_in("domainnet", 345, domains=DOMAINS),
-    "folder_sequence": sets("recogseq", **RECOGSEQ),
+    "folder_sequence": folders,
 }
 
 
@@ -131,6 +138,7 @@ CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the fir
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
 ON_CLIP = ("zero_shot", "proof", "rapf", "rail")  # on features of image and text towers
+ON_TOWERS = ("zscl", "promptfusion", "promptfusion_lite", "moe_adapters")  # both towers read images and names
 PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
@@ -160,6 +168,9 @@ EXPECTED = {
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in OF_1993},
     **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in ON_CLIP},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in ON_CLIP},
+    **{f"{method}_cifar224": Expected("cil", (10,) * 10) for method in ON_TOWERS},
+    **{f"{method}_imagenet_r": Expected("cil", (20,) * 10) for method in ("promptfusion", "promptfusion_lite")},
+    **{f"{m}_mtil": Expected("til", tuple(MTIL.values()), names=tuple(MTIL)) for m in ("zscl", "moe_adapters")},
     "cub200": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "vtab": Expected("cil", (10,) * 5),
     "core50_ni": Expected("dil", (50,) * 8, names=SESSIONS),
@@ -337,6 +348,50 @@ def test_methods_on_features_of_clip_are_as_published() -> None:
                 optimizer.step()
                 schedule.step()
         assert rates == pytest.approx([0.001] * 4 + [0.0001] * 6 + [0.00001] * 5)
+
+
+# Learning rate, weight decay, passes over the data (or steps), batch size.
+TOWERS = {
+    "zscl_cifar224": (7.1e-6, 0.0, 1, 64),
+    "zscl_mtil": (1e-5, 0.0, 1000, 64),
+    "moe_adapters_cifar224": (1e-3, 0.0, 1, 128),
+    "moe_adapters_mtil": (1e-3, 0.0, 1000, 64),
+    "promptfusion_cifar224": (2e-3, 1e-4, 3, 32),
+    "promptfusion_imagenet_r": (3e-3, 1e-2, 5, 32),
+    "promptfusion_lite_cifar224": (2e-3, 1e-3, 3, 32),
+    "promptfusion_lite_imagenet_r": (3e-3, 1e-2, 5, 32),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_methods_on_two_towers_are_as_published(name: str) -> None:
+    config = composed(name)
+    method, budget = config["method"], config["budget"]
+    optimizer, length = budget["optimizer"], budget["epochs"] or budget["steps"]
+    assert (optimizer["lr"], optimizer["weight_decay"], length, budget["batch_size"]) == TOWERS[name]
+    assert config["backbone"]["quick_gelu"] and config["job"]["eval_unseen"] == name.endswith("mtil")
+    if name.startswith("promptfusion"):
+        assert method["second_backbone"]["name"] == "vit_base_patch16_224.orig_in21k"
+        assert method["capacity"] == 5000 and method["prompts"]["text"] == 30 and budget["clip_norm"] == 1.0
+    elif name.startswith("zscl"):
+        strengths = (
+            method["image_strength"],
+            method["text_strength"],
+            method["consolidation"],
+            method["average_every"],
+        )
+        assert strengths == ((1, 1, 1, 100) if name.endswith("mtil") else (5, 5, 0, 10))
+        assert method["reference"][0]["_target_"].endswith(".imagenet")
+    else:
+        shared = ("shared", 2, False, "none")
+        found = (method["routers"], method["experts"], method["freeze_used"], method["selector"])
+        assert found == (("per_task", 22, True, "autoencoder") if name.endswith("mtil") else shared)
+
+
+@pytest.mark.parametrize(("order", "first"), [("i", (0, 1, 2)), ("ii", (9, 6, 7))])
+def test_both_orders_of_mtil(order: str, first: tuple[int, ...]) -> None:
+    found = make(configuration("experiment=zscl_mtil", f"task_order.order={order}")[0]["task_order"])(11)
+    assert sorted(found) == list(range(11)) and tuple(found[:3]) == first
 
 
 def test_the_learning_rate_of_coda_prompt_falls_along_a_quarter_of_a_cosine() -> None:
