@@ -36,6 +36,8 @@ class Reference:
         option: path of the option that lists the data sets, for messages.
     """
 
+    not_state = ("_parts",)  # images, which are read again, are no memory of a method
+
     def __init__(self, loaders: Sequence[Loader], *, rows: int | None, texts: str | None, option: str) -> None:
         self.loaders, self.rows, self.file, self.option = tuple(loaders), rows, texts, option
         self._parts: tuple[Split, ...] | None = None

@@ -8,8 +8,8 @@
 with t tasks before the current one; the first task has W = 1. Training rows are those of the task and exemplars.
 
 Memory between tasks: 4 M w bytes of text prompts per class (w: width of the text tower), prompts of both image sides,
-the Booster's head, one text row per class, and `capacity` (s + 8) bytes of exemplars with inputs of s bytes. The frozen
-networks are not counted. Task id: not needed.
+the Booster's head, one text row per class, the second backbone, and `capacity` (s + 8) bytes of exemplars with inputs
+of s bytes. Task id: not needed.
 
 Deviations from the published code: alpha and beta belong to classes (there to places in the batch); the texts that are
 evaluated are those of the trained prompts (there one step older); a text has no leftover placeholder words; each of

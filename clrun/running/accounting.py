@@ -77,7 +77,10 @@ def _bytes(tensor: Tensor, counted: set[int]) -> int:
 
 
 def _tensors(value: Any, visited: set[int]) -> Iterable[Tensor]:
-    """Yield the tensors reachable from `value` through modules, containers and objects of clrun or of the user."""
+    """Yield the tensors reachable from `value` through modules, containers and objects of clrun or of the user.
+
+    Attributes whose names are in an object's `not_state` are left out.
+    """
     if isinstance(value, Tensor):
         yield value
         return
@@ -91,7 +94,7 @@ def _tensors(value: Any, visited: set[int]) -> Iterable[Tensor]:
     elif isinstance(value, type) or not hasattr(value, "__dict__"):
         children = [getattr(value, n) for n in getattr(type(value), "__slots__", ()) if hasattr(value, n)]
     else:
-        children = vars(value).values()
+        children = [own for name, own in vars(value).items() if name not in getattr(value, "not_state", ())]
     for child in children:
         yield from _tensors(child, visited)
 

@@ -15,6 +15,7 @@ from clrun.blocks.reference import read_texts
 from clrun.data.stream import Stream
 from clrun.learning.context import Context
 from clrun.methods.zscl import Zscl, divergence
+from clrun.running.accounting import state_bytes
 from clrun.system.errors import ConfigError
 
 OTHERS = {
@@ -153,6 +154,14 @@ class TestReference:
         order = torch.tensor([7, 2, 11])
         alone = torch.cat([method.reference.take(row[None]) for row in order])
         assert torch.equal(method.reference.take(order), alone)
+
+    def test_memory_between_tasks_is_that_of_the_docstring(self) -> None:
+        method, stream = learner()
+        live(method, stream)
+        size, images, texts, classes = method.backbone.joint.dim, 20, 10, 6  # type: ignore[union-attr]
+        own = {name: size for name, size in state_bytes(method).items() if name not in ("total", "backbone", "head")}
+        assert own == {"teacher": 4 * size * (images + texts)}
+        assert method.head.weight.nbytes == 4 * classes * size
 
     def test_several_data_sets_follow_one_another(self) -> None:
         method, _ = begun(reference=[OTHERS, OTHERS | {"seed": 8, "train_rows": 1}])
