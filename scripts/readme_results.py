@@ -111,7 +111,7 @@ class Sweep:
     @property
     def overrides(self):
         """What decides the numbers."""
-        tuned = self.method not in (*FROZEN, *PROMPTS, "esn") and self.backbone in ("glyph_vit", "random")
+        tuned = self.method not in FROZEN + PROMPTS and self.backbone in ("glyph_vit", "random")
         return (
             *DATA[self.data],
             *BACKBONES[self.backbone],
@@ -383,48 +383,7 @@ class Families:
         return "\n\n".join(blocks)
 
 
-class Mixture:
-    """Slow learners, ensembles and merging on glyph_vit (three orders): digits, and the first tasks of glyphs."""
-
-    # Options chosen on validation rows, in an order that the table does not use (see docs/results.md).
-    tuned = {
-        "swag": ("method.strength=100",),
-        "merge: ties": ("method.ties.scale=0.6",),
-        "merge: opcm": ("method.opcm.alpha=0.8",),
-    }
-    rules = ("mean", "fisher", "regmean", "ties", "magmax", "opcm", "dop")
-    methods = ("finetune", "er", "ranpac", "joint", "slca", "slca_pp", "coma", "cofima", "esn", "swag", "dlcft")
-    rows = (*methods, "b_tuning", "imm", *(f"merge: {rule}" for rule in rules))
-
-    def sweep(self, d, s, row, orders):
-        method, _, rule = row.partition(": ")
-        words = ((f"method.rule={rule}",) if rule else ()) + self.tuned.get(row, ())
-        words += ("job.max_tasks=4",) if d == "glyphs" else ()
-        return Sweep(d, "glyph_vit", method, orders or 3, s, words=words)
-
-    def sweeps(self, data, orders):
-        return [self.sweep(d, s, row, orders) for d in data for s in ("cil", "til") for row in self.rows]
-
-    def draw(self, data, orders):
-        blocks = []
-        for s in ("cil", "til"):
-            rows = []
-            for row in self.rows:
-                found = [numbers(self.sweep(d, s, row, orders).group(3), s) for d in data]
-                rows.append([row, *(cell(v, name) for v in found for name in ("accuracy", "forgetting", "aopd"))])
-            names = [f"{d}: {name}" for d in data for name in ("accuracy", "forgetting", "AOPD")]
-            blocks.append(lines([f"trained and read {s}", *names], rows))
-        return "\n\n".join(blocks)
-
-
-TABLES = {
-    "frozen": Frozen(),
-    "logme": LogMe(),
-    "prompts": Prompts(),
-    "orders": Orders(),
-    "families": Families(),
-    "mixture": Mixture(),
-}
+TABLES = {"frozen": Frozen(), "logme": LogMe(), "prompts": Prompts(), "orders": Orders(), "families": Families()}
 
 
 def trainable(run):
