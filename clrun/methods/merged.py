@@ -142,7 +142,7 @@ def train_only(backbone: nn.Module, modules: Sequence[str]) -> None:
     names = {name: (name, name.rpartition(".")[0]) for name in found}
     for pattern in modules:
         if pattern != "*" and not any(fnmatchcase(n, pattern) for pair in names.values() for n in pair):
-            known = ", ".join(dict.fromkeys(module for _, module in names.values()))
+            known = ", ".join(dict.fromkeys(module or name for name, module in names.values()))
             raise ConfigError(f"method.modules: no trained parameter matches '{pattern}' (modules: {known})")
     for name, parameter in found.items():
         parameter.requires_grad_(any(fnmatchcase(n, pattern) for n in names[name] for pattern in modules))
