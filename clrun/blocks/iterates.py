@@ -17,8 +17,7 @@ class Iterates(Carrier):
 
     Attributes:
         average: the sum of the snapshots and their number; None before the first and once the mean is not needed.
-        squares: [P], the sum over snapshots of (theta - mean before)(theta - mean after), which is n times the
-            variance.
+        squares: [P], the sum of (theta - mean before)(theta - mean after) over snapshots, n times the variance.
         deviations: [K, P], theta - mean after, of the last K snapshots.
     """
 

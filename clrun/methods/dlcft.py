@@ -83,9 +83,7 @@ class Dlcft(Method):
         strength: factor of the penalty.
         prior: precision of a Gaussian prior around the initial values, in the units of n_t.
         weighting: n_t: "tasks", 1; "rows", the number of rows of task t.
-        clip_norm: largest norm of the whole gradient; None does not clip. Without it SGD with the rates of other
-            methods
-            diverges.
+        clip_norm: largest norm of the whole gradient; None does not clip, and SGD may then diverge.
         curvature: of layers of the body: "kfac", the Kronecker factors as they are; "tkfac", multiplied so that their
             trace is that of the layer's block of E[J'J]; "exact_head": no body, needs linearise=head.
         residuals: how the factors at the outputs are estimated: "sampled", from one draw of N(0, I) per row; "exact".

@@ -50,8 +50,8 @@ class Esn(Method):
     begins as the transformer's class token, attends to all tokens after the last block and before the last
     normalisation. Prompts enter after the position embedding and go from stage to stage.
 
-    Deviations from the published code, where the prompt keeps training by accident (`freeze_prompt=false` does the
-    same), the anchor has the other sign (`energy_sign=repo`), and all tasks must have equally many classes.
+    Deviations: in the published code the prompt keeps training by accident (`freeze_prompt=false` does the same), the
+    anchor has the other sign (`energy_sign=repo`), and all tasks must have equally many classes.
 
     Args:
         backbone: maps prepared images to features [B, D], frozen; a timm vision transformer for head=cab and prompts.
@@ -64,8 +64,7 @@ class Esn(Method):
         temperatures: the candidates, ascending.
         vote: "pool", or "single": the first of the `temperatures` alone, without a search.
         prompt_tokens: L, number of prompts.
-        freeze_prompt: train the prompts in the first task only, so that no earlier stage sees features it does not
-            know.
+        freeze_prompt: train the prompts in the first task only, so that the features of earlier stages do not change.
     """
 
     def __init__(

@@ -1,11 +1,13 @@
 """SWA and SWAG: golden values, the mean and the covariance of snapshots, the tail, running statistics, importance."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import Net, born, context, factory, image_stream, live, sgd
+from running import run, run_interrupted
 from torch import Tensor, nn
 
 from clrun.blocks.iterates import Iterates
@@ -169,3 +171,18 @@ def test_its_own_schedule_replaces_none() -> None:
     method.begin_task((stream := image_stream()).tasks[0], context(stream))
     with pytest.raises(ConfigError, match=r"^method.modules: no parameter matches 'body"):
         factory("swag", modules=["body.*"])(Net(), 6)
+
+
+def test_samples_survive_an_interruption(tmp_path: Path) -> None:
+    words = ["method=swag", "method.predict=swag", "method.samples=2", "method.strength=0.01", "dataset=synthetic"]
+    words += [
+        "backbone=lenet",
+        "job.max_tasks=2",
+        "job.max_steps=6",
+        "job.max_eval_rows=8",
+        "method.start_fraction=0.3",
+    ]
+    run(tmp_path / "whole", *words)
+    run_interrupted(tmp_path / "cut", *words)
+    run(tmp_path / "cut", *words)
+    assert (tmp_path / "cut" / "accuracy.csv").read_bytes() == (tmp_path / "whole" / "accuracy.csv").read_bytes()
