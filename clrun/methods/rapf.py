@@ -129,9 +129,11 @@ class Rapf(Method):
         )
         self.register_buffer("latest", torch.full((num_classes,), -1))  # position of the task of each class
         self.before: Tensor | None = None  # W before the task, from the second one on
-        self.sampler: Sampler | None = None  # of the old classes, in the order of `old`; only while a task is learned
         self.old = torch.zeros(0, dtype=torch.long)
+        self.sampler: Sampler | None = None  # of `old`; samplers and pairs are kept only while a task is learned
         self.pairs = torch.zeros(0, 2, dtype=torch.long)
+        self.pair_sampler: Sampler | None = None  # of the old class of each pair
+        self.away = torch.zeros(0, 0)  # w_b - w_a of each pair [P, 1, d]
         self.epoch, self.turn, self.cycle = -1, 0, list[int]()  # the old classes in the order of the present epoch
 
     @classmethod
@@ -150,31 +152,30 @@ class Rapf(Method):
         new = task.classes.to(self.old.device)
         new = new[~torch.isin(new, self.old)]
         self.pairs = near_pairs(self.head.weight, self.old, new, self.name_distance)[: self.max_pairs]
-        if self.draw or (self.pair_draw and len(self.pairs)):
-            self.sampler = self.replay.sampler(self.old)
+        sampler = self.replay.sampler(self.old)
+        self.sampler = sampler if self.draw else None
+        if self.pair_draw and len(self.pairs):
+            self.pair_sampler = sampler.of(torch.searchsorted(self.old, self.pairs[:, 0].contiguous()).tolist())
+            self.away = (self.head.weight[self.pairs[:, 1]] - self.head.weight[self.pairs[:, 0]])[:, None]
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         embeddings = self.head.joint.project(self.backbone(batch.x))
         y, t = batch.y, batch.t
-        if self.sampler is not None and self.draw:
+        if self.sampler is not None:
             places = self._next_places(ctx)
-            drawn, labels = self._drawn(self.sampler, places, self.draw, ctx)
-            embeddings, y = torch.cat([embeddings, drawn.to(embeddings)]), torch.cat([y, labels])
+            drawn = self._drawn(self.sampler.of(places), self.draw, ctx)
+            labels = self.old[places].repeat_interleave(drawn.shape[1])
+            embeddings, y = torch.cat([embeddings, drawn.flatten(0, 1).to(embeddings)]), torch.cat([y, labels])
             t = torch.cat([t, self.latest[labels]])
         logits = self.head.match(self.head.mapped(embeddings), self.head.rows())
         loss = masked_cross_entropy(logits, y, self.competing(t, ctx))
-        if self.sampler is None or not self.pair_draw or not len(self.pairs):
-            return loss
-        return loss + self._hinge(self.sampler, ctx)
+        return loss if self.pair_sampler is None else loss + self._hinge(self.pair_sampler, ctx)
 
     def _hinge(self, sampler: Sampler, ctx: Context) -> Tensor:
         """Return the mean hinge [] of features drawn from the old class of each near pair."""
-        places = torch.searchsorted(self.old, self.pairs[:, 0].contiguous())
-        drawn, own = self._drawn(sampler, places.tolist(), self.pair_draw, ctx)
-        away = self.head.weight[self.pairs[:, 1]] - self.head.weight[self.pairs[:, 0]]
-        away = away.repeat_interleave(len(own) // len(self.pairs), dim=0)
-        unit = self.head.mapped(drawn.to(away))
-        return ((unit * away).sum(dim=1) + self.margin).clamp(min=0).mean() if len(own) else unit.sum()
+        drawn = self._drawn(sampler, self.pair_draw, ctx)
+        unit = self.head.mapped(drawn.flatten(0, 1)).view_as(drawn)
+        return ((unit * self.away).sum(dim=2) + self.margin).clamp(min=0).sum() / max(1, drawn[..., 0].numel())
 
     def _next_places(self, ctx: Context) -> list[int]:
         """Return the places in `old` of the classes that are replayed in this step."""
@@ -186,12 +187,10 @@ class Rapf(Method):
         self.turn += count
         return places
 
-    def _drawn(self, sampler: Sampler, places: list[int], rows: int, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Return features [k rows, d] of the classes at `places` [k], class by class, and their labels [k rows]."""
+    def _drawn(self, sampler: Sampler, rows: int, ctx: Context) -> Tensor:
+        """Return this process's share [k, N, d] of `rows` features of each of the k classes of a sampler."""
         rank, world = ctx.hardware.rank, ctx.hardware.world
-        rows = per_process(rows, rank=rank, world=world)
-        drawn = sampler.of(places)(rows, ctx.generator("replay", rank))
-        return drawn.flatten(0, 1), self.old[places].repeat_interleave(rows)
+        return sampler(per_process(rows, rank=rank, world=world), ctx.generator("replay", rank))
 
     def end_task(self, task: Task, ctx: Context) -> None:
         own = self.replay.empty()
@@ -203,7 +202,8 @@ class Rapf(Method):
                 weight = self.head.mapping.weight
                 weight.copy_(fused(self.before, weight, self.mix_bias))
         self.latest[task.classes.to(self.latest.device)] = task.index
-        self.before, self.sampler, self.pairs = None, None, self.pairs[:0]
+        self.before, self.sampler, self.pair_sampler = None, None, None
+        self.pairs, self.away = self.pairs[:0], self.away[:0]
 
 
 def near_pairs(texts: Tensor, old: Tensor, new: Tensor, distance: float) -> Tensor:

@@ -274,7 +274,7 @@ class TestRapf:
         method, _, ctx = begun("rapf", 1, name_distance=2.0, pair_draw=3, draw_factor=2)
         assert {tuple(pair) for pair in method.pairs.tolist()} == {(a, b) for a in (0, 1) for b in (2, 3)}
         means = method.replay.means[:2]
-        still = Sampler(means, [torch.zeros(12, 12).double()] * 2)
+        still = Sampler(means, [torch.zeros(12, 12).double()] * 2).of(method.pairs[:, 0].tolist())
         texts = method.head.weight
         expected = torch.stack(
             [
@@ -283,8 +283,9 @@ class TestRapf:
             ]
         ).mean()
         torch.testing.assert_close(method._hinge(still, ctx), expected)
-        drawn, labels = method._drawn(method.sampler, [1, 0], 5, ctx)
-        assert drawn.shape == (10, 12) and labels.tolist() == [1] * 5 + [0] * 5
+        assert method._drawn(method.pair_sampler, method.pair_draw, ctx).shape == (4, 6, 12)
+        for (old, _), mean in zip(method.pairs.tolist(), method.pair_sampler.means, strict=True):
+            assert torch.equal(mean, means[old])
 
     def test_the_nearest_pairs_count(self):
         every, _, _ = begun("rapf", 1, name_distance=2.0)
