@@ -12,8 +12,8 @@ over the sequence of each image. A step of rapf takes a millisecond, and the dem
 in bench_families; it has 8 near pairs.
 bytes: what a method without network and head has in memory after the last task, beside the formula of its definition.
 sweep: wall time of `clrun -m` over random orders of a method, features and texts included, over that of one run, both
-from an empty cache. The features of digits cost a second, so that for methods that train (rapf, proof) or solve (rail) a
-sweep here shows what these take per order; features are what it saves with larger towers and images.
+from an empty cache. The features of digits cost a second, so that a sweep of methods that train (rapf, proof) or solve
+(rail) shows what these take per order; features are what it saves with larger towers and images.
 """
 
 import argparse
