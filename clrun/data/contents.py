@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clrun.results.data_record import RULE
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import cache_folder, make_folder, open_to_read, remove_leftovers, replacing
 from clrun.system.locks import exclusive
@@ -273,7 +274,7 @@ def _waits() -> int:
 
 def _path(root: str) -> Path:
     """Return the file that keeps the digests of a folder."""
-    name = hashlib.blake2b(root.encode(errors="surrogateescape"), digest_size=12).hexdigest()
+    name = hashlib.blake2b(f"{RULE} {root}".encode(errors="surrogateescape"), digest_size=12).hexdigest()
     return cache_folder("contents") / f"{name}.tsv"
 
 

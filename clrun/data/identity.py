@@ -29,6 +29,7 @@ from torch import Tensor
 from clrun.data.contents import row_digests, tensor_rows
 from clrun.data.split import Split
 from clrun.data.stream import Dataset, Stream, Task
+from clrun.results.data_record import RULE
 
 PARTS = ("train", "test", "val")
 KINDS = ("<u8", "<i4")  # of the digests and labels of packed rows
@@ -65,7 +66,7 @@ def identify(dataset: Dataset, stream: Stream) -> Identity:
         ConfigError: a file cannot be read.
     """
     splits = {part: getattr(dataset, part) for part in PARTS}
-    record: Record = {"digest": "", "classes": _classes(dataset)}
+    record: Record = {"rule": RULE, "digest": "", "classes": _classes(dataset)}
     record |= {part: None if s is None else _part(s, dataset.num_classes) for part, s in splits.items()}
     whole = [record["classes"]["digest"], *(record[part]["digest"] for part in PARTS if record[part])]
     record["digest"] = _digest(" ".join(whole).encode())

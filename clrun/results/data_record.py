@@ -11,6 +11,7 @@ from typing import Any
 SHOWN = 3  # examples in a message
 COMPARED = 10_000  # pairs of classes up to which renamed ones are looked for
 PARTS = (("training", ("train", "val")), ("test", ("test",)))
+RULE = 2  # how digests are computed, `rule` in a record; a record without it has rule 1
 Record = Mapping[str, Any]
 
 
@@ -66,10 +67,15 @@ class Changes:
 
 
 def data_digest(run: Mapping[str, Any]) -> str:
-    """Return the digest of the data that a run has seen, from run.json; "" when it is not recorded."""
+    """Return the digest of the data that a run has seen, from run.json; "" when there is none of the present rule."""
     data = run.get("data")
-    found = data.get("digest") if isinstance(data, Mapping) else None
+    found = data.get("digest") if isinstance(data, Mapping) and is_comparable(data) else None
     return found if isinstance(found, str) else ""
+
+
+def is_comparable(record: Record) -> bool:
+    """Return whether the digests of a record were computed by the present rule; earlier versions had another one."""
+    return bool(record.get("rule", 1) == RULE)
 
 
 def data_changes(
@@ -78,7 +84,7 @@ def data_changes(
     rows_before: Mapping[str, NamedRows] | None = None,
     rows_now: Mapping[str, NamedRows] | None = None,
 ) -> Changes:
-    """Return what has changed from one record of run.json to another.
+    """Return what has changed from one record of run.json to another; of records of different rules, only the classes.
 
     Args:
         before: the earlier record.
@@ -90,6 +96,8 @@ def data_changes(
     if before["digest"] == now["digest"]:
         return changes
     common = _compare_classes(before, now, changes)
+    if not (is_comparable(before) and is_comparable(now)):
+        return changes
     for title, parts in PARTS:
         old, new = (_named(parts, record, rows, common) for record, rows in ((before, rows_before), (now, rows_now)))
         if old is not None and new is not None:

@@ -212,7 +212,8 @@ _DATA = record(
         "classes": record({"count": count, "digest": text, "names": listed(text)}),
         "per_task": mapping(text),
     }
-    | dict.fromkeys(("train", "test", "val"), _PART)
+    | dict.fromkeys(("train", "test", "val"), _PART),
+    {"rule": count},
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from clrun.data.identity import IN_MEMORY, Identity, changed_rows, unpacked
 from clrun.data.stream import Stream, Task
-from clrun.results.data_record import Changes, NamedRows, data_changes
+from clrun.results.data_record import Changes, NamedRows, data_changes, is_comparable
 from clrun.results.schema import data
 from clrun.running.build import Built, identity
 from clrun.running.checkpoint import RunState
@@ -15,6 +15,10 @@ from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError, collecting_warnings, one_line, warn
 
 UNKNOWN = "this run began before clrun recorded the data of runs: whether they are still the same was not checked"
+OTHER_RULE = (
+    "this run began with a version of clrun that digested data in another way: whether they are still the same was not "
+    "checked"
+)
 RESUME = "put them back and start the same command again, or choose another hydra.run.dir"
 START = "put them back, or leave out job.start_from"
 SHOWN = 3  # names of files in a message
@@ -45,7 +49,7 @@ def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts, *, 
         return [UNKNOWN]
     changes = _changes(state.data, stored_identity(built.data), folder)
     if not changes:
-        return []
+        return [] if is_comparable(state.data["record"]) else [OTHER_RULE]
     before, now = state.data["record"]["per_task"], built.data.record["per_task"]
     order = [task.id for task in built.stream.tasks]
     used = order[: state.learned + parts.job.eval_initial]

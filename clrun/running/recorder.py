@@ -33,7 +33,7 @@ from clrun.running.accounting import (
 from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
 from clrun.running.checkpoint import RunState, Unstorable
-from clrun.running.data_checks import START, UNKNOWN, check_resumed, check_task, stored_identity
+from clrun.running.data_checks import OTHER_RULE, START, UNKNOWN, check_resumed, check_task, stored_identity
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
@@ -47,7 +47,12 @@ from clrun.running.start_from import note as note_on_start
 from clrun.system.errors import ConfigError, warn
 from clrun.system.files import append_text, json_value, replace_text
 
-KEPT_NOTES = ("resumed ", "data changed ", UNKNOWN)  # beginnings of notes that stay when a run is resumed again
+KEPT_NOTES = (
+    "resumed ",
+    "data changed ",
+    UNKNOWN,
+    OTHER_RULE,
+)  # beginnings of notes that stay when a run is resumed again
 UNSAFE = 5.0  # seconds of work that a loss of power (not of the process) may cost
 
 

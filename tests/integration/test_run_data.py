@@ -15,6 +15,7 @@ from running import run, run_interrupted
 from clrun.api import load
 from clrun.reporting import refresh
 from clrun.reporting.sweep import sweep_table
+from clrun.results.data_record import RULE
 from clrun.results.schema import run_problem
 from clrun.running import checkpoint_file
 from clrun.running.data_checks import _is_there
@@ -242,6 +243,37 @@ def test_a_trained_method_says_that_rows_have_changed(photos: Path, tmp_path: Pa
     with pytest.warns(DataWarning, match="the data have changed since this run: 1 test row gone"):
         learner = load(tmp_path / "run").learner()
     assert learner.predict(photos / "test" / "cat" / "1.png").labels == before
+
+
+def older(folder: Path) -> None:
+    """Change a stopped run into one of a version of clrun that digested data in another way."""
+    file = folder / "checkpoint.pt"
+    header, method = checkpoint_file.read(file)
+    assert header.data is not None
+    names = ("config_hash", "learned", "steps", "rows", "costs", "referenced", "start", "predictions")
+    data = copy.deepcopy(header.data)
+    del data["record"]["rule"]
+    data["record"]["digest"] = data["record"]["train"]["digest"] = "0" * 12
+    plain = {name: getattr(header, name) for name in names}
+    checkpoint_file.write(file, plain | {"data": data}, [method], flush=False)
+
+
+def test_a_run_of_another_rule_of_digests_goes_on(stopped: tuple[Path, bytes], photos: Path) -> None:
+    out, whole = stopped
+    (photos / "train" / "dog" / "3.png").write_bytes(whole)
+    older(out)
+    run(out, *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
+    assert any("digested data in another way" in note for note in record(out)["notes"])
+    assert record(out)["data"]["rule"] == RULE
+
+
+def test_a_run_of_another_rule_of_digests_knows_its_classes(stopped: tuple[Path, bytes], photos: Path) -> None:
+    out, whole = stopped
+    (photos / "train" / "dog" / "3.png").write_bytes(whole)
+    older(out)
+    rename(photos)
+    with pytest.raises(ConfigError, match="class dog is now called bee"):
+        run(out, *OPTIONS, f"dataset.root={photos}", "dataset.images.memory=0")
 
 
 SWEPT = ("dataset=folder", "dataset.name=photos", "dataset.images.size=8", "scenario.n_tasks=3", "backbone=mlp")
