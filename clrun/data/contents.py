@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clrun.results.data_record import RULE
+from clrun.system.checksums import RULE
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import cache_folder, make_folder, open_to_read, remove_leftovers, replacing
 from clrun.system.locks import exclusive

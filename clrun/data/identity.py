@@ -29,7 +29,7 @@ from torch import Tensor
 from clrun.data.contents import row_digests, tensor_rows
 from clrun.data.split import Split
 from clrun.data.stream import Dataset, Stream, Task
-from clrun.results.data_record import RULE
+from clrun.system.checksums import RULE
 
 PARTS = ("train", "test", "val")
 KINDS = ("<u8", "<i4")  # of the digests and labels of packed rows

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clrun.system.checksums import RULE
+
 SHOWN = 3  # examples in a message
 COMPARED = 10_000  # pairs of classes up to which renamed ones are looked for
 PARTS = (("training", ("train", "val")), ("test", ("test",)))
-RULE = 2  # how digests are computed, `rule` in a record; a record without it has rule 1
 Record = Mapping[str, Any]
 
 
@@ -74,7 +75,7 @@ def data_digest(run: Mapping[str, Any]) -> str:
 
 
 def is_comparable(record: Record) -> bool:
-    """Return whether the digests of a record were computed by the present rule; earlier versions had another one."""
+    """Return whether the digests of a record were computed by the present rule; a record without `rule` has rule 1."""
     return bool(record.get("rule", 1) == RULE)
 
 

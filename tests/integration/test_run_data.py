@@ -15,11 +15,11 @@ from running import run, run_interrupted
 from clrun.api import load
 from clrun.reporting import refresh
 from clrun.reporting.sweep import sweep_table
-from clrun.results.data_record import RULE
 from clrun.results.schema import run_problem
 from clrun.running import checkpoint_file
 from clrun.running.data_checks import _is_there
 from clrun.running.engine import Engine
+from clrun.system.checksums import RULE
 from clrun.system.errors import ConfigError, DataWarning
 
 pytestmark = pytest.mark.records  # files, and bits of runs of one layout
