@@ -312,8 +312,9 @@ def layer_curvature(
             laid_out = Batch(ctx.hardware.layout(batch.x), batch.y, batch.t, batch.i)
             with ctx.hardware.autocast():
                 value = loss(laid_out, ctx)
-            for name, grad in zip(weights, torch.autograd.grad(value, list(weights.values())), strict=True):
-                sums[name] += len(batch) * float(grad.float().square().mean())
+            gradients = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
+            for name, grad in zip(weights, gradients, strict=True):
+                sums[name] += 0.0 if grad is None else len(batch) * float(grad.float().square().mean())
     return {name: total / batches for name, total in sums.items()}
 
 

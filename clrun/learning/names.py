@@ -6,7 +6,7 @@ A backbone with a text side has an attribute `joint`: `JointSpace` of `clrun.bac
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +122,23 @@ class NamesHead(GrowingHead):
             with torch.no_grad():
                 self.weight[classes] = self.final_texts(classes).to(self.weight)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; rows that follow the text tower ("live") are brought up to date for predictions."""
+        super().train(mode)
+        if not mode and self.names == "live" and self.captions is not None:
+            self.refresh()
+        return self
+
     def _version_of_sources(self) -> tuple[Any, ...]:
-        """Return what changes whenever the tensors change on which the rows depend."""
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.sources())
+        """Return what changes whenever the tensors change on which the rows depend.
+
+        Inside `torch.func`, where other tensors stand for them, the rows count as unchanged: gradients and Fisher
+        information of single samples take the texts as constants.
+        """
+        sources = list(self.sources())
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in sources):
+            return self._made_from
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in sources)
 
     def refresh(self) -> None:
         """Encode all grown classes again if what they depend on has changed since they were encoded ("live")."""

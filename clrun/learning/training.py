@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from clrun.data.split import Batch, Split
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
+from clrun.learning.names import NamesHead
 from clrun.system.errors import ConfigError, NumericalError
 from clrun.system.seeding import seed_all
 
@@ -176,7 +177,7 @@ class _Step:
             batch = self._prepared(mixed)
             with hardware.autocast():
                 value = self.loss(batch, self.ctx)
-            _check_scalar(value)
+            _check_scalar(value, self.method)
         for parameter in self.parameters:
             parameter.grad = None  # what optimizer.zero_grad does, in less time
         if weight:
@@ -195,13 +196,20 @@ class _Step:
         return Batch(self.ctx.hardware.layout(x), raw.y, raw.t, raw.i, raw.x)
 
 
-def _check_scalar(value: Any) -> None:
+def _check_scalar(value: Any, method: Any) -> None:
     """Refuse a loss that cannot be minimised, before the first gradient.
 
     Raises:
+        ConfigError: the head is trained alone, and its rows are fixed texts.
         TypeError: the loss is no scalar tensor, or nothing that is trained has a part in it.
     """
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        head = getattr(method, "head", None)
+        if isinstance(value, Tensor) and isinstance(head, NamesHead) and head.names != "init":
+            raise ConfigError(
+                f"backbone.head: {type(method).__name__} trains its head alone at this point, and the rows of "
+                f"'{head.names}' are not trained; set it to init or linear"
+            )
         found = type(value).__name__
         if isinstance(value, Tensor):
             found = f"a tensor {list(value.shape)}" + ("" if value.requires_grad else " without a gradient")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, born, context, factory, image_stream, live, state, tiny_towers
+from helpers import assert_same, born, context, factory, image_stream, live, sgd, state, tiny_towers
 
 from clrun.backbones.glyph import glyph_clip
 from clrun.data.captions import CIFAR, Captions, captions, in_words
@@ -238,3 +238,33 @@ class TestNamesHead:
         with torch.inference_mode():
             method.eval()(next(stream.tasks[0].test.batches(4)).x)
         assert torch.equal(first, method.head.weight[stream.tasks[0].classes]) == (names == "fixed")
+
+    def test_a_fit_of_a_fixed_head_alone_is_refused(self):
+        stream = image_stream()
+        backbone = tiny_towers()
+        backbone.joint.head = "fixed"
+        method = factory("fish")(backbone, 6)
+        method.read_names(stream.captions)
+        with pytest.raises(
+            ConfigError, match=r"^backbone.head: Fish trains its head alone .* set it to init or linear"
+        ):
+            live(method, stream, until=1)
+
+    @pytest.mark.parametrize("name", ["ewc", "kfac_ewc"])
+    def test_fisher_information_takes_live_texts_as_constants(self, name):
+        stream = image_stream()
+        backbone = tiny_towers()
+        backbone.joint.head = "live"
+        backbone.joint.requires_grad_(True)
+        method = factory(name)(backbone, 6)
+        method.read_names(stream.captions)
+        live(method, stream, budget=sgd(lr=0.001, epochs=1), until=1)
+        text = class_text(method.backbone.joint.encode_texts(stream.captions.of(0)))
+        torch.testing.assert_close(method.eval().head.weight[0], text, rtol=1e-5, atol=1e-6)
+
+
+def test_an_image_backbone_with_unused_parts_suits_methods_that_rate_all_layers():
+    backbone = tiny_towers()
+    stream = image_stream("til")
+    method = factory("halrp")(backbone, 6)
+    live(method, stream, budget=sgd(lr=0.001, epochs=1), until=2)
