@@ -38,7 +38,7 @@ class Anchored(Method):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
-    knobs = (Knob("strength"),)
+    knobs: tuple[Knob, ...] = (Knob("strength"),)
 
     def __init__(
         self,

@@ -31,6 +31,7 @@ from clrun.blocks.params import Params, clone
 from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
 from clrun.learning.losses import Compete
 from clrun.learning.training import fit
 from clrun.methods.anchored import Anchored, Norm, Solver
@@ -83,6 +84,8 @@ class Swag(Anchored):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
+    knobs: tuple[Knob, ...] = ()  # strength, unless it is 0: then there is no penalty to weaken
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -108,6 +111,7 @@ class Swag(Anchored):
         super().__init__(
             backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
         )
+        self.knobs = Anchored.knobs if strength else ()
         self.predict, self.patterns, self.rank = predict, list(modules), rank
         self.start_fraction, self.lr_ratio, self.collect_every = start_fraction, lr_ratio, collect_every
         self.scale, self.samples, self.damping, self.normalise = scale, samples, damping, normalise
