@@ -267,4 +267,5 @@ def test_an_image_backbone_with_unused_parts_suits_methods_that_rate_all_layers(
     backbone = tiny_towers()
     stream = image_stream("til")
     method = factory("halrp")(backbone, 6)
-    live(method, stream, budget=sgd(lr=0.001, epochs=1), until=2)
+    journal = live(method, stream, budget=sgd(lr=0.001, epochs=1), until=2)
+    assert [(row["position"], row["task"]) for row in journal.recorded] == [(1, 0), (2, 0), (2, 1)]
