@@ -10,8 +10,8 @@ The record of run.json, by part ("train", "test", and "val" or None):
     by_class: one text per class id, "NUMBER NAMES CONTENTS": number of rows, and the sums of the digests of their names
         (0 for rows in memory) and of their contents modulo 2^64, which depend neither on the order of the rows nor on
         the class id, and can be added over parts.
-and beside them `digest` of the whole, `classes` (`count`, `digest`, and the `names` by class id), and `per_task`, the
-digest of all rows of each task by task id.
+and beside them the number of the `rule` by which digests are computed, the `digest` of the whole, `classes` (`count`,
+`digest`, and the `names` by class id), and `per_task`, the digest of all rows of each task by task id.
 """
 
 import base64
