@@ -11,7 +11,7 @@ projected before their mean is taken.
 
 Memory between tasks, for C classes in d dimensions after b tasks: M exemplars with the s bytes of a stored row of
 features and 8 bytes for its label and task; 8 (d^2 + d) b bytes of projections, 12 d b of contexts and 16 d^2 + 12 d of
-the fusion; 12 C d + 8 C bytes of sums, counts and prototypes; and one text row per class, 4 C d bytes. Task id: not
+the fusion; 12 C d + 9 C bytes of sums, counts and prototypes; and one text row per class, 4 C d bytes. Task id: not
 needed.
 
 Deviations from the public code, which is followed where `compat` says so: the fused rows of texts and prototypes are
@@ -206,6 +206,7 @@ class Proof(Method):
     needs_text: ClassVar[bool] = True
     head: ProjectedHead
     prototypes: Tensor
+    learned: Tensor
 
     def __init__(
         self,
@@ -229,6 +230,7 @@ class Proof(Method):
         self.contexts = nn.ParameterList()
         self.stats = ClassStats(width, num_classes)
         self.register_buffer("prototypes", torch.zeros(num_classes, width))
+        self.register_buffer("learned", torch.zeros(num_classes, dtype=torch.bool))  # classes with a prototype
         self.memory = Exemplars("y")
 
     @classmethod
@@ -253,14 +255,14 @@ class Proof(Method):
         for unit, batch in self._units(task.train):
             self.stats.update(unit, batch.y)
         self.prototypes.copy_(self.stats.means())
+        self.learned.copy_(self.stats.counts() > 0)
         parts: list[Split] = [task.train]
         if len(self.memory):
             parts.append(self.memory.split(task.train.transform))
         fit(self, concatenate(parts), ctx)
 
     def end_task(self, task: Task, ctx: Context) -> None:
-        seen = int((self.stats.counts() > 0).sum())
-        count = self.capacity if self.per_class else self.capacity // seen
+        count = self.capacity if self.per_class else self.capacity // int(self.learned.sum())
         self.memory.truncate(count)
         if not count:
             return
@@ -298,8 +300,8 @@ class Proof(Method):
             texts: w [K, d].
             classes: [K] long, the classes of the texts; -1 for one that is no class of the stream.
         """
-        learned = ((self.stats.counts()[classes] > 0) & (classes >= 0)).nonzero()[:, 0]
-        known = (self.stats.counts() > 0).nonzero()[:, 0]
+        learned = (self.learned[classes] & (classes >= 0)).nonzero()[:, 0]
+        known = self.learned.nonzero()[:, 0]
         prototypes = F.normalize(self.head.image(self.prototypes[known]), dim=1)
         shown = texts[learned] if len(learned) == len(known) else self.head.rows()[known]
         tokens = torch.cat([shown, prototypes, *self.contexts])

@@ -16,7 +16,7 @@ solved anew after each task in the order of the task ids, as the public code sol
 those of the data set; the public code has "a photo of a {}." alone (`dataset.templates`).
 
 Verified: weights of both forms equal joint ridge regression to 1e-9, a linear kernel gives the primal form without
-projection, kernel scores equal published-scale values computed by hand, beta = 0 and images of unlearned names are
+projection, kernel scores equal values computed by hand, beta = 0 and images of unlearned names are
 zero-shot, AOPD is 0, and unlearning a task equals never having learned it (test_methods_names, test_methods).
 """
 
@@ -116,6 +116,7 @@ class Rail(ClosedForm):
 
     needs_text: ClassVar[bool] = True
     head: NamesHead
+    learned: Tensor
 
     def __init__(
         self,
@@ -135,6 +136,7 @@ class Rail(ClosedForm):
         super().__init__(backbone, num_classes, forget_tasks=forget_tasks, keep_task_statistics=keep_task_statistics)
         self.head = NamesHead(backbone, num_classes, names="fixed")
         self.width = self.head.joint.dim
+        self.register_buffer("learned", torch.zeros(num_classes, dtype=torch.bool))  # classes with rows
         self.form, self.fusion, self.gate = form, fusion, gate
         self.gamma = GAMMA[form] if gamma is None else gamma
         self.projection = RandomProjection(
@@ -178,6 +180,7 @@ class Rail(ClosedForm):
         return lifted
 
     def solve(self, task: Task, ctx: Context) -> None:
+        self.learned.copy_(self.stats("features").counts() > 0)
         if isinstance(self.regression, KernelRidge):
             self.regression.solve(self.gamma)
         else:
@@ -194,9 +197,8 @@ class Rail(ClosedForm):
         """Return the fused scores [B, C] of unit features [B, d]; 0 for classes whose names are not known."""
         logits = self.head.match(features, self.head.rows()).masked_fill(~self.head.initialised, float("-inf"))
         p = logits.softmax(dim=1)
-        learned = self.stats("features").counts() > 0
         regression: Tensor = self.regression(self.lift(features))
-        fused = (1 - self.fusion) * p + self.fusion * regression * learned
+        fused = (1 - self.fusion) * p + self.fusion * regression * self.learned
         if self.gate == "none":
             return fused
-        return torch.where(learned[p.argmax(dim=1)][:, None], fused, p)
+        return torch.where(self.learned[p.argmax(dim=1)][:, None], fused, p)

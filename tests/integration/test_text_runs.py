@@ -101,9 +101,12 @@ class TestUnseen:
         assert whole == parts and len(list(csv.reader(whole.splitlines()))) == 1 + 6 * 5 * 3
         assert stored(tmp_path / "whole")["held_out"] == stored(tmp_path / "parts")["held_out"]
 
-    def test_the_trained_method_predicts_from_checkpoint_and_from_weights(self, tmp_path):
-        options = ("method=coop", "method.length=2", "job.max_steps=2", "job.save_model=true")
-        run(tmp_path, *DIGITS, *options, "job.keep_checkpoint=true")
+    @pytest.mark.parametrize(
+        "words",
+        [("method=coop", "method.length=2"), ("method=proof",), ("method=rapf",), ("method=rail", "method.m=50")],
+    )
+    def test_the_trained_method_predicts_from_checkpoint_and_from_weights(self, tmp_path, words):
+        run(tmp_path, *DIGITS, *words, "job.max_steps=2", "job.save_model=true", "job.keep_checkpoint=true")
         found = []
         for file in ("checkpoint.pt", "model.safetensors"):
             learner = load(tmp_path).learner()

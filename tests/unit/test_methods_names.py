@@ -417,7 +417,7 @@ class TestProof:
     def test_the_loss_is_the_sum_of_three_cross_entropies(self):
         method, stream, ctx = begun("proof", 1, dropout=0.0)
         method.prototypes[:4] = torch.randn(4, 12)
-        method.stats.rows[:4] = 1
+        method.learned[:4] = True
         batch = next(stream.tasks[1].train.batches(6))
         named = torch.arange(4)
         texts, units = method.head.texts(named.tolist()), method.head.embed(batch.x)
