@@ -316,7 +316,8 @@ def _plain(cfg: DictConfig, convert: Callable[[DictConfig], Any]) -> dict[str, A
         cfg = without_hydra(cfg)
     try:
         for key in DATASET_LISTS:
-            if entries := OmegaConf.select(cfg, key):
+            node = cfg.get(key.partition(".")[0])
+            if isinstance(node, DictConfig) and (entries := OmegaConf.select(cfg, key)):  # `check` refuses other nodes
                 cfg = copy.deepcopy(cfg)
                 with open_dict(cfg):
                     OmegaConf.update(cfg, key, [_loader(entry, key) for entry in entries], merge=False)

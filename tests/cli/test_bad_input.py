@@ -559,7 +559,7 @@ UNREADABLE = {
     "list": (b"- 1\n- 2\n", "method: expected a node with a _target_, got [1, 2]; set method=CHOICE ..."),
     "text": (b"hello\n", "method=text: its YAML file has no _target_, which names the class or function"),
     "nothing": (b"", "method=nothing: its YAML file has no _target_, which names the class or function"),
-    "default": (b"defaults: [nowhere]\n", "method/default: no method named 'nowhere' (available: ..."),
+    "default": (b"defaults: [qqqq]\n", "method/default: no method named 'qqqq' (available: ..."),
     "package": (b"# @package a b\nx: 1\n", "method=package: Too many components in '@package a b'"),
     "gone": (b"_target_: no_such.Gone\n", "method._target_: cannot import 'no_such.Gone': No module named 'no_such'"),
     "nameless": (b"_target_: clrun.methods.er.Err\n", "method._target_: cannot import 'clrun.methods.er.Err': ..."),
