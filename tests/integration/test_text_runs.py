@@ -61,7 +61,9 @@ class TestZeroShot:
             (line,) = csv.DictReader(file)
         assert float(line["open_harmonic_accuracy"]) == metrics["open"]["harmonic_accuracy"]
 
-    @pytest.mark.parametrize("words", [("method=proof",), ("method=rapf",), ("method=rail", "method.m=50")])
+    @pytest.mark.parametrize(
+        "words", [("method=proof", "method.init=identity"), ("method=rapf",), ("method=rail", "method.m=50")]
+    )
     def test_methods_on_features_have_seen_unseen_and_harmonic_accuracy(self, tmp_path, words):
         run(tmp_path, *DIGITS, *words, "job.eval_unseen=true", "job.eval_extra=[glyphs]", "job.max_steps=5")
         found, counts = stored(tmp_path), cells(tmp_path, "open")
