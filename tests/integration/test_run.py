@@ -17,7 +17,7 @@ from running import cells, run, run_interrupted
 from safetensors.torch import load_file
 
 from clrun.cli import main
-from clrun.results.metrics import AccuracyMatrix, average_accuracy
+from clrun.results.metrics import UNSEEN, AccuracyMatrix, average_accuracy
 from clrun.results.records import RunRecord
 from clrun.system import files
 from clrun.system.errors import ConfigError
@@ -46,7 +46,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert stored["config"] == yaml.safe_load((out / "config.yaml").read_text())
     assert stored["config"]["method"]["_target_"] == "clrun.methods.ewc.Ewc"
     keys = "average_accuracy average_incremental_accuracy forgetting backward_transfer forward_transfer"
-    assert set(stored["metrics"]["cil"]) == {*keys.split(), "learning_accuracy", "worst_task"}
+    assert set(stored["metrics"]["cil"]) == {*keys.split(), "learning_accuracy", "worst_task", *UNSEEN}
     assert stored["metrics"]["cil"]["average_accuracy"] == value
     assert stored["metrics"]["cil"]["forward_transfer"] is None
     matrix = stored["accuracy_matrix"]["cil"]
