@@ -102,7 +102,7 @@ class Bench:
 
     def bare(self) -> None:
         """Do the passes of every step and nothing else."""
-        made = {"coop": self.coop, "proof": self.proof, "rapf": self.rapf}.get(self.name, self.finetune)
+        made = getattr(self, self.name) if self.name in ("coop", "proof", "rapf", "zscl") else self.finetune
         loss, trained = made()
         optimizer, train = SGD(trained), self.ctx.task.train
         generator, done = torch.Generator().manual_seed(0), 0
@@ -120,6 +120,22 @@ class Bench:
         """Return the loss of finetuning both towers, and what it trains."""
         ids = self.seen.joint.tokenize(self.captions)
         return self.texts(ids, lambda embeddings: embeddings), [p for p in self.seen.parameters() if p.requires_grad]
+
+    def zscl(self) -> tuple[Loss, list[Tensor]]:
+        """Return the loss of ZSCL, whose reference images take a second pass, and what it trains."""
+        (finetuning, trained), joint = self.finetune(), self.seen.joint
+        others, known = self.method.reference, self.method.teacher
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            rows = torch.randperm(len(others))[:BATCH]
+            units = F.normalize(joint.project(self.seen(others.take(rows))), dim=1)
+            now, before = (joint.scale * images @ known.texts.T for images in (units, known.images[rows]))
+            value = finetuning(x, y)
+            for a, b in ((now, before), (now.T, before.T)):
+                value = value + F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="batchmean", log_target=True)
+            return value
+
+        return loss, trained
 
     def coop(self) -> tuple[Loss, list[Tensor]]:
         """Return the loss of CoOp, and what it trains."""
@@ -247,7 +263,7 @@ def _process(words: list[str]) -> float:
 def main(words: list[str] | None = None) -> list[Figure]:
     """Measure, print a line per figure and return the figures."""
     parser = argparse.ArgumentParser(description="What methods on two towers cost.")
-    parser.add_argument("--methods", nargs="+", default=["coop", "clip_finetune", "proof", "rapf"])
+    parser.add_argument("--methods", nargs="+", default=["coop", "clip_finetune", "zscl", "proof", "rapf"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="of a fit")
     parser.add_argument("--orders", type=int, default=24, help="of the sweep; 0 for none")
