@@ -54,6 +54,10 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "scenario=fixed_groups scenario.groups=mine": None,  # the groups of the reader's own data set
     "dataset._target_": None,  # an example of what is refused
     "data=1f2e3d...": None,  # part of a printed line
+    "ties.keep": None,  # of clrun merge, as the three below
+    "samples=null": None,
+    "weights=1,3": None,
+    "device=cpu": None,
 }
 STANDS_FOR = {"job.eval_every=N": "job.eval_every=2", "METHOD": "l2p"}  # where composing needs a value
 
@@ -76,6 +80,8 @@ NOT_RUN = {
     "torchrun --nnodes=2 --nproc-per-node=4 ... -m clrun hardware=ddp hydra.run.dir=outputs/big": MACHINE,
     'eval "$(clrun -sc install=bash)"': "changes the shell",
     "clrun report": "needs a folder; other commands give one",
+    "clrun merge": "needs folders of finished runs; has its own tests",
+    "clrun merge outputs/first outputs/second rule=regmean regmean.alpha=0.95 out=outputs/both": "likewise",
 }
 
 
@@ -257,6 +263,8 @@ def test_command_composes(command, starts, capsys) -> None:
         case ["clrun", "list" | "features", *_] | ["clrun", *_, "--cfg", "job"]:
             assert _call(words[1:]) == 0
             assert capsys.readouterr().out.strip() and not starts
+        case ["clrun", "merge", *_]:
+            assert _call(["merge", "nowhere"]) == 2  # merging has its own tests
         case ["clrun", "report", *_]:
             assert _call(["report", "nowhere"]) == 2  # reports are written below
         case ["clrun", *arguments]:
