@@ -659,7 +659,7 @@ MUTATIONS = (
     Mutation(
         "fecam_off_diagonal",
         "normalisation",
-        "methods/fecam.py",
+        "blocks/statistics.py",
         "max(1, width * (width - 1))",
         "max(1, width * width)",
         "the mean off the diagonal counts the diagonal",
