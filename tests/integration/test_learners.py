@@ -10,11 +10,11 @@ from clrun.api import ConfigError, load, run
 
 SHORT = {"job": {"max_tasks": 2, "max_steps": 3, "save_predictions": "final", "save_model": True, "picture": False}}
 # Tried in turn until one suits the method, as in scripts/byte_identity.py.
-ATTEMPTS = ("scenario.setting=cil", "scenario.setting=til", "scenario.setting=til backbone=cnn")
+ATTEMPTS = ("scenario.setting=cil", "scenario.setting=til", "scenario.setting=til backbone=cnn", "backbone=glyph_clip")
 # What cannot be rebuilt from tensors alone, and what the refusal says of it.
 REBUILT, MORE = "cannot be rebuilt from tensors alone", "with these tensors predicts otherwise than the run's"
 CHECKPOINT_ONLY = {"aper": REBUILT, "ebll": REBUILT, "fish": REBUILT, "halrp": REBUILT, "progress_compress": REBUILT}
-CHECKPOINT_ONLY |= {"fecam": MORE, "icarl": MORE}
+CHECKPOINT_ONLY |= {"fecam": MORE, "icarl": MORE, "moe_adapters": REBUILT, "promptfusion_lite": REBUILT}
 # One method each with: an output for every class, task ids, features, prompts, growth, and the two kinds of refusal.
 QUICK = ("er", "hat", "ranpac", "l2p", "apd", "halrp", "fecam")
 CASES = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
