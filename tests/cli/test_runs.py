@@ -302,7 +302,8 @@ def test_completion(clrun, monkeypatch):
     assert "complete" in clrun("-sc", "install=bash").out
     monkeypatch.setenv("COMP_LINE", "clrun method=e")
     monkeypatch.setenv("COMP_POINT", "14")
-    assert clrun("-sc", "query=bash").out.split() == ["method=ease", "method=ebll", "method=er", "method=ewc"]
+    found = clrun("-sc", "query=bash").out.split()
+    assert found == ["method=ease", "method=ebll", "method=er", "method=esn", "method=ewc"]
 
 
 def test_the_reader_of_a_pipe_may_leave(folder):

@@ -219,23 +219,25 @@ def test_what_a_task_begins_is_moved_to_the_device(name: str) -> None:
         assert tensors(method) - before <= tensors(*method.new_parts())
 
 
+@pytest.mark.records  # bits of one layout
 @pytest.mark.parametrize("name", METHODS)
 def test_goes_on_from_copies(name: str) -> None:
     method, stream = born(small(name), image_stream())
     copies: list[Method] = []
 
-    def copy_twice(task: Task, method: Method, run_state: RunState) -> None:
-        if run_state.learned < 3:
+    def copied(task: Task, method: Method, run_state: RunState) -> None:
+        if run_state.learned == 1:
+            copies.append(pickle.loads(pickle.dumps(method)))
+        elif run_state.learned == 2:
             buffer = io.BytesIO()
             torch.save(method, buffer)
             buffer.seek(0)
-            copies.append(pickle.loads(pickle.dumps(method)))
             copies.append(torch.load(buffer, weights_only=False))
             copies.append(copy.deepcopy(method))
 
-    live(method, stream, after=copy_twice)
-    for index, twin in enumerate(copies):
-        live(twin, stream, learned=1 + index // 3)
+    live(method, stream, after=copied)
+    for learned, twin in zip((1, 2, 2), copies, strict=True):
+        live(twin, stream, learned=learned)
         assert_same(state(method), state(twin))
         x = eval_rows(stream)
         assert torch.equal(logits(method, x), logits(twin, x))

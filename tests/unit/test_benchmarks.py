@@ -110,10 +110,16 @@ def preset(name: str) -> dict[str, Any]:
     return yaml.safe_load((CONF / "task_order" / f"{name}.yaml").read_text())
 
 
+# Zheng et al. (ICCV 2023): the data sets by name, and those of order II as listed.
+MTIL_I = ["aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers", "food", "mnist", "pets", "cars", "sun397"]
+MTIL_II = ["cars", "food", "mnist", "pets", "flowers", "sun397", "aircraft", "caltech101", "dtd", "eurosat", "cifar100"]
+MTIL = {"i": list(range(11)), "ii": [MTIL_I.index(name) for name in MTIL_II]}
+
 PRESETS = {
     "cifar100_split": CIFAR100_SPLIT,
     "cifar100_superclass": CIFAR100_SUPERCLASS,
     "five_datasets": FIVE_DATASETS,
+    "mtil": MTIL,
     "permuted_mnist": PERMUTED_MNIST,
     "tiny_imagenet_20": TINY_IMAGENET_20,
     "tiny_imagenet_40": TINY_IMAGENET_40,
