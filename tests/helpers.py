@@ -3,13 +3,13 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from running import member
 from torch import Tensor, nn
 
@@ -95,9 +95,15 @@ class Identity(nn.Module):
         return x
 
 
+@cache
+def node(group: str, name: str) -> DictConfig:
+    """Return the options of conf/`group`/`name`.yaml, which are read once: thousands of tests ask for them."""
+    return OmegaConf.create(member(CONF / group / f"{name}.yaml"))
+
+
 def configured(group: str, name: str, **options: Any) -> Any:
     """Return what conf/`group`/`name`.yaml names, with some options changed."""
-    config = OmegaConf.create(member(CONF / group / f"{name}.yaml"))
+    config = node(group, name)
     unknown = options.keys() - config.keys()
     assert not unknown, f"{group}={name} has no option {unknown}"
     return instantiate(OmegaConf.merge(config, options), _convert_="all")

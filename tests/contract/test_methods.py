@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -99,6 +100,7 @@ def allowed() -> list[tuple[str, str]]:
     return [(name, s) for name in METHODS for s in SETTINGS if s in target(name).settings]
 
 
+@cache
 def target(name: str) -> type[Method]:
     """Return the class behind conf/method/`name`.yaml."""
     return factory(name).func  # type: ignore[attr-defined]

@@ -67,7 +67,7 @@ def test_a_failing_job_is_listed_and_stops_nobody(command, tmp_path: Path) -> No
     assert "failed" in out
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_parallel_launchers_agree_with_the_serial_one(launcher: str, command, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher" if launcher == "joblib" else "submitit")
     sweep = ("-m", "method=er", "seed=0,1", *SMALL)
