@@ -181,6 +181,7 @@ def test_predicts_seen_classes_only(name: str) -> None:
     assert {row["task"] for row in rows} == {0, 1}
 
 
+@pytest.mark.records  # bits of one layout
 @pytest.mark.parametrize("name", METHODS)
 def test_same_life_twice(name: str) -> None:
     ends = []
@@ -256,6 +257,7 @@ def test_every_method_with_a_cross_entropy_says_what_competes() -> None:
     assert without == WITHOUT_COMPETE | {name for name in METHODS if target(name).settings == {"til"}}
 
 
+@pytest.mark.records  # bits of one layout
 @pytest.mark.parametrize(
     ("name", "compete"),
     [(n, v) for n, default in COMPETE.items() if default for v in ("current", "seen", "all") if v != default],
