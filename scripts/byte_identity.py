@@ -24,7 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["hardware=cpu", "hardware.threads=1", "job.progress=false", "job.picture=false", "job.feature_cache=false"]
 SHORT = ["job.max_tasks=3", "job.max_steps=20"]
 # Tried in turn until one suits the method: the settings and backbones that it accepts are the method's own affair.
-ATTEMPTS = (["scenario.setting=cil"], ["scenario.setting=til"], ["scenario.setting=til", "backbone=cnn"])
+ATTEMPTS = (
+    ["scenario.setting=cil"],
+    ["scenario.setting=til"],
+    ["scenario.setting=til", "backbone=cnn"],
+    ["scenario.setting=cil", "backbone=glyph_clip"],
+)
 SWEEP = ["-m", "backbone=cnn", "method=finetune,er,ewc,simplecil", "task_order=random", "task_order.seed=range(3)"]
 
 
