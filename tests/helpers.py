@@ -84,6 +84,19 @@ def tiny_towers() -> Any:
     return towers
 
 
+class Linear(nn.Module):
+    """A linear network."""
+
+    num_features = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 class Identity(nn.Module):
     """A backbone without parameters, for features [B, D]."""
 

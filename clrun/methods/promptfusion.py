@@ -294,6 +294,3 @@ class Promptfusion(Branches):
         share: Any = self.fusion.sigmoid() if self.fixed is None else self.fixed
         mixed: Tensor = (1 - share) * self.stable(self.embeddings(x)) + share * self.boosted(x)
         return mixed
-
-
-__all__ = ["Branches", "Promptfusion"]

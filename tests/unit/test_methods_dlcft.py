@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Identity, Net, context, factory, image_stream, live, row_stream, tiny_vit
+from helpers import Identity, Linear, Net, context, factory, image_stream, live, row_stream, tiny_vit
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call, jvp
@@ -155,19 +155,6 @@ def test_heads_are_learned_as_by_joint_ridge_regression_in_any_order() -> None:
 
 
 # --- the body
-
-
-class Linear(nn.Module):
-    """A linear network: its tangent model is itself."""
-
-    num_features = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def linear(**options: Any) -> tuple[Dlcft, Stream]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import pytest
 import torch
 from helpers import (
+    Linear,
     assert_same,
     born,
     context,
@@ -211,19 +212,6 @@ def test_drop_transfer_changes_training_and_resumes() -> None:
         ends.append(weights(method))
         assert method.hooks_backbone == (rate > 0)
     assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-
-
-class Linear(nn.Module):
-    """A linear network."""
-
-    num_features = 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def test_task_by_task_equals_all_at_once() -> None:
