@@ -71,8 +71,8 @@ def tiny_vit(**options: Any) -> nn.Module:
 
 def tiny_towers() -> Any:
     """Return an image and a text tower for `image_stream`, with weights large enough to tell images and names apart."""
-    from clrun.backbones.tokens import BytePairs
     from clrun.backbones.two_towers import JointSpace, Tower, TwoTowers
+    from clrun.data.byte_pairs import BytePairs
 
     joint = JointSpace(32, Tower(16, 1, 2), 12, BytePairs("", 24))
     towers = TwoTowers(image_size=8, patch_size=2, vision=Tower(32, 2, 4), pre_norm=True, joint=joint, channels=1)

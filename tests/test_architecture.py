@@ -30,7 +30,7 @@ NARROW: dict[str, tuple[str, ...]] = {
     "config": ("results.identity",),
     "reporting": ("results",),
     "data": ("results.metrics",),
-    "backbones": (),
+    "backbones": ("data.byte_pairs", "data.tokens"),
     "learning": ("data",),
     "blocks": ("data", "learning"),
     "methods": ("data", "learning", "blocks"),

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from clrun.backbones.tokens import BytePairs
 from clrun.backbones.weights import check_file, load_weights
+from clrun.data.byte_pairs import BytePairs
 from clrun.system.errors import ConfigError, WeightsMissing, did_you_mean
 from clrun.system.libraries import not_installed
 from clrun.system.reading import read_json
