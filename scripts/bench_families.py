@@ -208,9 +208,10 @@ CASES: dict[str, Case] = {
         options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 4.0},
     ),
     # The value and the derivative by input and weight of each layer are three forward passes, of which the first
-    # one has a backward pass. Forward mode takes longer where torch has no kernel for it: norms and attention.
+    # one has a backward pass, and the product rule adds two tensors per layer (one operation on its output, as a gate).
     "dlcft": Case(
         read=(BATCH, BATCH),
+        gated=("read 0",),
         vector=PENALTY,
         products=1,
         state=lambda n: 4 * (2 * n.p + n.kronecker + n.method.num_classes * (n.features + 2) + (n.features + 1) ** 2),
