@@ -3,12 +3,15 @@
 They are the text side of methods that compare images with texts (`clrun.backbones.two_towers`). Name and templates
 belong to the class id, so that they come along in every task order.
 
-Templates: CLIP's (Radford et al. 2021, `data/prompts.md` and the ImageNet notebook of its repository), which for
-CIFAR-100 and ImageNet-R are those of PROOF, too. Those of `digits` and `glyphs` are captions of glyph_clip.
+Templates and the words in `WORDS`: CLIP's (Radford et al. 2021, `data/prompts.md` of its repository), with which both
+were compared. Templates of ImageNet and its variants are the seven that its notebook recommends; those of CIFAR-100
+and ImageNet-R are PROOF's, too. CUB-200 is not in CLIP's list and has the template of Birdsnap; a data set without an
+entry has `PLAIN`. Those of `digits` and `glyphs` are captions of glyph_clip. CLIP's own names of the 1000 classes of
+ImageNet are not here: ids of WordNet get their first lemma, unless `dataset.class_names` names a file.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,6 +21,7 @@ from clrun.system import libraries
 from clrun.system.errors import ConfigError, first_line
 
 PLAIN = ("a photo of a {}.",)
+BOTH = ("a photo of a {}.", "a photo of the {}.")
 SEEN = ("", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")
 CIFAR = tuple(
     f"a {look}photo of {size}."
@@ -38,8 +42,33 @@ IMAGENET = (
     "a photo of the small {}.",
 )
 NUMBER = ('a photo of the number: "{}".',)
+FORMS: tuple[str, ...] = (
+    "a photo of",
+    "a painting of",
+    "a plastic",
+    "a sculpture of",
+    "a sketch of",
+    "a tattoo of",
+    "a toy",
+    "a rendition of",
+)
+FORMS += ("a embroidered", "a cartoon", "a {} in a video game", "a plushie", "a origami", "art of", "graffiti of")
+FORMS += ("a drawing of", "a doodle of")
+
+
+def _depicted(article: str) -> Iterator[str]:
+    """Yield CLIP's templates of Caltech-101 with one article: "a toy {}." and "the toy {}.", "art of a {}."."""
+    for form in FORMS:
+        if form.endswith(" of"):
+            yield f"{form} {article} {{}}."
+        else:
+            own = form.replace("a ", f"{article} ", 1)
+            yield f"{own}." if "{}" in own else f"{own} {{}}."
+
+
 CHARACTER = ("{}", "a {}", "image of {}", "a photo of {}", "a drawing of a {}", "written {}", "a handwritten {}")
 TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "caltech101": (*_depicted("a"), *_depicted("the")),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
     "digits": CHARACTER,
@@ -70,11 +99,71 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = {
         "a photo of my new {}.",
         "a photo of my old {}.",
     ),
-    "stl10": ("a photo of a {}.", "a photo of the {}."),
+    "stl10": BOTH,
+    "sun397": BOTH,
     "tiny_imagenet": IMAGENET,
 }
+SIGNS = (
+    "red and white circle 20 kph speed limit",
+    "red and white circle 30 kph speed limit",
+    "red and white circle 50 kph speed limit",
+    "red and white circle 60 kph speed limit",
+    "red and white circle 70 kph speed limit",
+    "red and white circle 80 kph speed limit",
+    "end / de-restriction of 80 kph speed limit",
+    "red and white circle 100 kph speed limit",
+    "red and white circle 120 kph speed limit",
+    "red and white circle red car and black car no passing",
+    "red and white circle red truck and black car no passing",
+    "red and white triangle road intersection warning",
+    "white and yellow diamond priority road",
+    "red and white upside down triangle yield right-of-way",
+    "stop",
+    "empty red and white circle",
+    "red and white circle no truck entry",
+    "red circle with white horizonal stripe no entry",
+    "red and white triangle with exclamation mark warning",
+    "red and white triangle with black left curve approaching warning",
+    "red and white triangle with black right curve approaching warning",
+    "red and white triangle with black double curve approaching warning",
+    "red and white triangle rough / bumpy road warning",
+    "red and white triangle car skidding / slipping warning",
+    "red and white triangle with merging / narrow lanes warning",
+    "red and white triangle with person digging / construction / road work warning",
+    "red and white triangle with traffic light approaching warning",
+    "red and white triangle with person walking warning",
+    "red and white triangle with child and person walking warning",
+    "red and white triangle with bicyle warning",
+    "red and white triangle with snowflake / ice warning",
+    "red and white triangle with deer warning",
+    "white circle with gray strike bar no speed limit",
+    "blue circle with white right turn arrow mandatory",
+    "blue circle with white left turn arrow mandatory",
+    "blue circle with white forward arrow mandatory",
+    "blue circle with white forward or right turn arrow mandatory",
+    "blue circle with white forward or left turn arrow mandatory",
+    "blue circle with white keep right arrow mandatory",
+    "blue circle with white keep left arrow mandatory",
+    "blue circle with white arrows indicating a traffic circle",
+    "white circle with gray strike bar indicating no passing for cars has ended",
+    "white circle with gray strike bar indicating no passing for trucks has ended",
+)  # of GTSRB, spelt as CLIP spells them
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS: Mapping[str, Mapping[str, str]] = {  # names that differ from those in the files of a data set
+    "caltech101": {
+        "Faces": "off-center face",
+        "Faces_easy": "centered face",
+        "Leopards": "leopard",
+        "Motorbikes": "motorbike",
+        "airplanes": "airplane",
+        "car_side": "side of a car",
+        "cougar_body": "body of a cougar cat",
+        "cougar_face": "face of a cougar cat",
+        "crocodile_head": "head of a crocodile",
+        "flamingo_head": "head of a flamingo",
+        "snoopy": "snoopy (cartoon beagle)",
+        "yin_yang": "yin and yang symbol",
+    },
     "digits": {str(k): f"digit {word}" for k, word in enumerate(DIGITS)},
     "eurosat": {
         "AnnualCrop": "annual crop land",
@@ -88,6 +177,12 @@ WORDS: Mapping[str, Mapping[str, str]] = {  # names that differ from those in th
         "River": "river",
         "SeaLake": "lake or sea",
     },
+    "flowers102": {
+        "globe-flower": "globe flower",
+        "pink-yellow dahlia?": "pink and yellow dahlia",
+        "ball moss": "air plant",
+    },
+    "gtsrb": {f"sign {k}": words for k, words in enumerate(SIGNS)},
 }
 WORDNET = re.compile(r"n\d{8}")
 NUMBERED = re.compile(r"\d+\.(?=[^\W\d])")  # as in "001.Black_footed_Albatross"

@@ -1,15 +1,15 @@
 """The budget of one fit: its length, batch size, optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from clrun.system.errors import ConfigError, Count, NonNegative, Positive, PositiveInt, Range
+from clrun.system.errors import ConfigError, Count, NonNegative, Positive, PositiveInt, Range, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,41 @@ class Budget:
             return self.steps if rows else 0
         assert self.epochs is not None
         return self.epochs * math.ceil(rows / self.batch_size)
+
+    def lr_factor(self, task: str) -> float:
+        """Return the factor of the learning rate in the task of this name."""
+        return 1.0
+
+    def check_tasks(self, names: Collection[str]) -> None:
+        """Refuse a budget for tasks that the stream does not have; `names` are those of its tasks."""
+
+
+@dataclass(frozen=True)
+class TaskBudget(Budget):
+    """A budget whose learning rate depends on the task, as published where the tasks are data sets of their own.
+
+    Attributes:
+        lr_factors: factor of the learning rate by the name of the task; 1 for tasks that are not named.
+    """
+
+    lr_factors: Mapping[str, Positive] = field(default_factory=dict)
+
+    def lr_factor(self, task: str) -> float:
+        """Return the factor of the learning rate in the task of this name."""
+        return self.lr_factors.get(task, 1.0)
+
+    def check_tasks(self, names: Collection[str]) -> None:
+        """Refuse a budget for tasks that the stream does not have; `names` are those of its tasks.
+
+        Raises:
+            ConfigError: see above.
+        """
+        for name in self.lr_factors:
+            if name not in names:
+                raise ConfigError(
+                    f"budget.lr_factors: the stream has no task named '{name}'{did_you_mean(name, names)} (it has: "
+                    f"{', '.join(names)})"
+                )
 
 
 def cosine(optimizer: Optimizer, total_steps: int, *, warmup: Annotated[float, Range(0, 1)]) -> LRScheduler:

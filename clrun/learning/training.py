@@ -70,7 +70,7 @@ def fit(
         ctx: context of the current task.
         loss: objective; default `method.loss`.
         params: parameters or parameter groups to train; default `method.trainable()`. The learning rate of a group with
-            the key "lr_factor" is that of the budget times this factor.
+            the key "lr_factor" is that of the budget times this factor, and times the budget's factor of the task.
         budget: length and optimizer; default is the budget of the run.
         name: name of the fit. Two fits of a task with different names shuffle and augment differently.
 
@@ -84,8 +84,7 @@ def fit(
         return
     optimizer = budget.optimizer(groups)
     for group in optimizer.param_groups:
-        if "lr_factor" in group:
-            group["lr"] *= group["lr_factor"]
+        group["lr"] *= group.get("lr_factor", 1.0) * budget.lr_factor(ctx.task.name)
     schedule = None if budget.schedule is None else budget.schedule(optimizer, total)
     view = ctx.generator("augment", name, ctx.hardware.rank)
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)

@@ -21,13 +21,12 @@ zero-shot, AOPD is 0, and unlearning a task equals never having learned it (test
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.blocks.params import Carrier
 from clrun.blocks.ridge import RandomProjection, ridge
 from clrun.blocks.statistics import ClassStats, solve_positive
 from clrun.data.stream import Stream, Task
@@ -41,8 +40,10 @@ GAMMA = {"primal": 0.1, "dual": 0.001}  # of the public code
 LARGEST_KERNEL = 32768  # rows; its matrix takes 8.6 GB
 
 
-class KernelRidge(Carrier):
+class KernelRidge(nn.Module):
     """Kernel ridge regression with a Gaussian kernel on stored rows, in float64.
+
+    Rows and weights are buffers, because predictions need them: they are part of exported weights.
 
     Args:
         num_features: d.
@@ -56,12 +57,26 @@ class KernelRidge(Carrier):
         weight: A [n, C] float64.
     """
 
+    rows: Tensor
+    labels: Tensor
+    tasks: Tensor
+    weight: Tensor
+
     def __init__(self, num_features: int, num_classes: int, *, width: float) -> None:
         super().__init__()
         self.num_classes, self.width = num_classes, width
-        self.rows = torch.zeros(0, num_features)
-        self.labels, self.tasks = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
-        self.weight = torch.zeros(0, num_classes, dtype=torch.float64)
+        self.register_buffer("rows", torch.zeros(0, num_features))
+        for name in ("labels", "tasks"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.long))
+        self.register_buffer("weight", torch.zeros(0, num_classes, dtype=torch.float64))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take over tensors of any number of rows."""
+        for name, own in list(self._buffers.items()):
+            given = state_dict.get(prefix + name)
+            if given is not None and own is not None and given.shape[1:] == own.shape[1:]:
+                self.register_buffer(name, own.new_zeros(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Return k [m, n] float64 of rows a [m, d] and b [n, d], both float64."""

@@ -105,6 +105,8 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     method.check(images)
     if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
         raise ConfigError(COMPILED)
+    if parts.job.max_tasks is None:  # else the stream may lack tasks that the budget names
+        budget.check_tasks([task.name for task in images.tasks])
     method.check_budget(budget)
     tuning: Any = parts.job.tuning
     if tuning is not None:

@@ -105,7 +105,13 @@ class TestUnseen:
 
     @pytest.mark.parametrize(
         "words",
-        [("method=coop", "method.length=2"), ("method=proof",), ("method=rapf",), ("method=rail", "method.m=50")],
+        [
+            ("method=coop", "method.length=2"),
+            ("method=proof",),
+            ("method=rapf",),
+            ("method=rail", "method.m=50"),
+            ("method=rail", "method.form=dual"),
+        ],
     )
     def test_the_trained_method_predicts_from_checkpoint_and_from_weights(self, tmp_path, words):
         run(tmp_path, *DIGITS, *words, "job.max_steps=2", "job.save_model=true", "job.keep_checkpoint=true")

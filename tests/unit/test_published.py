@@ -92,6 +92,21 @@ def eurosat(root: Path) -> None:
             write(root / "eurosat" / "2750" / label / f"{label}_{k}.jpg")
 
 
+def caltech101(root: Path) -> None:
+    for label in ("BACKGROUND_Google", "Faces", "Faces_easy", "accordion", "car_side"):
+        for k in range(1, 5):
+            write(root / "caltech101" / "101_ObjectCategories" / label / f"image_{k:04d}.jpg")
+
+
+def sun397(root: Path) -> None:
+    home, classes = root / "SUN397", ("/a/abbey", "/a/apse/indoor", "/b/beach", "/b/bow_window/outdoor")
+    text(home / "ClassName.txt", *classes)
+    text(home / "README.txt", "no class")
+    for name in classes:
+        for k in range(4):
+            write(home / name[1:] / f"sun_{k}.jpg")
+
+
 def gtsrb(root: Path) -> None:
     home = root / "gtsrb"
     for label in range(3):
@@ -296,6 +311,28 @@ def test_eurosat_is_split_by_hash(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("kind", "writer"), [("Caltech101", caltech101), ("SUN397", sun397)])
+def test_all_images_of_torchvision_are_divided_by_hash(tmp_path: Path, kind: str, writer: Write) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    writer(tmp_path)
+    data, notes = load(source(kind.lower()), tmp_path, download=False, test_fraction=0.5)
+    theirs = getattr(datasets, kind)(str(tmp_path))
+    assert set(rows(data.train)).isdisjoint(rows(data.test)) and len(data.test) > 2 < len(data.train)
+    if kind == "Caltech101":
+        expected = {
+            (theirs.categories[label], f"image_{k:04d}.jpg") for label, k in zip(theirs.y, theirs.index, strict=True)
+        }
+        found = {(data.class_names[label], Path(file).name) for file, label in rows(data.train) + rows(data.test)}
+        assert data.texts.names == ("off-center face", "centered face", "accordion", "side of a car")
+    else:
+        expected, found = set(flat(theirs)), set(rows(data.train) + rows(data.test))
+        assert data.class_names == ("abbey", "apse indoor", "beach", "bow window outdoor")
+    assert found == expected
+    assert notes[-1].startswith(f"dataset={kind.lower()}: 16 images in {tmp_path}, published with ")
+    again, _ = load(source(kind.lower()), tmp_path, download=False, test_fraction=0.5, seed=1)
+    assert rows(again.test) == rows(data.test)
+
+
 def test_inaturalist_2021(tmp_path: Path) -> None:
     inaturalist_2021(tmp_path)
     data, _ = load(source("inaturalist"), tmp_path, version="2021_mini", download=False)
@@ -450,6 +487,7 @@ LOADERS = [
     source(name)
     for name in (
         *("omniglot", "flowers102", "food101", "dtd", "eurosat", "gtsrb"),
+        *("caltech101", "sun397"),
         *("fgvc_aircraft", "oxford_pets", "places365", "inaturalist", "imagenet"),
         *("tiny_imagenet", "cub200", "imagenet_r", "imagenet_a", "core50"),
         *("domainnet", "stanford_cars", "notmnist"),

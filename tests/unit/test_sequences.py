@@ -5,15 +5,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_published as published
 import torch
+import torch.nn.functional as F
 from helpers import configured
 from hydra.errors import InstantiationException
+from test_sources import write_cifar, write_mnist
 
 from clrun.backbones.small import mlp
 from clrun.data.orders import canonical
 from clrun.data.reading.assemble import assemble
 from clrun.data.reading.options import Reading
-from clrun.data.reading.sequence import on_canvas, sequence, with_quarter_turns
+from clrun.data.reading.sequence import on_canvas, resized, sequence, with_quarter_turns
 from clrun.data.scenarios import dataset_sequence
 from clrun.data.split import Batch, Split
 from clrun.data.stream import Dataset
@@ -104,6 +107,48 @@ def test_small_images_lie_in_the_middle() -> None:
     assert data.image_shape == (3, 6, 6) and data.mean == (0.5,) * 3
     assert torch.equal(found[:, 1, 1:4, 1:5], images(part("a", ["x"], (1, 3, 4)).train)[:, 0])
     assert found[:, :, 0].sum() == found[:, :, 4:].sum() == found[..., 5].sum() == 0
+
+
+def test_small_images_are_resized_when_they_are_read() -> None:
+    small = part("a", ["x", "y"], (1, 6, 6), val=0.5)
+    large = resized(small, channels=3, side=9, interpolation="bicubic")
+    assert large.image_shape == (3, 9, 9) and large.mean == (0.5,) * 3 and large.val is not None
+    for before, after in ((small.train, large.train), (small.test, large.test), (small.val, large.val)):
+        expected = F.interpolate(images(before).float(), (9, 9), mode="bicubic", antialias=True).round().clamp(0, 255)
+        assert torch.equal(images(after), expected.byte().expand(-1, 3, -1, -1)) and torch.equal(after.y, before.y)
+        assert set(after.stored_rows().contents.tolist()) <= set(before.stored_rows().contents.tolist())
+    other = resized(small, channels=3, side=9, interpolation="bilinear")
+    assert other.train.fingerprint() != large.train.fingerprint()
+    assert resized(large, channels=3, side=9, interpolation="bicubic") is large
+
+
+MTIL = ("fgvc_aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers102", "food101", "mnist", "oxford_pets")
+MTIL += ("stanford_cars", "sun397")
+
+
+@pytest.mark.filterwarnings("ignore::clrun.system.errors.DataWarning")
+def test_the_eleven_data_sets_of_mtil_are_read_from_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utils = pytest.importorskip("torchvision.datasets.utils")
+    monkeypatch.setattr(utils, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    for name in MTIL:
+        if name not in ("cifar100", "mnist"):
+            getattr(published, name)(tmp_path)
+    write_cifar(tmp_path, fine=True)
+    write_mnist(tmp_path, "MNIST")
+    options = {"test_fraction": 0.5, "images": {"size": 8}, "augment": [], "templates": None}
+    data = configured("dataset", "mtil", root=str(tmp_path), **options)
+    assert tuple(part.name for part in data.parts) == MTIL and data.image_shape == (3, 8, 8)
+    assert all(images(part.test).shape[1:] == (3, 8, 8) for part in data.parts)
+    assert data.texts.of(data.class_names.index("Faces"))[1] == "a painting of a off-center face."
+    digits = data.parts[7].train.y
+    assert sorted(set(digits.tolist())) == list(range(int(digits.min()), int(digits.min()) + 10))
+    assert data.texts.of(int(digits.min())) == ['a photo of the number: "0".']
+    assert data.texts.of(data.num_classes - 1) == [
+        "a photo of a bow window outdoor.",
+        "a photo of the bow window outdoor.",
+    ]
 
 
 def test_quarter_turns_keep_training_and_test_drawings_apart() -> None:

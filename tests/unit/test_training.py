@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers import Net, context, image_stream, sgd
 
-from clrun.learning.budget import Budget, cosine, floor_cosine, milestones, stepped_cosine
+from clrun.learning.budget import Budget, TaskBudget, cosine, floor_cosine, milestones, stepped_cosine
 from clrun.learning.method import Method
+from clrun.system.errors import ConfigError
 from clrun.system.seeding import seed_all
 
 
@@ -78,6 +79,22 @@ class Two(Method):
             {"params": list(self.backbone.parameters()), "lr_factor": 0.25},
             {"params": list(self.head.parameters())},
         ]
+
+
+def test_a_task_may_have_a_learning_rate_of_its_own() -> None:
+    method, stream = Two(Net(), 6), image_stream(augment=())
+    names = [task.name for task in stream.tasks]
+    budget = TaskBudget(partial(torch.optim.SGD, lr=0.125), steps=1, lr_factors={names[1]: 0.5})
+    found = []
+    for task in stream.tasks:
+        ctx = context(stream, task.index, budget=budget)
+        method.begin_task(task, ctx)
+        method.learn(task, ctx)
+        found.append(ctx.progress.lr)
+    assert found == [0.25 * 0.125, 0.25 * 0.5 * 0.125, 0.25 * 0.125]  # of the first group
+    budget.check_tasks(names)
+    with pytest.raises(ConfigError, match="^budget.lr_factors: the stream has no task named .* \\(it has: a, b\\)"):
+        budget.check_tasks("ab")
 
 
 def test_a_factor_of_a_group_multiplies_the_rate_of_the_budget() -> None:

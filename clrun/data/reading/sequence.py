@@ -1,5 +1,6 @@
 """Several data sets as one whose parts they are, each with classes of its own, for `scenario=dataset_sequence`."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from clrun.data.captions import joined
-from clrun.data.images import ImageSplit, JoinedImages
+from clrun.data.decode import Pixels
+from clrun.data.images import ImageSplit, JoinedImages, Rows
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset
 
@@ -93,6 +95,61 @@ def on_canvas(dataset: Dataset, *, channels: int, side: int) -> Dataset:
         image_shape=(channels, side, side),
         mean=dataset.mean * (channels // len(dataset.mean)),
         std=dataset.std * (channels // len(dataset.std)),
+    )
+
+
+class Resized(JoinedImages):
+    """The rows of a split with square images in memory, resized when they are read; grey is repeated.
+
+    Args:
+        split: the rows.
+        channels: channels of the resized images.
+        side: their side in pixels.
+        interpolation: how they are resized, with antialiasing.
+    """
+
+    def __init__(self, split: Split, *, channels: int, side: int, interpolation: str) -> None:
+        super().__init__([split])
+        self.shape = (len(split), channels, side, side)
+        self.interpolation = interpolation
+
+    def fill(self, rows: Rows, out: Pixels) -> None:
+        """Write the images of `rows` [B] into `out` [B, S, S, C]."""
+        found = self.splits[0].select(torch.from_numpy(rows))
+        stored = next(found.batches(len(found), view="raw")).x.float()
+        x = F.interpolate(stored, self.shape[2:], mode=self.interpolation, antialias=True)
+        out[:] = x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+    def fingerprint(self) -> str:
+        """Return a digest of the stored images and of how they are resized."""
+        return hashlib.sha256(f"{super().fingerprint()} {self.shape} {self.interpolation}".encode()).hexdigest()
+
+
+def resized(dataset: Dataset, *, channels: int, side: int, interpolation: str) -> Dataset:
+    """Return a data set with images of this shape; one that has them already is returned as it is.
+
+    Args:
+        dataset: a data set with square images.
+        channels: channels of the images; grey is repeated.
+        side: side of the images in pixels.
+        interpolation: how they are resized, with antialiasing.
+    """
+    if dataset.image_shape == (channels, side, side):
+        return dataset
+
+    def larger(split: Split) -> Split:
+        images = Resized(split, channels=channels, side=side, interpolation=interpolation)
+        return ImageSplit(images, split.y)
+
+    copies = channels // len(dataset.mean)
+    return replace(
+        dataset,
+        train=larger(dataset.train),
+        test=larger(dataset.test),
+        val=dataset.val and larger(dataset.val),
+        image_shape=(channels, side, side),
+        mean=dataset.mean * copies,
+        std=dataset.std * copies,
     )
 
 
