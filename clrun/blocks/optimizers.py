@@ -22,13 +22,15 @@ from clrun.blocks.curvature import (
     Sharing,
     Tape,
     layers_of,
+    named_too_large,
 )
 from clrun.blocks.curvature.kronecker import as_matrix, as_vector
-from clrun.blocks.curvature.layers import Layer, has_bias, inner_sum, inputs, sides
+from clrun.blocks.curvature.layers import Layer, has_bias, inner_sum, inputs, real_of, sides
 from clrun.blocks.params import Params, flatten, shapes_of, unflatten
 from clrun.learning.context import Context
 from clrun.learning.method import Method
-from clrun.system.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt
+from clrun.learning.names import NamesHead
+from clrun.system.errors import ConfigError, Fraction, NonNegative, Positive, PositiveInt, warn
 
 Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
@@ -73,6 +75,18 @@ class _Preconditioned(Optimizer):
         self.rows = 0.0  # number of these rows
         self.method: Method | None = None
         self.context: Context | None = None
+
+    @classmethod
+    def look_at(cls, method: Method, *, largest: int, **options: Any) -> None:
+        """Warn of the layers that are too large for factors; called once before anything is written.
+
+        Args:
+            method: the method before its first task.
+            largest: see the class.
+            options: all others of the optimizer.
+        """
+        if message := named_too_large(method, largest, "budget.optimizer.largest"):
+            warn(message)
 
     def _begin(self, method: Method, ctx: Context, largest: int) -> dict[str, Layer]:
         """Store the names of the optimised parameters, and return the layers whose weights are among them, by name."""
@@ -170,10 +184,29 @@ class Kfac(_Preconditioned):
         self.preconditioner: Curvature | None = None
         self.velocity: Tensor | None = None
 
+    @classmethod
+    def look_at(cls, method: Method, *, largest: int, **options: Any) -> None:
+        """Refuse a method that encodes names of classes with the layers of these statistics, see the base class.
+
+        A layer that is called on B rows of a batch and on K names has no rows in common for both.
+
+        Raises:
+            ConfigError: see above.
+        """
+        layers = {id(layer.weight) for layer in layers_of(method, largest=largest).values()}
+        for part in method.modules():
+            if isinstance(part, NamesHead) and part.names == "live" and layers & {id(p) for p in part.sources()}:
+                raise ConfigError(
+                    "budget.optimizer=Kfac: its factors would mix the rows of a batch with the names of classes, which "
+                    "the same step encodes; use budget=foof or another budget, or keep the text tower fixed "
+                    "(backbone.head=fixed)"
+                )
+        super().look_at(method, largest=largest, **options)
+
     @contextmanager
     def watch(self, method: Method, ctx: Context) -> Iterator[None]:
         """Collect statistics in the forward passes of `method` in training mode, within the `with` block."""
-        tape = Tape(self._begin(method, ctx, self.largest), training=True)
+        tape = Tape(self._begin(method, ctx, self.largest), method, training=True)
         self.layers = tape.layers
         self._clear()
 
@@ -309,7 +342,7 @@ class Foof(_Preconditioned):
     @contextmanager
     def watch(self, method: Method, ctx: Context) -> Iterator[None]:
         """Record the inputs of the layers of `method` in training mode, within the `with` block."""
-        self.tape = Tape(self._begin(method, ctx, self.largest), training=True)
+        self.tape = Tape(self._begin(method, ctx, self.largest), method, training=True)
         with self.tape.recording():
             yield
 
@@ -318,8 +351,9 @@ class Foof(_Preconditioned):
         for name, layer in self.tape.layers.items():
             side = sides(layer)[1]
             self.sums[name], self.sums[f"{name}:rows"] = layer.weight.new_zeros(side, side), layer.weight.new_zeros(1)
-            for x, _ in self.tape.calls.get(name, []):
-                self.sums[name] += inner_sum(inputs(layer, x, len(x)), "expand")
+            for call in self.tape.calls.get(name, []):
+                x = inputs(layer, call.x, len(call.x))
+                self.sums[name] += inner_sum(x, "expand", real_of(x, call.real))
                 self.sums[f"{name}:rows"] += len(x)
 
     def _renew(self) -> None:

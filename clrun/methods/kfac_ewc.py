@@ -45,6 +45,8 @@ class KfacEwc(Anchored):
         modules: shell-style patterns; layers whose name matches one have Kronecker factors.
         largest: largest number of inputs or outputs of such a layer; its factors hold the square of that many numbers.
         groups: convolutions with several groups: "skip" estimates a diagonal, "average" treats groups as positions.
+        tables: tables of embeddings, which are linear layers on one-hot vectors: "diagonal", as all that is no layer;
+            "kronecker", diag(frequencies of the tokens) and one factor G, V + D^2 numbers for V entries of width D.
         prior: tau; the prior precision tau I is added to F when the first task ends.
         solver: "grad": the penalty is part of the loss; training diverges if learning rate * strength * the largest
             eigenvalue of F exceeds 2. "proximal": a step on CE alone, and then the exact proximal step on the penalty
@@ -70,6 +72,7 @@ class KfacEwc(Anchored):
         modules: list[str],
         largest: PositiveInt,
         groups: Literal["skip", "average"],
+        tables: Literal["diagonal", "kronecker"],
         prior: NonNegative,
         solver: Solver,
         norm: Norm,
@@ -81,7 +84,9 @@ class KfacEwc(Anchored):
         super().__init__(
             backbone, num_classes, strength=strength, solver=solver, norm=norm, penalty=penalty, compete=compete
         )
-        self.fisher = KroneckerFisher(labels, samples, top_k, sharing, modules, largest, groups)
+        self.fisher = KroneckerFisher(
+            labels, samples, top_k, sharing, modules, largest, groups, tables=tables == "kronecker"
+        )
         self.fisher.check(backbone)
         self.prior = prior
 

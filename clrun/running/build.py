@@ -108,6 +108,9 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if parts.job.max_tasks is None:  # else the stream may lack tasks that the budget names
         budget.check_tasks([task.name for task in images.tasks])
     method.check_budget(budget)
+    look_at = getattr(function_of(budget.optimizer), "look_at", None)  # of an optimizer that reads layers
+    if look_at is not None:
+        look_at(method, **options_of(budget.optimizer))
     tuning: Any = parts.job.tuning
     if tuning is not None:
         tuning.check(budget)

@@ -8,8 +8,8 @@ the same afterwards. Published penalty weights often refer to F / B for a batch 
 
 from clrun.blocks.curvature.estimate import Kind, KroneckerFisher, diagonal_fisher, estimate, require_exact
 from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Identity, Sum
-from clrun.blocks.curvature.kronecker import KroneckerEigen, KroneckerFactored, Terms, isotropic
-from clrun.blocks.curvature.layers import Groups, Sharing, Tape, layers_of
+from clrun.blocks.curvature.kronecker import KroneckerEigen, KroneckerFactored, KroneckerTable, Terms, isotropic
+from clrun.blocks.curvature.layers import Groups, Sharing, Tape, layers_of, named_too_large
 from clrun.blocks.curvature.m_fac import GradientWindow
 from clrun.blocks.curvature.penalty import QuadraticPenalty, normalised
 from clrun.blocks.curvature.target import Labels
@@ -26,6 +26,7 @@ __all__ = [
     "KroneckerEigen",
     "KroneckerFactored",
     "KroneckerFisher",
+    "KroneckerTable",
     "Labels",
     "QuadraticPenalty",
     "Sharing",
@@ -36,6 +37,7 @@ __all__ = [
     "estimate",
     "isotropic",
     "layers_of",
+    "named_too_large",
     "normalised",
     "require_exact",
 ]

@@ -10,13 +10,13 @@ from torch import nn
 from clrun.blocks.curvature.forms import Curvature, Diagonal
 from clrun.blocks.curvature.gradients import diagonal
 from clrun.blocks.curvature.kfac import kronecker
-from clrun.blocks.curvature.layers import Groups, Sharing, layers_of
+from clrun.blocks.curvature.layers import Groups, Sharing, layers_of, named_too_large, tables_of
 from clrun.blocks.curvature.target import Columns, Labels, Target
 from clrun.data.split import Split
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, warn
 
 Kind = Literal["diag", "kfac_expand", "kfac_reduce", "abs_output"]
 
@@ -34,6 +34,7 @@ def estimate(
     modules: Sequence[str] = ("*",),
     largest: int | None = None,
     groups: Groups = "skip",
+    tables: bool = False,
 ) -> Curvature:
     """Return an estimate of the Fisher information F, the mean over rows, for the trainable parameters of `of`.
 
@@ -67,14 +68,16 @@ def estimate(
         largest: largest number of inputs or outputs of such a layer, whose factors hold the square of that many
             numbers; None for no limit.
         groups: convolutions with several groups: "skip" estimates their diagonal, "average" treats groups as positions.
+        tables: whether tables of embeddings have a Kronecker product, too (`KroneckerTable`), instead of a diagonal;
+            their positions are always those of "kfac_expand".
     """
     columns = "output" if kind == "abs_output" else labels
     target = Target.of(method, split, ctx, of, columns=columns, samples=samples, top_k=top_k)
     if kind in ("diag", "abs_output"):
         magnitude = torch.square if kind == "diag" else torch.abs
         return diagonal(target, batched=labels == "batched", magnitude=magnitude)
-    sharing = "expand" if kind == "kfac_expand" else "reduce"
-    return kronecker(target, of, sharing, modules=modules, largest=largest, groups=groups)  # type: ignore[arg-type]
+    sharing: Sharing = "expand" if kind == "kfac_expand" else "reduce"
+    return kronecker(target, of, sharing, modules=modules, largest=largest, groups=groups, tables=tables)
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class KroneckerFisher:
         modules: patterns for the names of layers with Kronecker factors.
         largest: largest number of inputs or outputs of such a layer.
         groups: treatment of convolutions with several groups; see `estimate`.
+        tables: whether tables of embeddings have a Kronecker product; see `estimate`.
     """
 
     labels: Columns
@@ -98,21 +102,26 @@ class KroneckerFisher:
     modules: Sequence[str]
     largest: int
     groups: Groups
+    tables: bool = False
 
     def __post_init__(self) -> None:
         """Check combinations of options."""
         require_exact(self.labels, self.top_k)
 
     def check(self, backbone: nn.Module) -> None:
-        """Refuse a pattern that matches no layer of the backbone.
+        """Refuse a pattern that matches no layer of the backbone, and warn of layers that are too large for factors.
 
         Raises:
             ConfigError: there is such a pattern.
         """
         for pattern in self.modules:
-            if pattern != "*" and not layers_of(backbone, modules=[pattern], groups="average"):
+            tables = tables_of(backbone, modules=[pattern]) if self.tables else {}
+            if pattern != "*" and not tables and not layers_of(backbone, modules=[pattern], groups="average"):
                 names = ", ".join(layers_of(backbone, groups="average"))
                 raise ConfigError(f"method.modules: no layer matches '{pattern}' (layers: {names})")
+        message = named_too_large(backbone, self.largest, "method.largest", modules=self.modules, groups=self.groups)
+        if message:
+            warn(message)
 
     def __call__(self, method: Method, task: Task, ctx: Context) -> Curvature:
         """Return the estimate for the backbone of `method` on the training rows of `task`."""
@@ -128,6 +137,7 @@ class KroneckerFisher:
             modules=self.modules,
             largest=self.largest,
             groups=self.groups,
+            tables=self.tables,
         )
 
 

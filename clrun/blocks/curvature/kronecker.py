@@ -3,7 +3,8 @@
 A layer computes y = [W, b] [a; 1] from an input a, with its weight W flattened to a matrix [out, in] and its bias b, if
 it is trained, as the last column. The curvature of the row-major matrix [W, b] is approximated by the Kronecker product
 G (x) A, which maps a matrix D of the same shape to G D A. G [out, out] comes from the gradients at the outputs and A
-[in (+1), in (+1)] from the inputs (K-FAC, Martens and Grosse, ICML 2015, arXiv 1503.05671).
+[in (+1), in (+1)] from the inputs (K-FAC, Martens and Grosse, ICML 2015, arXiv 1503.05671). A table of embeddings is a
+linear layer on one-hot vectors, whose A is diagonal (`KroneckerTable`).
 """
 
 from dataclasses import dataclass
@@ -93,14 +94,8 @@ class KroneckerFactored(Curvature):
             return Terms(self.shapes, (self,)).add(other, how)
         assert isinstance(other, KroneckerFactored)
         assert self.shapes == other.shapes
-        pairs = [(self.outer.double(), self.inner.double()), (other.outer.double(), other.inner.double())]
-        traces = [(outer.trace() * inner.trace()).item() for outer, inner in pairs]
-        if not all(traces):
-            return self if traces[0] else other
-        pairs = [_balanced(*pair) for pair in pairs]
-        (g, h), (a, b) = {"kl": _kl, "additive": _additive, "rank1": _rank1}[how](pairs)
-        outer, inner = g * pairs[0][0] + h * pairs[1][0], a * pairs[0][1] + b * pairs[1][1]
-        return KroneckerFactored(self.shapes, *(f.to(self.outer.dtype) for f in _balanced(outer, inner)))
+        factors = _sum((self.outer, self.inner), (other.outer, other.inner), how)
+        return KroneckerFactored(self.shapes, *factors)
 
     def decomposed(self) -> "KroneckerEigen":
         """Return the same matrix in the eigenbasis of both factors, computed in float64."""
@@ -139,6 +134,92 @@ class KroneckerEigen(Curvature):
     def scale(self, factor: float) -> "KroneckerEigen":
         """Return the matrix with the same eigenbasis and the eigenvalues factor * values."""
         return KroneckerEigen(self.shapes, self.outer, self.inner, factor * self.values)
+
+    def add(self, other: Curvature, how: Sum = "kl") -> Curvature:
+        """Return the list of both terms, because two different eigenbases have no common one."""
+        return Terms(self.shapes, (self,)).add(other, how)
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerTable(Curvature):
+    """K = G (x) A for a table of embeddings W [V, D], the transpose of a linear layer on one-hot vectors.
+
+    The second moment A of one-hot vectors is diagonal: the frequencies of the entries. K maps a change D of the table
+    to diag(A) D G. An entry that does not occur has no curvature.
+
+    Attributes:
+        outer: G [D, D], symmetric positive semi-definite.
+        inner: the diagonal of A [V].
+    """
+
+    outer: Tensor
+    inner: Tensor
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """Return diag(A) D G as a vector [P], where D [V, D] is the matrix of `vector`."""
+        return (self.inner[:, None] * (vector.view(len(self.inner), -1) @ self.outer)).flatten()
+
+    def inverse(self, damping: float, mode: Damping = "exact") -> Curvature:
+        """Return (G (x) A + damping I)^-1; see `KroneckerFactored.inverse`."""
+        if mode == "exact":
+            return self.decomposed().inverse(damping)
+        outer, inner = self.outer.double(), self.inner.double()
+        ratio = inner.mean() / (outer.trace() / len(outer))
+        pi = ratio.sqrt() if 0 < ratio < torch.inf else torch.ones_like(ratio)
+        root = _inverse(outer + sqrt(damping) / pi * torch.eye(len(outer)).to(outer))
+        return KroneckerTable(self.shapes, *(x.to(self.outer.dtype) for x in (root, 1 / (inner + sqrt(damping) * pi))))
+
+    def diag(self) -> Tensor:
+        """Return the outer product of A and the diagonal of G, as a vector [P]."""
+        return torch.outer(self.inner, self.outer.diagonal()).flatten()
+
+    def scale(self, factor: float) -> "KroneckerTable":
+        """Return factor * K: both G and A are multiplied by the square root of the factor."""
+        return KroneckerTable(self.shapes, self.outer * factor**0.5, self.inner * factor**0.5)
+
+    def add(self, other: Curvature, how: Sum = "kl") -> Curvature:
+        """Return one product that approximates the sum of two, or the list of both; see `KroneckerFactored.add`."""
+        if how == "list":
+            return Terms(self.shapes, (self,)).add(other, how)
+        assert isinstance(other, KroneckerTable)
+        assert self.shapes == other.shapes
+        factors = _sum((self.outer, self.inner), (other.outer, other.inner), how)
+        return KroneckerTable(self.shapes, *factors)
+
+    def decomposed(self) -> "KroneckerTableEigen":
+        """Return the same matrix in the eigenbasis of G, computed in float64."""
+        values, basis = torch.linalg.eigh(self.outer.double())
+        values = torch.outer(self.inner.double(), values.clamp(min=0))
+        return KroneckerTableEigen(self.shapes, *(x.to(self.outer.dtype) for x in (basis, values)))
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerTableEigen(Curvature):
+    """K = (U (x) I) diag(values) (U (x) I)' for a table of embeddings [V, D].
+
+    Attributes:
+        outer: U [D, D], orthogonal.
+        values: [V, D].
+    """
+
+    outer: Tensor
+    values: Tensor
+
+    def mv(self, vector: Tensor) -> Tensor:
+        """Return (values * (D U)) U' as a vector [P], where D is the matrix of `vector`."""
+        return ((self.values * (vector.view_as(self.values) @ self.outer)) @ self.outer.T).flatten()
+
+    def inverse(self, damping: float, mode: Damping = "exact") -> "KroneckerTableEigen":
+        """Return the matrix with the same eigenbasis and the eigenvalues 1 / (values + damping)."""
+        return KroneckerTableEigen(self.shapes, self.outer, 1 / (self.values + damping))
+
+    def diag(self) -> Tensor:
+        """Return the diagonal of K [P]."""
+        return (self.values @ self.outer.square().T).flatten()
+
+    def scale(self, factor: float) -> "KroneckerTableEigen":
+        """Return the matrix with the same eigenbasis and the eigenvalues factor * values."""
+        return KroneckerTableEigen(self.shapes, self.outer, factor * self.values)
 
     def add(self, other: Curvature, how: Sum = "kl") -> Curvature:
         """Return the list of both terms, because two different eigenbases have no common one."""
@@ -189,6 +270,9 @@ def isotropic(like: Curvature, value: float) -> Curvature:
         return Composite.of([isotropic(part, value) for part in like.parts])
     if isinstance(like, Diagonal):
         return Diagonal(like.shapes, torch.full_like(like.values, value))
+    if isinstance(like, KroneckerTable):
+        outer, inner = torch.eye(len(like.outer)).to(like.outer), torch.ones_like(like.inner)
+        return KroneckerTable(like.shapes, outer * sqrt(value), inner * sqrt(value))
     assert isinstance(like, KroneckerFactored)
     factors = (torch.eye(len(factor)).to(factor) * sqrt(value) for factor in (like.outer, like.inner))
     return KroneckerFactored(like.shapes, *factors)
@@ -208,20 +292,39 @@ def _inverse(factor: Tensor) -> Tensor:
     return inverse
 
 
-Pairs = list[tuple[Tensor, Tensor]]  # [(G1, A1), (G2, A2)], the factors of the two terms of a sum
+Pair = tuple[Tensor, Tensor]  # G and A; A may be a vector, which stands for the diagonal matrix
+Pairs = list[Pair]  # the factors of the two terms of a sum
 Weights = tuple[tuple[float, float], tuple[float, float]]  # (of G1, of G2), (of A1, of A2)
 
 
-def _balanced(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+def _sum(first: Pair, second: Pair, how: Sum) -> Pair:
+    """Return the factors of one product that approximates the sum of two, see `KroneckerFactored.add`."""
+    pairs = [(outer.double(), inner.double()) for outer, inner in (first, second)]
+    traces = [(_trace(outer) * _trace(inner)).item() for outer, inner in pairs]
+    if not all(traces):
+        return first if traces[0] else second
+    pairs = [_balanced(*pair) for pair in pairs]
+    (g, h), (a, b) = {"kl": _kl, "additive": _additive, "rank1": _rank1}[how](pairs)
+    outer, inner = g * pairs[0][0] + h * pairs[1][0], a * pairs[0][1] + b * pairs[1][1]
+    outer, inner = _balanced(outer, inner)
+    return outer.to(first[0].dtype), inner.to(first[1].dtype)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """Return the trace of a factor, a matrix or the diagonal of one."""
+    return factor.sum() if factor.dim() == 1 else factor.trace()
+
+
+def _balanced(outer: Tensor, inner: Tensor) -> Pair:
     """Return factors with the same Kronecker product and with equal mean eigenvalues."""
-    scale = ((inner.trace() / len(inner)) / (outer.trace() / len(outer))).sqrt()
+    scale = ((_trace(inner) / len(inner)) / (_trace(outer) / len(outer))).sqrt()
     return outer * scale, inner / scale
 
 
 def _additive(pairs: Pairs) -> Weights:
     """Return the weights of the sum of factors that is balanced by the traces."""
     (g, a), (h, b) = pairs
-    pi = float((g.trace() * b.trace() / (h.trace() * a.trace())).sqrt())
+    pi = float((_trace(g) * _trace(b) / (_trace(h) * _trace(a))).sqrt())
     return (1.0, pi), (1.0, 1 / pi)
 
 
@@ -265,6 +368,10 @@ def _kl(pairs: Pairs) -> Weights:
 
 def _relative(first: Tensor, second: Tensor) -> Tensor:
     """Return the eigenvalues b of `first` relative to `first` + `second`, and 1 - b: [R, 2] for a sum of rank R."""
+    if first.dim() == 1:
+        total = first + second
+        relative = (first / total)[total > 0].cpu()
+        return torch.stack([relative, 1 - relative], dim=1)
     values, vectors = torch.linalg.eigh(first + second)
     positive = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     whitening = vectors[:, positive] / values[positive].sqrt()

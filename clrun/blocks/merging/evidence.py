@@ -1,13 +1,13 @@
 """What rules for merging measure on the rows of a task: Fisher information, second moments, running statistics."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Labels, diagonal_fisher
-from clrun.blocks.curvature.layers import Layer, inputs, layers_of, sides
+from clrun.blocks.curvature.layers import Layer, inputs, layers_of, real_of, sides
 from clrun.blocks.merging.base import Evidence, Gram
 from clrun.blocks.params import eval_mode
 from clrun.data.split import Split
@@ -50,7 +50,8 @@ def input_grams(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Gram]
     """Return the second moments of the inputs of each linear and convolutional layer that a forward pass calls.
 
     They are summed in float64, in eval mode. A layer with a bias reads a constant 1 as its last input. Convolutions
-    with several groups are left out, and layers without a trainable weight.
+    with several groups are left out, layers without a trainable weight, and the padding of texts, which a network with
+    a method `positions` names (`clrun.blocks.curvature.layers`).
 
     Args:
         module: the network, which is not changed.
@@ -58,10 +59,13 @@ def input_grams(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Gram]
     """
     layers = layers_of(module)
     found: dict[str, Gram] = {}
-    handles = [layer.register_forward_hook(_recorder(found, name, layer)) for name, layer in layers.items()]
+    positions = getattr(module, "positions", None)
+    real: list[Tensor | None] = [None]  # of the rows that the network reads at present
+    handles = [layer.register_forward_hook(_recorder(found, name, layer, real)) for name, layer in layers.items()]
     try:
         with torch.no_grad(), eval_mode(module):
             for x in batches:
+                real[0] = positions(x) if callable(positions) else None
                 module(x)
     finally:
         for handle in handles:
@@ -70,12 +74,14 @@ def input_grams(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Gram]
 
 
 def _recorder(
-    found: dict[str, Gram], name: str, layer: Layer
+    found: dict[str, Gram], name: str, layer: Layer, real: Sequence[Tensor | None]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """Return the forward hook that adds the inputs of a call to the second moments of the layer."""
 
     def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        rows = inputs(layer, args[0].detach(), len(args[0])).flatten(0, 1).double()
+        x = inputs(layer, args[0].detach(), len(args[0])).double()
+        mask = real_of(x, real[0])
+        rows = x.flatten(0, 1) if mask is None else x[mask]
         if name not in found:
             size = sides(layer)[1]
             found[name] = Gram(torch.zeros(size, size, dtype=torch.float64, device=rows.device), 0)
