@@ -21,6 +21,7 @@ SETTINGS = {"cil": "class-incremental", "til": "task-incremental", "dil": "domai
 EVALUATED = {**SETTINGS, "open": "all classes"}  # settings of evaluations; only the others are compared between runs
 FINAL = {
     "average_accuracy": "average accuracy",
+    "accuracy_at_5": "accuracy at 5",
     "average_incremental_accuracy": "average incremental accuracy",
     "forgetting": "forgetting",
     "backward_transfer": "backward transfer",
@@ -119,7 +120,7 @@ def final_table(run: Mapping[str, Any]) -> str:
     lines = [" " * 30 + "".join(f"{EVALUATED[setting]:>20}" for setting in settings)]
     for key, label in FINAL.items():
         values = [run["metrics"][setting].get(key) for setting in settings]
-        if key in ("forward_transfer", *UNSEEN) and all(value is None for value in values):
+        if key in ("forward_transfer", "accuracy_at_5", *UNSEEN) and all(value is None for value in values):
             continue
         lines.append(f"{label:<30}" + "".join(points(value, 20) for value in values))
     lines += _held_out_lines(run)

@@ -77,6 +77,8 @@ class Engine:
         if self.hardware.compile:
             method.backbone.compile()
         memory = PeakMemory(self.hardware)
+        if self.state.learned == len(self.stream.tasks):  # the run stopped between its last task and its end
+            self.evaluation(method, self.stream, self.state.learned)
         for task in self.stream.tasks[self.state.learned :]:
             self.recorder.begin_task(task)
             memory.reset()

@@ -20,6 +20,7 @@ Constants = WeakKeyDictionary[nn.Module, dict[int, list[Tensor | None]]]  # by b
 PREPARED = 2**23  # bytes of prepared rows that are stored from one evaluation to the next
 COUNTED_AT_ONCE = 2**20  # logits that are collected before they are counted: fewer counts are faster
 FLOOR = math.log(1e-12)  # lower bound of the log-likelihood of one sample
+AT = 5  # of the accuracy at 5
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class Evaluation:
         split: "test" or "val".
         batch_size: rows per forward pass.
         max_rows: evaluate at most this many rows per task, evenly spaced; None evaluates all.
+        at_five: by setting, after the last task: the mean over tasks of the fraction of rows whose class is among the
+            five candidates with the highest logits. Settings in which some task has no more than five are missing.
     """
 
     hardware: Hardware
     split: str
     batch_size: int
     max_rows: int | None
+    at_five: dict[Setting, float] = field(default_factory=dict, init=False)
     _prepared: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, init=False, repr=False)
     _constants: Constants = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
@@ -131,16 +135,23 @@ class Evaluation:
                 known = stream.members if setting == "til" else stream.candidates(0, "open")
                 own[candidates:] = known[candidates:].to(own.device)
         members = stream.members.to(self.hardware.device)
+        last = learned == candidates == len(stream.tasks)
+        ranked: list[list[float]] = []
         with torch.inference_mode():
             for task in stream.tasks[: candidates if tasks is None else tasks]:
-                counts = self._count(method, task, masks[:, task.index], members[task.index])
+                counts = self._count(method, task, masks[:, task.index], members[task.index], ranks=last)
                 total = len(self.rows(task))
-                for setting, (correct, task_correct, nll) in zip(settings, counts.tolist(), strict=True):
+                ranked.append((counts[:, 3] / max(1, total)).tolist())
+                for setting, (correct, task_correct, nll, _) in zip(settings, counts.tolist(), strict=True):
                     row: Row = {"position": learned, "after": after, "task": task.id, "task_position": task.index}
                     row |= {"split": self.split, "setting": setting, "correct": int(correct), "total": total}
                     rows.append(row | {"task_correct": int(task_correct), "nll": nll / max(1, total)})
         if training:
             method.train()
+        if last:
+            enough = (masks.sum(dim=2) > AT).all(dim=1).tolist()
+            columns = zip(settings, zip(*ranked, strict=True), enough, strict=True)
+            self.at_five.update({setting: sum(own) / len(own) for setting, own, several in columns if several})
         return rows
 
     def accuracy(self, method: Method, stream: Stream, task: Task) -> float:
@@ -154,18 +165,26 @@ class Evaluation:
         method.train(training)
         return counts[0, 0].item() / len(self.rows(task))
 
-    def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor) -> Tensor:
-        """Return [S, 3] sums over the task's rows: correct, argmax in the true task, negative log-likelihood.
+    def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor, *, ranks: bool = False) -> Tensor:
+        """Return [S, 4] sums over the task's rows.
 
-        `masks` is [S, C], one row per setting; `own` is [C], the classes of the task.
+        They are: correct, argmax in the true task, negative log-likelihood, label among the first five.
+
+        Args:
+            method: the learner in eval mode.
+            task: the task.
+            masks: [S, C], one row per setting.
+            own: [C], the classes of the task.
+            ranks: count the last column, which is 0 otherwise.
         """
-        counts = torch.zeros(len(masks), 3, dtype=torch.float64, device=masks.device)
+        counts = torch.zeros(len(masks), 4, dtype=torch.float64, device=masks.device)
         for logits, y in self.logits(method, task):
             # [S, C, n]: reductions over classes run several times faster when samples lie side by side.
             allowed = logits.t().contiguous().masked_fill(~masks[:, :, None], float("-inf"))
             choice = allowed.max(dim=1).indices
             nll = -allowed.log_softmax(dim=1).gather(1, y.expand(len(masks), 1, -1))[:, 0].clamp_min_(FLOOR)
-            counts += torch.stack([choice == y, own[choice], nll], dim=2).sum(dim=1, dtype=torch.float64)
+            found = [choice == y, own[choice], nll, _among_first(allowed, y) if ranks else torch.zeros_like(nll)]
+            counts += torch.stack(found, dim=2).sum(dim=1, dtype=torch.float64)
         return self.hardware.sum(counts)
 
     def _masks(self, stream: Stream, settings: Sequence[Setting], candidates: int) -> Tensor:
@@ -201,6 +220,18 @@ class Evaluation:
                         rows.append(row | dict(zip(settings, chosen, strict=True)))
         method.train(training)
         return rows, torch.cat(outputs) if outputs else torch.empty(0, stream.num_classes)
+
+
+def _among_first(logits: Tensor, y: Tensor) -> Tensor:
+    """Return [S, n] bool: whether fewer than five classes come before the label; of equal logits the lower id does.
+
+    Args:
+        logits: [S, C, n].
+        y: [n] long, labels.
+    """
+    true = logits.gather(1, y.expand(len(logits), 1, -1))
+    lower = torch.arange(logits.shape[1], device=y.device)[:, None] < y
+    return ((logits > true) | ((logits == true) & lower)).sum(dim=1) < AT
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

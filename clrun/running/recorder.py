@@ -282,6 +282,8 @@ class Recorder:
             "state_bytes": state_bytes(method),
             "flops_per_image": _flops(built, method),
         }
+        for setting, value in self.evaluation.at_five.items():
+            self.run["metrics"][setting]["accuracy_at_5"] = value
         self.run |= selection_counts(method, built.stream, self.evaluation)
         self.predictions.save(method, built.stream, len(built.stream.tasks))  # unless `end_task` has done so
         if self.options.save_model:

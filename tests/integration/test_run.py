@@ -46,7 +46,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert stored["config"] == yaml.safe_load((out / "config.yaml").read_text())
     assert stored["config"]["method"]["_target_"] == "clrun.methods.ewc.Ewc"
     keys = "average_accuracy average_incremental_accuracy forgetting backward_transfer forward_transfer"
-    assert set(stored["metrics"]["cil"]) == {*keys.split(), "learning_accuracy", "worst_task", *UNSEEN}
+    assert set(stored["metrics"]["cil"]) == {*keys.split(), "learning_accuracy", "worst_task", "accuracy_at_5", *UNSEEN}
     assert stored["metrics"]["cil"]["average_accuracy"] == value
     assert stored["metrics"]["cil"]["forward_transfer"] is None
     matrix = stored["accuracy_matrix"]["cil"]

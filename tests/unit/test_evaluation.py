@@ -72,3 +72,14 @@ def test_predictions_agree_with_the_counts() -> None:
         (1, 1, 2, 0, 2),
         (1, 2, 3, 2, 2),
     ]
+
+
+def test_accuracy_at_five_is_that_of_the_first_five_candidates() -> None:
+    rising = torch.arange(8.0).repeat(4, 1)  # the first five are 7, 6, 5, 4 and 3
+    equal = torch.zeros(5, 8)  # the first five are 0, 1, 2, 3 and 4
+    several = row_stream([(rising, torch.tensor([0, 1, 2, 3])), (equal, torch.tensor([4, 4, 5, 6, 7]))], 8)
+    evaluation = Evaluation(cpu(), "test", 64, None)
+    evaluation(Given(Identity(8), 8), several, 1)
+    assert evaluation.at_five == {}, "after the last task only"
+    evaluation(Given(Identity(8), 8), several, 2)
+    assert evaluation.at_five == {"cil": (1 / 4 + 2 / 5) / 2}, "each task has but four candidates of its own"
