@@ -72,6 +72,7 @@ class Plan:
         beside_mlp: by block, a module m; what the block adds to its residual stream x in its second half, the output of
             its MLP, becomes that output plus m(x), with x not normalised.
         scaled: by path, a module m; the output y of the submodule becomes m(y), after `parallel` and `sequential`.
+        weights: by path of a linear layer, the weight [m, n] that takes the place of its own.
     """
 
     tokens: Mapping[int, "Tensor | TokenSource"] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Plan:
     sequential: Mapping[str, nn.Module] = field(default_factory=dict)
     beside_mlp: Mapping[int, nn.Module] = field(default_factory=dict)
     scaled: Mapping[str, nn.Module] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Injector:
@@ -202,6 +204,10 @@ def _attached(vit: nn.Module, plan: Plan) -> Iterator[RemovableHandle]:
     for path in dict.fromkeys((*plan.parallel, *plan.sequential, *plan.scaled)):
         changed = _Changed(plan.parallel.get(path), plan.sequential.get(path), plan.scaled.get(path))
         yield vit.get_submodule(path).register_forward_hook(changed.change)
+    for path, weight in plan.weights.items():
+        other = _OtherWeight(weight)
+        yield vit.get_submodule(path).register_forward_pre_hook(other.enter)
+        yield vit.get_submodule(path).register_forward_hook(other.leave, always_call=True)
     for index, module in plan.beside_mlp.items():
         beside = _BesideMlp(module)
         yield blocks[index].norm2.register_forward_pre_hook(beside.store)
@@ -254,6 +260,21 @@ class _Changed:
         if self.scaled is not None:
             output = self.scaled(output)
         return output
+
+
+class _OtherWeight:
+    """Gives a layer another weight for the time of a call, so that it costs no further product."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.own: nn.Parameter | None = None
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.own = module._parameters["weight"]
+        module._parameters["weight"] = self.weight  # type: ignore[assignment]
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters["weight"] = self.own
 
 
 class _BesideMlp:

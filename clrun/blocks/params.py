@@ -4,9 +4,9 @@ Symbols: all tensors of a mapping together have `P` entries.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,15 @@ Shapes = dict[str, tuple[int, ...]]
 def select(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of `module` by name, in the order of the module."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def rate_groups(*parts: tuple[Iterable[nn.Parameter], float]) -> list[dict[str, Any]]:
+    """Return groups for an optimizer of the trainable ones of some parameters, each with a factor of the rate.
+
+    `clrun.learning.training.fit` multiplies the learning rate of a group by its factor.
+    """
+    found = [{"params": [p for p in params if p.requires_grad], "lr_factor": factor} for params, factor in parts]
+    return [group for group in found if group["params"]]
 
 
 def gradients(params: Mapping[str, Tensor]) -> Params:
@@ -111,6 +120,7 @@ __all__ = [
     "frozen",
     "gradients",
     "hold_statistics",
+    "rate_groups",
     "select",
     "shapes_of",
     "unflatten",

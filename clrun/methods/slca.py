@@ -10,14 +10,14 @@ the means (test_methods_slca, test_blocks_gaussian).
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clrun.blocks.gaussian import Alignment
-from clrun.blocks.params import eval_mode
+from clrun.blocks.params import eval_mode, rate_groups
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
@@ -94,7 +94,7 @@ class Slca(Method):
         self.fixed = None if self.unaligned is None else fixed.nonzero()[:, 0]
 
     def trainable(self) -> list[dict[str, Any]]:
-        return groups((self.backbone.parameters(), self.backbone_lr_scale), (self.head.parameters(), 1.0))
+        return rate_groups((self.backbone.parameters(), self.backbone_lr_scale), (self.head.parameters(), 1.0))
 
     def features(self, x: Tensor) -> Tensor:
         """Return the features [B, D] of prepared images x."""
@@ -150,12 +150,6 @@ class Slca(Method):
     def ages(self, classes: Tensor, ctx: Context) -> Tensor:
         """Return [k] float64, how many tasks ago the task of each of `classes` [k] was; 0 for the current one."""
         return (ctx.task.index - self.latest[classes]).double()
-
-
-def groups(*parts: tuple[Iterable[nn.Parameter], float]) -> list[dict[str, Any]]:
-    """Return groups for an optimizer of the trainable ones of some parameters, each with a factor of the rate."""
-    found = [{"params": [p for p in params if p.requires_grad], "lr_factor": factor} for params, factor in parts]
-    return [group for group in found if group["params"]]
 
 
 def renew_final_norm(backbone: nn.Module) -> None:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from clrun.blocks.gaussian import Alignment
 from clrun.blocks.inject import Injector, Plan, require_blocks
 from clrun.blocks.lora import LinearLoRA, linear_at
+from clrun.blocks.params import rate_groups
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.learning.heads import GrowingHead
 from clrun.learning.losses import Compete, masked_symmetric_cross_entropy
 from clrun.learning.method import freeze
-from clrun.methods.slca import Slca, groups
+from clrun.methods.slca import Slca
 from clrun.system.errors import ConfigError, Count, NonNegative
 
 PATHS = {"qkv": "attn.qkv", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}  # in a block, by name of the target
@@ -121,7 +122,7 @@ class SlcaPp(Slca):
 
     def trainable(self) -> list[dict[str, Any]]:
         first = self.unaligned is None
-        return groups(
+        return rate_groups(
             (self.backbone.parameters(), self.backbone_lr_scale),
             (self.updates.parameters(), self.lora_lr_scale_first if first else self.lora_lr_scale),
             (self.head.parameters(), 1.0),

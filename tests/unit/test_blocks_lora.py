@@ -1,13 +1,15 @@
 """Low-rank updates: side path and merged weight agree, B = 0 is the plain model, a sum is one update."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, tiny_vit
+from helpers import Net, configured, tiny_towers, tiny_vit
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Injector, Plan
-from clrun.blocks.lora import LinearLoRA, QkvLoRA, Summed, linear_at, merged
+from clrun.blocks.lora import PARTS, LinearLoRA, QkvLoRA, Summed, linear_at, merged, new_update, sites
 from clrun.system.errors import ConfigError
 
 PATHS = ("blocks.0.attn.qkv", "blocks.2.attn.qkv", "blocks.1.mlp.fc1", "blocks.3.mlp.fc2")
@@ -93,3 +95,113 @@ def test_a_layer_that_is_not_linear_is_refused() -> None:
     for path, found in (("conv", "a Conv2d"), ("none.here", "no layer")):
         with pytest.raises(ConfigError, match=f"^backbone: Own needs a linear layer {path}, .* {found} there"):
             linear_at(Net(), path, "Own")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_sum_of_updates_of_parts_is_one_update(parts: str, shared: bool) -> None:
+    updates = [trained(QkvLoRA(8, rank, parts, scale=0.5, share_down=shared)) for rank in (1, 3, 2)]
+    gains, x = [torch.randn(len(parts)) for _ in updates], torch.randn(5, 8)
+    expected = 0
+    for gain, update in zip(gains, updates, strict=True):
+        rows = torch.zeros(3, 8)
+        rows[["qkv".index(part) for part in parts]] = gain[:, None]
+        expected = expected + rows.flatten() * update(x)
+        torch.testing.assert_close(update(x), F.linear(x, update.delta()))
+    torch.testing.assert_close(Summed(updates, gains)(x), expected)
+    torch.testing.assert_close(F.linear(x, Summed(updates, gains).delta()), expected)
+    torch.testing.assert_close(Summed(updates)(x), sum(update(x) for update in updates))
+    assert updates[0].down.shape == (1 if shared else len(parts), 1, 8)
+
+
+def test_the_order_of_the_components_of_a_rank_does_not_matter() -> None:
+    update, x, order = trained(QkvLoRA(8, 4, "qv")), torch.randn(5, 8), [2, 0, 3, 1]
+    before = update(x)
+    with torch.no_grad():
+        update.down.copy_(update.down[:, order])
+        update.up.copy_(update.up[..., order])
+    torch.testing.assert_close(update(x), before)
+
+
+def test_dropout_acts_on_the_common_input_of_a_sum_and_in_training_alone() -> None:
+    updates, x = [trained(LinearLoRA(400, 3, 2)) for _ in range(2)], torch.ones(1, 400)
+    total = Summed(updates, dropout=0.5)
+    torch.manual_seed(1)
+    kept = F.dropout(x, 0.5)
+    torch.manual_seed(1)
+    torch.testing.assert_close(total(x), sum(update(kept) for update in updates))
+    assert torch.equal(total.eval()(x), Summed(updates)(x))
+    alone = QkvLoRA(400, 2, "kv", dropout=0.5)
+    nn.init.normal_(alone.up)
+    torch.manual_seed(1)
+    found = alone(x)
+    torch.testing.assert_close(found, alone.eval()(kept))
+
+
+def test_a_trained_scale_begins_at_the_constant_one() -> None:
+    constant, learned = QkvLoRA(8, 2, "kv", scale=0.5), QkvLoRA(8, 2, "kv", scale=0.5, learn_scale=True)
+    with torch.no_grad():
+        learned.down.copy_(constant.down)
+        for update in (constant, learned):
+            update.up.fill_(0.3)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(constant(x), learned(x))
+    torch.testing.assert_close(Summed([constant])(x), Summed([learned])(x))
+    assert learned.trains(down=False, up=True).scale is not None
+
+
+def test_another_weight_stands_in_for_that_of_a_layer_during_a_pass_alone() -> None:
+    vit, x = tiny_vit().eval(), torch.randn(3, 1, 8, 8)
+    update = trained(QkvLoRA(32, 2, "kv"))
+    layer, before = vit.get_submodule(PATHS[0]), vit(x)
+    plan = Plan(weights={PATHS[0]: (layer.weight + update.delta()).detach()}, parallel={PATHS[1]: update})
+    own = layer.weight
+    with Injector().use(vit, plan):
+        found = vit(x)
+        assert layer.weight is own
+        with pytest.raises(RuntimeError):
+            layer(x)  # has the wrong width
+        assert layer.weight is own
+    torch.testing.assert_close(found, output(vit, {PATHS[0]: update, PATHS[1]: update}, x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(vit(x), before)
+
+
+class Separate(nn.Module):
+    """Two blocks with a linear layer each for queries, keys and values, as text encoders have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("query", "key", "value", "proj")
+        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(4, 4) for n in names}) for _ in range(2))
+        self.pooler = nn.Linear(4, 4)
+
+
+def test_sites_are_found_in_fused_and_in_separate_attention() -> None:
+    vit, separate = tiny_vit(), Separate()
+    assert sites(vit, "Own", parts="qv") == {f"blocks.{b}.attn.qkv": "qv" for b in range(4)}
+    some = sites(vit, "Own", parts="k", layers=["*.mlp.fc?"], blocks=[1])
+    assert some == {"blocks.1.attn.qkv": "k", "blocks.1.mlp.fc1": None, "blocks.1.mlp.fc2": None}
+    assert sites(separate, "Own", parts="qv", blocks=[1]) == {"layers.1.query": None, "layers.1.value": None}
+    assert sites(tiny_towers(), "Own", parts="v").keys() == {f"blocks.{b}.attn.qkv" for b in range(2)}
+    glyph = configured("backbone", "glyph_vit", pretrained=False)((1, 28, 28))
+    for path, parts in sites(glyph, "Own", parts="qv", layers=["*.proj"]).items():
+        update = new_update(glyph, path, parts, 2, scale=0.5)
+        layer = glyph.get_submodule(path)
+        assert update.delta().shape == layer.weight.shape and not update.delta().any()
+
+
+MISPLACED = [
+    ({"parts": "vq"}, r"^method\.parts: 'vq' is none of q, k, v, qk"),
+    ({"parts": ""}, r"^method\.parts: no layer gets an update"),
+    ({"parts": "", "layers": ["*.fc9"]}, r"^method\.layers: no linear layer .* like '\*\.fc9'; there are blocks\.0"),
+    ({"parts": "q", "layers": ["*.qkv"]}, r"^method\.layers: '\*\.qkv' names blocks\.0\.attn\.qkv a second time"),
+    ({"parts": "q", "blocks": [7]}, r"^method\.blocks: VisionTransformer has no block 7"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISPLACED, ids=str)
+def test_sites_that_are_not_there_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sites(tiny_vit(), "Own", **options)
+    with pytest.raises(ConfigError, match=r"^backbone: Own needs attention .* but Net has none"):
+        sites(Net(), "Own", parts="qv")

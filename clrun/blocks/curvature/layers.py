@@ -109,13 +109,14 @@ def sides(layer: Layer) -> tuple[int, int]:
     return len(layer.weight), prod(layer.weight.shape[1:]) + has_bias(layer)
 
 
-def inputs(layer: Layer, x: Tensor, rows: int) -> Tensor:
+def inputs(layer: Layer, x: Tensor, rows: int, *, constant: bool | None = None) -> Tensor:
     """Return the inputs [B, R, I] of a layer called with x: the vectors that [W, b] multiplies at each position.
 
     Args:
         layer: the layer; the groups of a convolution are further positions.
         x: the argument of the call.
         rows: B.
+        constant: whether the last input is a constant 1; None for a layer whose bias is trained.
     """
     x = x.to(layer.weight.dtype)
     if isinstance(layer, nn.Conv2d):
@@ -124,7 +125,7 @@ def inputs(layer: Layer, x: Tensor, rows: int) -> Tensor:
         patches = F.unfold(x, layer.kernel_size, layer.dilation, stride=layer.stride)
         x = patches.transpose(1, 2).reshape(rows, -1, patches.shape[1] // layer.groups)
     x = x.reshape(rows, -1, x.shape[-1])
-    return F.pad(x, (0, 1), value=1.0) if has_bias(layer) else x
+    return F.pad(x, (0, 1), value=1.0) if (has_bias(layer) if constant is None else constant) else x
 
 
 def outputs(layer: Layer | nn.Embedding, grad: Tensor, rows: int) -> Tensor:

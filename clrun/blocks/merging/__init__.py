@@ -9,11 +9,12 @@ A rule is used in three steps, with `Params` a mapping of parameters by name:
 """
 
 from clrun.blocks.merging.averages import Ema, FisherMean, ImmMean, ImmMode, Interpolate, Mean, Precision
-from clrun.blocks.merging.base import Evidence, Gram, Merge, Total, linear_weights
+from clrun.blocks.merging.base import Evidence, Merge, Total, linear_weights
 from clrun.blocks.merging.evidence import estimate_statistics, evidence_of, input_grams
 from clrun.blocks.merging.projections import Dop, Opcm
 from clrun.blocks.merging.regmean import RegMean, regmean_plus
 from clrun.blocks.merging.vectors import Dare, MagMax, TaskArithmetic, TaskVectors, Ties
+from clrun.blocks.moments import Gram
 
 __all__ = [
     "Dare",

@@ -9,22 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from clrun.blocks.moments import Gram
 from clrun.blocks.params import Carrier, Params, Shapes, flatten, shapes_of, unflatten
 from clrun.blocks.statistics import ExactSum
-
-
-@dataclass(frozen=True)
-class Gram:
-    """The second moments of what a layer reads.
-
-    Attributes:
-        matrix: [I, I] float64, the sum over positions of x x'. If the bias is merged with the weight, x has a constant
-            1 as its last entry.
-        rows: the number of positions that are summed over: images times the positions (tokens, patches) of each.
-    """
-
-    matrix: Tensor
-    rows: int
 
 
 @dataclass(frozen=True)

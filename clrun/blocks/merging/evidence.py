@@ -1,14 +1,15 @@
 """What rules for merging measure on the rows of a task: Fisher information, second moments, running statistics."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Labels, diagonal_fisher
-from clrun.blocks.curvature.layers import Layer, inputs, layers_of, real_of, sides
-from clrun.blocks.merging.base import Evidence, Gram
+from clrun.blocks.curvature.layers import layers_of
+from clrun.blocks.merging.base import Evidence
+from clrun.blocks.moments import Gram, second_moments
 from clrun.blocks.params import eval_mode
 from clrun.data.split import Split
 from clrun.learning.context import Context
@@ -57,37 +58,7 @@ def input_grams(module: nn.Module, batches: Iterable[Tensor]) -> dict[str, Gram]
         module: the network, which is not changed.
         batches: prepared inputs [B, ...].
     """
-    layers = layers_of(module)
-    found: dict[str, Gram] = {}
-    positions = getattr(module, "positions", None)
-    real: list[Tensor | None] = [None]  # of the rows that the network reads at present
-    handles = [layer.register_forward_hook(_recorder(found, name, layer, real)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad(), eval_mode(module):
-            for x in batches:
-                real[0] = positions(x) if callable(positions) else None
-                module(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _recorder(
-    found: dict[str, Gram], name: str, layer: Layer, real: Sequence[Tensor | None]
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """Return the forward hook that adds the inputs of a call to the second moments of the layer."""
-
-    def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs(layer, args[0].detach(), len(args[0])).double()
-        mask = real_of(x, real[0])
-        rows = x.flatten(0, 1) if mask is None else x[mask]
-        if name not in found:
-            size = sides(layer)[1]
-            found[name] = Gram(torch.zeros(size, size, dtype=torch.float64, device=rows.device), 0)
-        found[name] = Gram(found[name].matrix.addmm_(rows.t(), rows), found[name].rows + len(rows))
-
-    return record
+    return second_moments(module, layers_of(module), batches, bias=True)
 
 
 def estimate_statistics(module: nn.Module, split: Split, *, size: int = 256) -> bool:

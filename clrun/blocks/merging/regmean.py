@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.merging.averages import Mean
-from clrun.blocks.merging.base import Evidence, Gram, Merge, Total
+from clrun.blocks.merging.base import Evidence, Merge, Total
 from clrun.blocks.merging.evidence import input_grams
+from clrun.blocks.moments import Gram
 from clrun.blocks.params import Params, eval_mode, flatten, select, unflatten
 from clrun.blocks.statistics import SymmetricSum
 from clrun.system.errors import Fraction, NonNegative
