@@ -22,7 +22,7 @@ Shape = tuple[int, int, int]
 
 
 @takes_weights
-def glyph_vit(image_shape: Shape, *, pretrained: bool) -> nn.Module:
+def glyph_vit(shape: Shape, *, pretrained: bool) -> nn.Module:
     """Return a tiny timm `VisionTransformer` (0.38 million parameters, 49 patches of 4x4, 4 blocks of width 96).
 
     Its output is the class token after the last normalisation, [B, 96]. It is a plain timm model, so that code written
@@ -30,7 +30,7 @@ def glyph_vit(image_shape: Shape, *, pretrained: bool) -> nn.Module:
     pixels, which 49 patches cover completely.
 
     Args:
-        image_shape: (C, H, W) of the stored images; the transform converts them to 28x28 pixels, grey.
+        shape: (C, H, W) of the stored images; the transform converts them to 28x28 pixels, grey.
         pretrained: whether to load the weights that come with the package; false gives random weights.
     """
     model = vision_transformer(patch_drop_rate=0.0)
@@ -63,7 +63,7 @@ def vision_transformer(*, patch_drop_rate: float) -> Any:
 
 
 def glyph_clip(
-    image_shape: Shape, *, pretrained: bool, weights: str | None, weights_key: str | None, head: Head
+    shape: Shape, *, pretrained: bool, weights: str | None, weights_key: str | None, head: Head
 ) -> nn.Module:
     """Return the dual encoder as `TwoTowers`: images of 28x28 pixels, grey repeated, and texts of at most 16 tokens.
 
@@ -72,7 +72,7 @@ def glyph_clip(
     own, `open_clip.get_tokenizer("local-dir:FOLDER", bpe_path="FOLDER/merges.txt.gz")`.
 
     Args:
-        image_shape: (C, H, W) of the stored images; the transform converts them.
+        shape: (C, H, W) of the stored images; the transform converts them.
         pretrained: whether to load the weights that come with the package; false gives random weights.
         weights: file to load instead, as saved by a run.
         weights_key: where in that file the weights are; None looks for them.

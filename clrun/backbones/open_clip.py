@@ -67,7 +67,7 @@ class Description:
 
 
 def open_clip(
-    image_shape: Shape,
+    shape: Shape,
     *,
     folder: str | None,
     model: str | None,
@@ -83,7 +83,7 @@ def open_clip(
     """Return a CLIP model of open_clip as `TwoTowers`.
 
     Args:
-        image_shape: (C, H, W) of the stored images; the transform converts them.
+        shape: (C, H, W) of the stored images; the transform converts them.
         folder: with open_clip_config.json and the weights, as open_clip's `local-dir:` takes it. A vocabulary that is
             not CLIP's needs its merge list there, as merges.txt.gz. None to name a model.
         model: open_clip's name of a model, such as "ViT-B-16"; its weights are in the file `weights`.

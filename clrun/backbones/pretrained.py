@@ -19,7 +19,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard d
 
 
 def timm_backbone(
-    image_shape: Shape,
+    shape: Shape,
     *,
     name: str,
     pretrained: bool,
@@ -37,7 +37,7 @@ def timm_backbone(
     have the width before the head.
 
     Args:
-        image_shape: (C, H, W) of the stored images; the transform adapts the images to the model.
+        shape: (C, H, W) of the stored images; the transform adapts the images to the model.
         name: timm's model name with the tag of the weights ("vit_base_patch16_224.augreg_in21k"), or a source
             ("hf-hub:...", "local-dir:...").
         pretrained: whether to load the weights of the tag, from the cache or the network.

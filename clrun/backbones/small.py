@@ -40,12 +40,12 @@ class Backbone(nn.Module):
 
 
 @takes_weights
-def mlp(image_shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
+def mlp(shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
     """Return a multi-layer perceptron on the pixels: a linear layer and ReLU for each of the `hidden` widths.
 
     Without widths the pixels are the features.
     """
-    size = _accepted(image_shape, smallest=1)
+    size = _accepted(shape, smallest=1)
     widths = [prod(size), *hidden]
     layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
     for depth, (before, after) in enumerate(zip(widths, hidden, strict=False), start=1):
@@ -54,7 +54,7 @@ def mlp(image_shape: Shape, *, hidden: list[PositiveInt]) -> Backbone:
 
 
 @takes_weights
-def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbone:
+def cnn(shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbone:
     """Return `depth` blocks of 3x3 convolution, group normalisation and ReLU, then an average over each quarter.
 
     The width doubles from block to block, and 2x2 max pooling halves the map as long as it has at least 8 pixels per
@@ -62,11 +62,11 @@ def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbo
     statistics of batch normalisation would drift from task to task.
 
     Args:
-        image_shape: (C, H, W) of the stored images.
+        shape: (C, H, W) of the stored images.
         width: channels of the first block.
         depth: number of blocks.
     """
-    size = _accepted(image_shape, smallest=4)
+    size = _accepted(shape, smallest=4)
     channels, *sides = size
     layers: dict[str, nn.Module] = {}
     for block in range(1, depth + 1):
@@ -85,14 +85,14 @@ def cnn(image_shape: Shape, *, width: PositiveInt, depth: PositiveInt) -> Backbo
 
 
 @takes_weights
-def lenet(image_shape: Shape) -> Backbone:
+def lenet(shape: Shape) -> Backbone:
     """Return the LeNet of the order-robust studies (APD, Yoon et al., ICLR 2020; HALRP, arXiv 2311.15161).
 
     Two 5x5 convolutions (20, 50) with batch normalisation, ReLU and pooling, then 800 and 500 units with batch
     normalisation and ReLU; 2,995,620 parameters with a head of 10 classes on 3x32x32. The first linear layer grows with
     larger images.
     """
-    size = _accepted(image_shape, smallest=32)
+    size = _accepted(shape, smallest=32)
     layers: dict[str, nn.Module] = {}
     for block, (before, after) in enumerate(((size[0], 20), (20, 50)), start=1):
         layers |= {
@@ -113,7 +113,7 @@ def lenet(image_shape: Shape) -> Backbone:
 
 
 @takes_weights
-def alexnet(image_shape: Shape) -> Backbone:
+def alexnet(shape: Shape) -> Backbone:
     """Return the small AlexNet of HAT (Serrà et al., ICML 2018) with the batch normalisation of HALRP.
 
     Convolutions 4x4, 3x3, 2x2 (64, 128, 256) without padding, each with batch normalisation, ReLU, dropout (.2, .2, .5)
@@ -121,7 +121,7 @@ def alexnet(image_shape: Shape) -> Backbone:
     Deviation: the batch normalisation keeps running statistics; HALRP's does not, so that there a prediction depends
     on the other images of the test batch.
     """
-    size = _accepted(image_shape, smallest=32)
+    size = _accepted(shape, smallest=32)
     channels, height, width = size
     layers: dict[str, nn.Module] = {}
     for block, (after, kernel, drop) in enumerate(((64, 4, 0.2), (128, 3, 0.2), (256, 2, 0.5)), start=1):
@@ -156,17 +156,17 @@ class BatchNormRows(nn.BatchNorm1d):
 
 
 @takes_weights
-def resnet18(image_shape: Shape, *, width: PositiveInt, bias: bool, pool: PositiveInt | None) -> Backbone:
+def resnet18(shape: Shape, *, width: PositiveInt, bias: bool, pool: PositiveInt | None) -> Backbone:
     """Return a ResNet-18 with a 3x3 stem without pooling, as used on images of 32 to 64 pixels.
 
     Args:
-        image_shape: (C, H, W) of the stored images.
+        shape: (C, H, W) of the stored images.
         width: channels of the first stage: 64 (He et al., CVPR 2016; 11,173,962 parameters with a head of 10 classes),
             20 (reduced, GEM: Lopez-Paz and Ranzato 2017), 32 (HALRP).
         bias: whether convolutions have a bias (HALRP's have: 2,807,690 parameters with width 32 and `pool` 2).
         pool: side of the average pooling at the end, whose output is the features; None averages over the whole map.
     """
-    size = _accepted(image_shape, smallest=8 * max(2, pool or 2))
+    size = _accepted(shape, smallest=8 * max(2, pool or 2))
     layers = _stem(size[0], width, bias=bias)
     channels = width
     for stage in range(1, 5):
@@ -185,17 +185,17 @@ def resnet18(image_shape: Shape, *, width: PositiveInt, bias: bool, pool: Positi
 
 
 @takes_weights
-def resnet32(image_shape: Shape, *, width: PositiveInt) -> Backbone:
+def resnet32(shape: Shape, *, width: PositiveInt) -> Backbone:
     """Return the ResNet-32 for CIFAR: three stages of five blocks (He et al., CVPR 2016, section 4.2).
 
     Shortcuts have no parameters (option A: every second pixel, zero channels added); 464,154 parameters with width 16
     and a head of 10 classes.
 
     Args:
-        image_shape: (C, H, W) of the stored images.
+        shape: (C, H, W) of the stored images.
         width: channels of the first stage; 16 in the paper.
     """
-    size = _accepted(image_shape, smallest=8)
+    size = _accepted(shape, smallest=8)
     layers = _stem(size[0], width, bias=False)
     channels = width
     for stage in range(1, 4):
@@ -247,9 +247,9 @@ def _stem(channels: int, width: int, *, bias: bool) -> dict[str, nn.Module]:
     }
 
 
-def _accepted(image_shape: Shape, *, smallest: int) -> Shape:
+def _accepted(shape: Shape, *, smallest: int) -> Shape:
     """Return the input shape: without alpha, with sides of at least `smallest` pixels."""
-    channels, height, width = image_shape
+    channels, height, width = shape
     return {2: 1, 4: 3}.get(channels, channels), max(height, smallest), max(width, smallest)
 
 

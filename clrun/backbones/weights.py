@@ -437,9 +437,9 @@ def takes_weights(build: Build) -> Build:
 
     @wraps(build)
     def factory(
-        image_shape: tuple[int, ...], *, weights: str | None = None, weights_key: str | None = None, **options: Any
+        shape: tuple[int, ...], *, weights: str | None = None, weights_key: str | None = None, **options: Any
     ) -> nn.Module:
-        backbone = build(image_shape, **options)
+        backbone = build(shape, **options)
         if weights is not None:
             load_weights(backbone, f"backbone {build.__name__}", Path(weights).expanduser(), key=weights_key)
         return backbone

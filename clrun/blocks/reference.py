@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clrun.data.features import fingerprint
+from clrun.data.modality import modality_of
 from clrun.data.split import Split
 from clrun.data.stream import Dataset, Stream
-from clrun.data.transforms import fit_transform
 from clrun.learning.context import Context
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.hardware import Hardware
@@ -65,7 +65,7 @@ class Reference:
         for number, load in enumerate(self.loaders):
             try:
                 dataset = load()
-                transform, _ = fit_transform(dataset, backbone)
+                dataset, transform, _ = modality_of(dataset).fit(dataset, backbone)
             except ConfigError as error:
                 raise ConfigError(f"{self.option}[{number}]: {error}") from error
             if any(_same(dataset.train, task.train) for task in learned.tasks):

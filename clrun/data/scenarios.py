@@ -11,11 +11,12 @@ from typing import Annotated, Literal
 
 import torch
 
+from clrun.data.modality import modality_of
 from clrun.data.orders import numpy_permutation, python_permutation
 from clrun.data.reading.class_names import Sort, in_order
-from clrun.data.shifts import Rotation, Shift, Standardised, pixel_permutation, random_angle
+from clrun.data.shifts import Standardised
 from clrun.data.split import Split, Transform
-from clrun.data.stream import Dataset, Order, Setting, Stream, Task
+from clrun.data.stream import Dataset, Order, Setting, Shift, Stream, Task
 from clrun.system.errors import ConfigError, PositiveInt, Range, did_you_mean, warn
 from clrun.system.seeding import derive
 
@@ -235,19 +236,8 @@ def domain_shift(
         ConfigError: the data set has no images, or another setting.
     """
     _check_setting("domain_shift", setting, ("dil", "til"))
-    if len(dataset.image_shape) != 3:
-        raise ConfigError(f"scenario=domain_shift: needs images, and {dataset.name} has none; use another scenario")
-    blocks = []
-    for task in range(n_tasks):
-        shift: Shift | None = None
-        original = identity_first and task == 0
-        angle = 0.0 if original else random_angle(max_angle, dataset.seed, task)
-        if kind == "rotated" and angle:
-            shift = Rotation(angle)
-        elif kind == "permuted" and not original:
-            shift = pixel_permutation(dataset.image_shape, dataset.seed, task)
-        name = f"rot {angle:.0f}" if kind == "rotated" else f"perm {task}"
-        blocks.append(_Block(name, list(range(dataset.num_classes)), shift))
+    shifts = modality_of(dataset).shifts(dataset, n_tasks, kind, identity_first=identity_first, max_angle=max_angle)
+    blocks = [_Block(name, list(range(dataset.num_classes)), shift) for name, shift in shifts]
     return _domain_stream(dataset, order, transform, blocks, setting)
 
 

@@ -6,7 +6,6 @@ Shapes: `B` batch, `C` channels, `H`, `W` height and width.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch import Tensor
 
 from clrun.data.transforms import PerDevice
 from clrun.system.seeding import derive
-
-Shift = Callable[[Tensor], Tensor]  # stored images [B, C, H, W] -> stored images of a domain
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,9 @@ class PixelPermutation:
         return x.flatten(2).index_select(2, self.source.on(x.device)).view(x.shape)
 
 
-def pixel_permutation(image_shape: tuple[int, ...], seed: int, task: int) -> PixelPermutation:
+def pixel_permutation(shape: tuple[int, ...], seed: int, task: int) -> PixelPermutation:
     """Return the permutation of a task id, drawn by (seed, task) with the frozen stream of NumPy's RandomState."""
-    source = np.random.RandomState(derive(seed, "permutation", task) % 2**32).permutation(
-        image_shape[1] * image_shape[2]
-    )
+    source = np.random.RandomState(derive(seed, "permutation", task) % 2**32).permutation(shape[1] * shape[2])
     return PixelPermutation(PerDevice(torch.from_numpy(source)))
 
 

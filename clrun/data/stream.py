@@ -1,18 +1,20 @@
-"""Data sets as loaders return them, tasks, and the stream of tasks with its candidate masks."""
+"""Data sets as loaders return them, what kind of data they hold, tasks, and the stream of tasks with its masks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clrun.data.captions import Captions, captions
 from clrun.data.split import Plain, Split, Transform
 
 Setting = Literal["til", "cil", "dil", "open"]  # "open" only for evaluations
 Order = Callable[[int], list[int]]
+Shift = Callable[[Tensor], Tensor]  # stored rows [B, ...] -> stored rows of a domain
+ShiftKind = Literal["permuted", "rotated"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Dataset:
         val: validation rows cut from the training rows; None without.
         num_classes: C.
         class_names: C names.
-        image_shape: (channels, height, width) of the stored images, (D,) of feature rows.
+        shape: (channels, height, width) of the stored images, (D,) of feature rows.
         mean: mean of each channel, in [0, 1] units; () scales pixels to [0, 1] and no further.
         std: standard deviation of each channel, likewise.
         augment: names of the training augmentations, in order (see `clrun.data.transforms`).
@@ -39,6 +41,7 @@ class Dataset:
             they usually share its stored images, and each has its own `name`; () for a data set without parts.
         reading: what a user should know about how the images were read, such as the range of 16-bit files; "" for none.
         captions: names and templates of the classes as text; None for the names alone, in `clrun.data.captions.PLAIN`.
+        modality: what kind of data the rows are; None for what `clrun.data.modality.modality_of` finds by `shape`.
     """
 
     name: str
@@ -46,7 +49,7 @@ class Dataset:
     test: Split
     num_classes: int
     class_names: tuple[str, ...]
-    image_shape: tuple[int, ...]
+    shape: tuple[int, ...]
     val: Split | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -57,11 +60,86 @@ class Dataset:
     parts: tuple["Dataset", ...] = ()
     reading: str = ""
     captions: Captions | None = None
+    modality: "Modality | None" = None
 
     @property
     def texts(self) -> Captions:
         """The captions of the classes."""
         return self.captions or captions(self.name, self.class_names)
+
+
+class Fitted(NamedTuple):
+    """A data set as a backbone reads it.
+
+    Attributes:
+        dataset: the data set whose rows `transform` takes; the one that was loaded where nothing is stored otherwise.
+        transform: how stored rows become network input.
+        line: one line that describes this.
+    """
+
+    dataset: Dataset
+    transform: Transform
+    line: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some rows of a task as `job=preview` shows them.
+
+    Attributes:
+        labels: [k] long, class ids.
+        images: [k, C, H, W] as the network sees them, values 0..255.
+        training: likewise as augmented for training; None when training does not augment.
+    """
+
+    labels: Tensor
+    images: Tensor
+    training: Tensor | None = None
+
+
+class Modality(Protocol):
+    """What kind of data the rows of a data set are: the only place that knows.
+
+    `clrun.data.modality` has those of clrun. Tasks, splits, memories, caches, training and evaluation treat rows of any
+    kind alike.
+
+    Attributes:
+        unit: what one row is called in messages and reports, such as "image".
+    """
+
+    unit: ClassVar[str]
+
+    def fit(self, dataset: Dataset, backbone: nn.Module) -> Fitted:
+        """Return the data set as the backbone reads it.
+
+        Raises:
+            ConfigError: the rows, or the options of the data set, do not suit the backbone.
+        """
+
+    def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
+        """Return one legal row [1, ...] as the backbone takes it, to try a user's backbone on."""
+
+    def problem(self, split: Split, dataset: Dataset) -> str | None:
+        """Return what is wrong with the rows that a user's loader has given; None when nothing is."""
+
+    def shifts(
+        self, dataset: Dataset, n_tasks: int, kind: ShiftKind, *, identity_first: bool, max_angle: float
+    ) -> list[tuple[str, Shift | None]]:
+        """Return the name and the shift of each task of `scenario=domain_shift`; see there.
+
+        Raises:
+            ConfigError: rows of this kind have no such shifts.
+        """
+
+    def samples(self, split: Split, rows: Tensor, transform: Transform, generator: torch.Generator) -> Samples | None:
+        """Return what `job=preview` shows of some rows; None for rows that cannot be shown.
+
+        Args:
+            split: training rows of a task.
+            rows: [k] long, rows of the split.
+            transform: how they become network input.
+            generator: draws the augmentations.
+        """
 
 
 @dataclass(frozen=True)

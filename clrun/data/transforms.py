@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.data.augment import GREY, Augmentation, Crop, RandomResizedCrop, parse_augmentations, to_grey
-from clrun.data.split import Plain, Transform
+from clrun.data.split import Transform
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError
 
@@ -177,14 +177,14 @@ def over_white(x: Tensor) -> Tensor:
     return x[:, :-1] * alpha + 255 * (1 - alpha)
 
 
-def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str]:
+def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[ImageTransform, str]:
     """Return the transform that turns a data set's images into a backbone's input, and one line that describes it.
 
     The backbone's `mean` and `std` are used for the normalisation if it has them, else those of the data set; without
-    either, pixels are scaled to [0, 1]. Rows that are features already are passed through.
+    either, pixels are scaled to [0, 1].
 
     Args:
-        dataset: has the stored shape, the normalisation constants and the augmentations.
+        dataset: of images; has the stored shape, the normalisation constants and the augmentations.
         backbone: may have `input_size` (C, H, W), `mean` and `std`, where None takes the data set's; and `crop` and
             `interpolation`, see `ImageTransform`.
 
@@ -192,11 +192,7 @@ def fit_transform(dataset: Dataset, backbone: nn.Module) -> tuple[Transform, str
         ConfigError: unknown augmentation, or channels that cannot be converted.
     """
     augmentations = parse_augmentations(dataset.augment)
-    if len(dataset.image_shape) != 3:
-        if augmentations:
-            raise ConfigError("dataset.augment: this data set has no images; set dataset.augment=[]")
-        return Plain(), f"{'x'.join(map(str, dataset.image_shape))} features, as stored"
-    channels, height, width = dataset.image_shape
+    channels, height, width = dataset.shape
     for augmentation in augmentations.values():
         if isinstance(augmentation, Crop):
             augmentation.check(height, width)
@@ -256,7 +252,7 @@ def _normalisation(
     if mean is not None and std is not None:
         return _match(tuple(mean), channels), _match(tuple(std), channels), "normalised by the backbone"
     if dataset.mean and dataset.std:
-        colours = dataset.image_shape[0] - (dataset.image_shape[0] in (2, 4) and channels != dataset.image_shape[0])
+        colours = dataset.shape[0] - (dataset.shape[0] in (2, 4) and channels != dataset.shape[0])
         return _match(dataset.mean[:colours], channels), _match(dataset.std[:colours], channels), BY_DATASET
     return (0.0,) * channels, (1.0,) * channels, "scaled to [0, 1]"
 

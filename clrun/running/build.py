@@ -15,10 +15,10 @@ from clrun.data.edge import edge
 from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import frozen_features, module_digest, open_cache
 from clrun.data.identity import Identity, identify
+from clrun.data.modality import modality_of
 from clrun.data.orders import canonical
 from clrun.data.split import Plain, Split, TensorSplit, Transform
 from clrun.data.stream import Dataset, Stream, Task
-from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
 from clrun.learning.hooks import made_method, warn_of_misspelt_hooks
 from clrun.learning.method import Method
@@ -41,13 +41,14 @@ class Built:
     """What a configuration names, built and placed on the device.
 
     Attributes:
-        images: the stream of images.
+        images: the stream of images, or of whatever the data set stores.
         stream: what the learner learns from: `images`, or the features of the frozen backbone.
         backbone: the backbone as loaded.
         method: the learner before its first task.
         budget: what a fit may spend.
         input: how the images were fitted to the backbone, one line.
         data: identity of the data set and of the tasks into which it was cut.
+        unit: what one row of the data set is called, such as "image".
         cache: where the features of the frozen backbone are stored; None when they are not.
         networks: those that the method loads besides the backbone, by the path of their option.
         held_out: evaluates the learner on the data sets of `job.eval_extra`; None without them.
@@ -60,6 +61,7 @@ class Built:
     budget: Budget
     input: str
     data: Identity
+    unit: str
     cache: FeatureCache | None = None
     networks: dict[str, FrozenNetwork] = field(default_factory=dict)
     held_out: HeldOut | None = None
@@ -78,10 +80,11 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     Raises:
         ConfigError: the parts do not fit together, or data or weights are missing.
     """
-    backbone, images, text, (dataset, whole) = _images(parts, place=True, pretrained=pretrained)
-    data = identify(dataset, whole)
-    networks = load_networks(parts, dataset, images.transform)
-    del dataset, whole
+    prepared = prepare(parts, place=True, pretrained=pretrained)
+    backbone, images, text, unit = prepared.backbone, prepared.stream, prepared.input, prepared.unit
+    data = identify(prepared.dataset, prepared.whole)
+    networks = load_networks(parts, prepared.dataset, images.transform)
+    del prepared
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
     if learns:
@@ -101,7 +104,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
         _warn_of_cut(images.captions, backbone)
     budget = parts.budget
     if not learns:
-        return Built(images, stream, backbone, method, budget, text, data, cache)
+        return Built(images, stream, backbone, method, budget, text, data, unit, cache)
     method.check(images)
     if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
         raise ConfigError(COMPILED)
@@ -118,7 +121,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if parts.job.eval_unseen or parts.job.eval_extra:
         _require_names(parts, method, stream)
         held_out = HeldOut.of(parts, backbone, method, cache) if parts.job.eval_extra else None
-    return Built(images, stream, backbone, method, budget, text, data, cache, networks, held_out)
+    return Built(images, stream, backbone, method, budget, text, data, unit, cache, networks, held_out)
 
 
 def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: dict[str, FrozenNetwork]) -> Method:
@@ -127,6 +130,30 @@ def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: di
     method = made_method(parts.method_factory, backbone, num_classes)
     method.receive(networks)
     return method
+
+
+@dataclass
+class Prepared:
+    """Backbone and data, fitted to each other.
+
+    Attributes:
+        backbone: as loaded.
+        stream: the tasks of the run, as the backbone reads them.
+        input: how stored rows were fitted to the backbone, one line.
+        dataset: the data set as loaded, on the CPU.
+        whole: all tasks of it in some order, with the rows as stored, on the CPU.
+    """
+
+    backbone: nn.Module
+    stream: Stream
+    input: str
+    dataset: Dataset
+    whole: Stream
+
+    @property
+    def unit(self) -> str:
+        """What one row of the data set is called, such as "image"."""
+        return modality_of(self.dataset).unit
 
 
 def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -> tuple[nn.Module, Stream, str]:
@@ -140,7 +167,8 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
     Raises:
         ConfigError: the parts do not fit together, or data or weights are missing.
     """
-    return _images(parts, place=place, pretrained=pretrained)[:3]
+    prepared = prepare(parts, place=place, pretrained=pretrained)
+    return prepared.backbone, prepared.stream, prepared.input
 
 
 def build_identified(parts: Parts) -> tuple[nn.Module, Stream, str, Identity]:
@@ -149,8 +177,8 @@ def build_identified(parts: Parts) -> tuple[nn.Module, Stream, str, Identity]:
     Raises:
         ConfigError: as `build_images`.
     """
-    backbone, stream, text, (dataset, whole) = _images(parts, place=True, pretrained=True)
-    return backbone, stream, text, identify(dataset, whole)
+    prepared = prepare(parts, place=True, pretrained=True)
+    return prepared.backbone, prepared.stream, prepared.input, identify(prepared.dataset, prepared.whole)
 
 
 def identity(parts: Parts) -> Identity:
@@ -163,27 +191,32 @@ def identity(parts: Parts) -> Identity:
     return identify(dataset, build_stream(parts, dataset, canonical, Plain()))
 
 
-def _images(parts: Parts, *, place: bool, pretrained: bool) -> tuple[nn.Module, Stream, str, tuple[Dataset, Stream]]:
-    """Return what `build_images` returns; then the data set and the stream of all its tasks, both on the CPU."""
+def prepare(parts: Parts, *, place: bool, pretrained: bool) -> Prepared:
+    """Build the backbone and the stream, fitted to each other; see `build_images`.
+
+    Raises:
+        ConfigError: as `build_images`.
+    """
     dataset = parts.load_dataset()
     hardware = parts.hardware if place else None
 
     def new() -> nn.Module:
         seed_all(parts.seed, "init", "backbone")
         factory = parts.backbone_factory if pretrained else _untrained(parts)
-        backbone = factory(dataset.image_shape)
-        check_features(backbone, parts.target("backbone"), dataset.image_shape)
+        backbone = factory(dataset.shape)
+        check_features(backbone, parts.target("backbone"), dataset)
         if hardware is not None:
             hardware.place(backbone)
         return backbone
 
     # The factory itself is part of the key: an interactive session may define another one under the same name.
-    made_from = [parts.config["backbone"], pretrained, dataset.image_shape, parts.seed, hardware]
+    made_from = [parts.config["backbone"], pretrained, dataset.shape, parts.seed, hardware]
     key = locate(parts.target("backbone")), repr(made_from)
     backbone = reused_backbone(key, new) if parts.reads_features else new()
-    transform, text = fit_transform(dataset, backbone)
-    stream = build_stream(parts, dataset, _order(parts, dataset, transform, backbone), transform)
-    return backbone, _limited(stream, parts.job, hardware), text, (dataset, stream)
+    fitted, transform, text = modality_of(dataset).fit(dataset, backbone)
+    stream = build_stream(parts, fitted, _order(parts, fitted, transform, backbone), transform)
+    whole = stream if fitted is dataset else build_stream(parts, dataset, canonical, Plain())
+    return Prepared(backbone, _limited(stream, parts.job, hardware), text, dataset, whole)
 
 
 def build_stream(parts: Parts, dataset: Dataset, order: Any, transform: Transform) -> Stream:

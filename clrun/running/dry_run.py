@@ -41,13 +41,13 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
         )
         print(f", classes {names}{more}")
     counts = learner_parameters(built.method, built.backbone)
-    image = next(built.images.tasks[0].test.batches(1)).x
-    flops = forward_flops(built.backbone, image)
+    row = next(built.images.tasks[0].test.batches(1)).x
+    flops = forward_flops(built.backbone, row)
     print(f"input: {built.input}")
     if missing is not None:
         print(f"weights: random in this dry run, and a run needs them: {missing}")
     print(f"parameters: {counts['total']:,} ({counts['trainable']:,} trainable)")
-    print("forward FLOPs per image: " + ("unknown" if flops is None else f"{flops:,}"))
+    print(f"forward FLOPs per {built.unit}: " + ("unknown" if flops is None else f"{flops:,}"))
     print(f"estimated time: {_duration(_estimate(parts, built))} on {hardware.device}")
     return math.nan
 

@@ -10,8 +10,8 @@ from torch import nn
 from clrun.data.captions import Captions
 from clrun.data.feature_cache import FeatureCache
 from clrun.data.features import frozen_features
+from clrun.data.modality import modality_of
 from clrun.data.stream import Dataset, Stream, Task
-from clrun.data.transforms import fit_transform
 from clrun.learning.method import Method
 from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts, of_kind
@@ -46,7 +46,7 @@ class HeldOut:
             dataset: Dataset = of_kind(load(), Dataset, f"job.eval_extra[{number}]")
             if any(dataset.name == name for name, _, _ in sets):
                 raise ConfigError(f"job.eval_extra: the data set {dataset.name} is listed twice; remove one")
-            transform, _ = fit_transform(dataset, backbone)
+            dataset, transform, _ = modality_of(dataset).fit(dataset, backbone)
             hardware = parts.hardware
             rows = replace(dataset.test, transform=transform).to(hardware.device, workers=hardware.workers or 0)
             task = Task(0, number, dataset.name, torch.arange(dataset.num_classes), rows, rows, rows)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clrun.data.modality import modality_of
 from clrun.data.split import Transform
 from clrun.data.stream import Dataset
 from clrun.data.transforms import second_transform
@@ -22,13 +23,13 @@ from clrun.system.errors import ConfigError
 from clrun.system.seeding import seed_all
 
 
-def check_features(backbone: Any, name: str, image_shape: tuple[int, ...], *, where: str = "backbone") -> None:
-    """Refuse a backbone without `num_features`; one that is not clrun's own is tried on one black image, in a copy.
+def check_features(backbone: Any, name: str, dataset: Dataset, *, where: str = "backbone") -> None:
+    """Refuse a backbone without `num_features`; one that is not clrun's own is tried on one blank row, in a copy.
 
     Args:
         backbone: the network.
         name: dotted name of what has made it.
-        image_shape: (C, H, W) of the stored images.
+        dataset: the data set whose rows it will read.
         where: option that names it, for messages.
 
     Raises:
@@ -41,11 +42,10 @@ def check_features(backbone: Any, name: str, image_shape: tuple[int, ...], *, wh
         raise ConfigError(f"{where}: {name} has no num_features; set self.num_features to the width of its features")
     if name.startswith("clrun."):
         return
-    if size is not None and not (isinstance(size, tuple | list | torch.Size) and len(size) == len(image_shape)):
+    if size is not None and not (isinstance(size, tuple | list | torch.Size) and len(size) == len(dataset.shape)):
         raise ConfigError(f"{where}: {name} has input_size={size!r}, expected (channels, height, width)")
     with torch.no_grad():
-        image = torch.zeros(1, *(size or image_shape))
-        features = copy.deepcopy(backbone).eval()(image)
+        features = copy.deepcopy(backbone).eval()(modality_of(dataset).blank(dataset, backbone))
     if features.shape != (1, width):
         shape = f"[B, {', '.join(map(str, features.shape[1:]))}]"
         raise ConfigError(f"{where}: {name} returns features {shape}, expected [B, num_features] = [B, {width}]")
@@ -69,8 +69,8 @@ def load_networks(parts: Parts, dataset: Dataset, transform: Transform) -> dict[
         name = f"{function.__module__}.{function.__qualname__}"
         with _naming(path):
             seed_all(parts.seed, "init", path)
-            network = factory(dataset.image_shape)
-            check_features(network, name, dataset.image_shape, where=path)
+            network = factory(dataset.shape)
+            check_features(network, name, dataset, where=path)
             parts.hardware.place(network)
             fitted, text = second_transform(dataset, transform, network)
         about = {

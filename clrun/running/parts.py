@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
 from clrun.config.job import Job
 from clrun.config.signature import locate
-from clrun.data.reading.options import constants_problem
-from clrun.data.split import Split, TensorSplit
+from clrun.data.modality import modality_of
 from clrun.data.stream import Dataset
 from clrun.learning.budget import Budget
 from clrun.learning.method import Method
@@ -127,7 +125,13 @@ class Parts:
         Raises:
             ConfigError: the loader returns something else, or rows that cannot be used.
         """
-        dataset, name = make(self.config["dataset"]), self.target("dataset")
+        name = self.target("dataset")
+        try:
+            dataset = make(self.config["dataset"])
+        except TypeError as error:
+            if "image_shape" in str(error):
+                raise ConfigError(f"dataset: {name}: rename image_shape, which is now `shape` of a Dataset") from error
+            raise
         if not isinstance(dataset, Dataset):
             found = f"{name} returns a {type(dataset).__name__}"
             raise ConfigError(
@@ -135,7 +139,7 @@ class Parts:
             )
         if not name.startswith("clrun."):
             for part, split in (("train", dataset.train), ("test", dataset.test)):
-                if problem := _rows_problem(split, dataset):
+                if problem := modality_of(dataset).problem(split, dataset):
                     raise ConfigError(f"dataset: {name} gives {part} rows with {problem}")
         return dataset
 
@@ -201,30 +205,3 @@ def of_kind(made: Any, kind: type, name: str) -> Any:
     if not isinstance(made, kind):
         raise ConfigError(f"{name} gives {type(made).__name__}, expected {kind.__module__}.{kind.__name__}")
     return made
-
-
-def _rows_problem(split: Split, dataset: Dataset) -> str | None:
-    """Return what is wrong with the rows of a split; None when nothing is."""
-    images, labels = split.images, split.labels
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
-        return f"labels of {_described(labels)}, expected a tensor [N] of torch.int64"
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dataset.num_classes:
-        found = f"labels from {int(labels.min())} to {int(labels.max())}"
-        return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
-    if not all(spread > 0 for spread in dataset.std):
-        return f"the standard deviations {dataset.std}, expected numbers above 0"
-    if len(dataset.image_shape) == 3 and (problem := constants_problem(dataset.mean, dataset.std)):
-        return problem
-    if len(labels) != len(images):
-        return f"{len(images)} images and {len(labels)} labels, expected one label per image"
-    if not isinstance(split, TensorSplit) or len(dataset.image_shape) == 1:
-        return None
-    wrong = not isinstance(images, torch.Tensor) or images.dtype != torch.uint8 or images.dim() != 4
-    if wrong or images.shape[1] > 4 >= images.shape[3]:  # channels last
-        return f"images of {_described(images)}, expected a tensor [N, C, H, W] of torch.uint8, 0 to 255"
-    return None
-
-
-def _described(value: Any) -> str:
-    """Return shape and type of a tensor, or the type of anything else."""
-    return f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__

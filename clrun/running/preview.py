@@ -11,12 +11,12 @@ from torch import Tensor
 
 from clrun.config.environment import masked
 from clrun.config.job import JobInfo
-from clrun.data.split import Batch, Split
-from clrun.data.stream import Stream, Task
-from clrun.data.transforms import ImageTransform
+from clrun.data.modality import modality_of
+from clrun.data.split import Split
+from clrun.data.stream import Modality, Stream, Task
 from clrun.reporting.samples import Band, Pixels, draw_samples
 from clrun.reporting.tables import SETTINGS
-from clrun.running.build import build_images, order_reads_backbone
+from clrun.running.build import order_reads_backbone, prepare
 from clrun.running.parts import Parts
 from clrun.system.errors import ConfigError
 from clrun.system.files import make_folder
@@ -59,34 +59,32 @@ def samples(parts: Parts) -> tuple[str, str, list[Band]]:
         ConfigError: the data set has no images.
     """
     needed = order_reads_backbone(parts)  # then the order is the run's only with the run's backbone on its device
-    _, stream, text = build_images(parts, place=needed, pretrained=needed)
-    if not isinstance(stream.transform, ImageTransform):
-        raise ConfigError(f"job=preview: the rows of {masked(parts.name)} are no images")
+    prepared = prepare(parts, place=needed, pretrained=needed)
+    stream, modality = prepared.stream, modality_of(prepared.dataset)
     slots = SAMPLES if len(stream.tasks) <= MANY else FEWER
-    bands = [_band(stream, task, slots, parts.seed) for task in stream.tasks]
+    bands = [band for task in stream.tasks if (band := _band(modality, stream, task, slots, parts.seed)) is not None]
+    if not bands:
+        raise ConfigError(f"job=preview: the rows of {masked(parts.name)} are no images")
     order = " ".join(map(str, stream.order))
     title = f"{masked(parts.name)}: {len(stream.tasks)} tasks, {SETTINGS[stream.setting]}, order {order}"
-    return title, text, bands
+    return title, prepared.input, bands
 
 
-def _band(stream: Stream, task: Task, slots: int, seed: int) -> Band:
-    """Return the samples of a task and what is to be said about it."""
-    transform = stream.transform
-    assert isinstance(transform, ImageTransform)
-    raw: Batch = next(task.train.select(_rows(task.train, slots)).batches(slots, view="raw"))
-    augmented = transform.train(raw.x, generator(seed, "preview", task.id)) if transform.augments else None
-    shown, training = _pixels(transform.undo(transform.eval(raw.x))), None
-    if augmented is not None:
-        training = _pixels(transform.undo(augmented))
+def _band(modality: Modality, stream: Stream, task: Task, slots: int, seed: int) -> Band | None:
+    """Return the samples of a task and what is to be said about it; None for rows that cannot be shown."""
+    rows, drawn = _rows(task.train, slots), generator(seed, "preview", task.id)
+    found = modality.samples(task.train, rows, stream.transform, drawn)
+    if found is None:
+        return None
     names = [stream.class_names[label] if stream.class_names else str(label) for label in task.classes.tolist()]
     by_label = dict(zip(task.classes.tolist(), names, strict=True))
     listed = ", ".join(names[:NAMES])
     return Band(
         title=f"{task.index + 1}. task {task.id}: {task.name}",
         lines=(f"{len(task.train)} train, {len(task.test)} test", f"{len(names)} classes: {listed}"),
-        names=tuple(by_label[label] for label in raw.y.tolist()),
-        images=shown,
-        training=training,
+        names=tuple(by_label[label] for label in found.labels.tolist()),
+        images=_pixels(found.images),
+        training=None if found.training is None else _pixels(found.training),
     )
 
 

@@ -164,10 +164,10 @@ def failing_to_build(error: BaseException) -> pytest.MonkeyPatch:
     """Let every backbone raise `error` as long as the returned patch is not undone."""
     patch = pytest.MonkeyPatch()
 
-    def fit_transform(*_: object) -> None:
+    def check_features(*_: object) -> None:
         raise error
 
-    patch.setattr("clrun.running.build.fit_transform", fit_transform)
+    patch.setattr("clrun.running.build.check_features", check_features)
     return patch
 
 

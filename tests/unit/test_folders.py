@@ -84,7 +84,7 @@ def test_train_and_test_folders(two: Path) -> None:
     assert data.class_names == ("cat", "dog") and data.num_classes == 2 and data.name == "data"
     assert names(data.train) == [f"train/{label}/{k}.png" for label in ("cat", "dog") for k in range(4)]
     assert data.train.y.tolist() == [0] * 4 + [1] * 4 and data.test.y.tolist() == [0, 0, 1, 1]
-    assert data.image_shape == (3, 6, 6) and data.mean == (0.1, 0.2, 0.3) and data.augment == ("flip",)
+    assert data.shape == (3, 6, 6) and data.mean == (0.1, 0.2, 0.3) and data.augment == ("flip",)
     batch = next(data.test.batches(4, view="raw"))
     assert torch.equal(batch.x[0], batch.x[2]) and not torch.equal(batch.x[0], batch.x[1])
 
@@ -169,7 +169,7 @@ def test_a_name_that_is_no_text(two: Path) -> None:
 
 
 def test_grey_images(two: Path) -> None:
-    assert load(two, channels=1).image_shape == (1, 6, 6)
+    assert load(two, channels=1).shape == (1, 6, 6)
     assert next(load(two, channels=1).train.batches(2, view="raw")).x.shape == (2, 1, 6, 6)
 
 

@@ -64,7 +64,7 @@ class TestDataset:
             batch = images_of(split)
             assert batch.x.shape == (len(split), 1, 28, 28) and batch.x.dtype == torch.uint8
             assert batch.y.bincount(minlength=dataset.num_classes).min() >= least
-        assert dataset.image_shape == (1, 28, 28)
+        assert dataset.shape == (1, 28, 28)
         assert FILE.stat().st_size < 4 * MEGABYTE
 
     def test_twelve_equal_tasks_of_at_least_five_classes_are_possible(self):

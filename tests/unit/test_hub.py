@@ -63,7 +63,7 @@ def test_what_save_to_disk_leaves(tmp_path: Path) -> None:
     with collecting_warnings(notes := []):
         data = load(tmp_path / "saved", test="validation", channels=1)
     assert data.class_names == ("no", "yes", "maybe") and data.train.y.tolist() == [1, 0, 2, 1]
-    assert data.image_shape == (1, 6, 6) and images(data.test).shape == (2, 1, 6, 6)
+    assert data.shape == (1, 6, 6) and images(data.test).shape == (2, 1, 6, 6)
     assert notes == [f"hf: no test images of yes in {tmp_path / 'saved'}"]
     with pytest.raises(ConfigError, match=r"^dataset.test: there is no split 'valid'; did you mean 'validation'\? "):
         load(tmp_path / "saved", test="valid")

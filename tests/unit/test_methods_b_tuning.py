@@ -197,7 +197,7 @@ CNN = "{_target_:clrun.backbones.small.cnn,_partial_:true,width:4,depth:1,weight
         (f"+method.teachers.a={CNN.replace('depth:1,', '')}", "method.teachers.a.depth: is missing"),
         (
             f"method.teachers=[{CNN.replace('_partial_:true,', '')}]",
-            "method.teachers[0].image_shape: is missing; cnn needs it: add _partial_: true to the node",
+            "method.teachers[0].shape: is missing; cnn needs it: add _partial_: true to the node",
         ),
     ],
 )

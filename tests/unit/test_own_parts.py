@@ -80,7 +80,7 @@ DATASETS = {
 
 
 class Net(nn.Module):
-    def __init__(self, image_shape):
+    def __init__(self, shape):
         super().__init__()
         self.linear = nn.Linear(64, 8)
         self.norm = nn.BatchNorm1d(8)
@@ -159,6 +159,37 @@ def test_unusable_backbone(part, expected, config):
     with pytest.raises(ConfigError) as error:
         build_images(Parts(config("backbone", part)), place=False)
     assert_line(error, expected)
+
+
+def test_a_loader_that_calls_the_shape_by_its_old_name_is_told(config):
+    split = TensorSplit(IMAGES, LABELS)
+    with pytest.raises(ConfigError) as error:
+        preflight(
+            config("dataset", lambda: Dataset("own", split, split, 10, tuple("abcdefghij"), image_shape=(1, 8, 8)))
+        )
+    assert_line(error, "dataset: own.part: rename image_shape, which is now `shape` of a Dataset")
+
+
+class Embedding(nn.Module):
+    num_features = 8
+
+    def __init__(self, shape):
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+
+    def forward(self, x):
+        return self.table(x).mean(dim=1)
+
+
+def test_rows_of_numbers_reach_a_backbone_as_they_are_stored(config):
+    plain = config("backbone", Embedding)
+    ids = torch.arange(40 * 5).reshape(40, 5) % 30
+    split = TensorSplit(ids, LABELS)
+    with pytest.MonkeyPatch.context() as patch:
+        rows = Dataset("own", split, split, 10, tuple("abcdefghij"), (5,))
+        patch.setattr(Parts, "load_dataset", lambda self: rows)
+        _, stream, line = build_images(Parts(plain), place=False)
+    assert line == "5 features, as stored" and torch.equal(next(stream.tasks[0].train.batches(2)).x, ids[[0, 1]])
 
 
 def test_traceback_of_a_loader_is_its_own(config):

@@ -295,7 +295,7 @@ def test_omniglot_is_split_by_drawing_and_not_by_alphabet(tmp_path: Path) -> Non
     )
     assert data.groups == {"alphabet": ((0, 1), (2, 3), (4,))}
     assert data.train.y.bincount().tolist() == [15] * 5 and data.test.y.bincount().tolist() == [5] * 5
-    assert isinstance(data.train, TensorSplit) and data.image_shape == (1, 6, 6)
+    assert isinstance(data.train, TensorSplit) and data.shape == (1, 6, 6)
     assert notes[0] == f"dataset=omniglot: 75 training images in {tmp_path}, published with 24345"
     one, _ = load(source("omniglot"), tmp_path, download=False, test_drawings=1, val_fraction=0.1)
     assert len(one.test) == 5 and one.val is not None and len(one.train) + len(one.val) == 95
@@ -436,7 +436,7 @@ def test_notmnist_small_with_its_damaged_files(tmp_path: Path) -> None:
     options: dict[str, Any] = {"test_fraction": 0.3, "images": decoding(unreadable="skip")}
     data, notes = load(source("notmnist"), tmp_path, **options)
     assert len(data.train) + len(data.test) == 40 and isinstance(data.train, TensorSplit)
-    assert data.image_shape == (1, 6, 6) and any("RGVtb.png: cannot be decoded" in note for note in notes)
+    assert data.shape == (1, 6, 6) and any("RGVtb.png: cannot be decoded" in note for note in notes)
     assert notes[-1] == f"dataset=notmnist: 40 images in {tmp_path}, published with 18724"
 
 

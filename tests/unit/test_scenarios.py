@@ -317,7 +317,7 @@ def test_impossible_shifts_are_refused() -> None:
         ConfigError, match=r"^scenario.setting: scenario=domain_shift cannot be 'cil'; set it to dil or til"
     ):
         shift_of(setting="cil")
-    features = replace(DIGITS, train=TensorSplit(torch.zeros(4, 9), torch.arange(4)), image_shape=(9,))
+    features = replace(DIGITS, train=TensorSplit(torch.zeros(4, 9), torch.arange(4)), shape=(9,))
     with pytest.raises(ConfigError, match="^scenario=domain_shift: needs images"):
         shift_of(features)
 

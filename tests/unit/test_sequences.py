@@ -59,7 +59,7 @@ def five(monkeypatch: pytest.MonkeyPatch) -> dict[str, Dataset]:
 
 def test_the_five_data_sets(five: dict[str, Dataset]) -> None:
     data = configured("dataset", "five_datasets", root="", val_fraction=0.25)
-    assert data.num_classes == 50 and data.image_shape == (3, 32, 32)
+    assert data.num_classes == 50 and data.shape == (3, 32, 32)
     assert [own.name for own in data.parts] == list(five)
     assert data.class_names[:2] == ("thing 0", "thing 1") and data.class_names[40:42] == ("A", "B")
     assert data.class_names[10] == "mnist 0" and data.class_names[20] == "svhn 0"
@@ -104,7 +104,7 @@ def test_a_sequence_without_validation_rows() -> None:
 def test_small_images_lie_in_the_middle() -> None:
     data = on_canvas(part("a", ["x"], (1, 3, 4)), channels=3, side=6)
     found = images(data.train)
-    assert data.image_shape == (3, 6, 6) and data.mean == (0.5,) * 3
+    assert data.shape == (3, 6, 6) and data.mean == (0.5,) * 3
     assert torch.equal(found[:, 1, 1:4, 1:5], images(part("a", ["x"], (1, 3, 4)).train)[:, 0])
     assert found[:, :, 0].sum() == found[:, :, 4:].sum() == found[..., 5].sum() == 0
 
@@ -112,7 +112,7 @@ def test_small_images_lie_in_the_middle() -> None:
 def test_small_images_are_resized_when_they_are_read() -> None:
     small = part("a", ["x", "y"], (1, 6, 6), val=0.5)
     large = resized(small, channels=3, side=9, interpolation="bicubic")
-    assert large.image_shape == (3, 9, 9) and large.mean == (0.5,) * 3 and large.val is not None
+    assert large.shape == (3, 9, 9) and large.mean == (0.5,) * 3 and large.val is not None
     for before, after in ((small.train, large.train), (small.test, large.test), (small.val, large.val)):
         expected = F.interpolate(images(before).float(), (9, 9), mode="bicubic", antialias=True).round().clamp(0, 255)
         assert torch.equal(images(after), expected.byte().expand(-1, 3, -1, -1)) and torch.equal(after.y, before.y)
@@ -139,7 +139,7 @@ def test_the_eleven_data_sets_of_mtil_are_read_from_their_files(
     write_mnist(tmp_path, "MNIST")
     options = {"test_fraction": 0.5, "images": {"size": 8}, "augment": [], "templates": None}
     data = configured("dataset", "mtil", root=str(tmp_path), **options)
-    assert tuple(part.name for part in data.parts) == MTIL and data.image_shape == (3, 8, 8)
+    assert tuple(part.name for part in data.parts) == MTIL and data.shape == (3, 8, 8)
     assert all(images(part.test).shape[1:] == (3, 8, 8) for part in data.parts)
     assert data.texts.of(data.class_names.index("Faces"))[1] == "a painting of a off-center face."
     digits = data.parts[7].train.y
@@ -195,7 +195,7 @@ def folders(tmp_path: Path) -> Path:
 
 def test_folders_one_after_the_other(folders: Path) -> None:
     data = configured("dataset", "folder_sequence", root=str(folders), images={"size": 8}, sets=["fruit", "animals"])
-    assert data.class_names == ("fruit apple", "pear", "animals apple", "cat") and data.image_shape == (3, 8, 8)
+    assert data.class_names == ("fruit apple", "pear", "animals apple", "cat") and data.shape == (3, 8, 8)
     stream = dataset_sequence(data, canonical, fit_transform(data, mlp((3, 8, 8), hidden=[2]))[0], setting="cil")
     assert [(task.name, task.classes.tolist()) for task in stream.tasks] == [("fruit", [0, 1]), ("animals", [2, 3])]
     assert images(stream.tasks[1].test)[:, 0].amax(dim=(1, 2)).tolist() == [120, 180]

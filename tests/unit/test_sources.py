@@ -49,7 +49,7 @@ def same(a: Any, b: Any) -> bool:
 def test_digits_are_scikit_learns() -> None:
     data = digits(**COMMON)
     raw = pytest.importorskip("sklearn.datasets").load_digits()
-    assert data.image_shape == (1, 8, 8) and data.num_classes == 10 and data.class_names == tuple("0123456789")
+    assert data.shape == (1, 8, 8) and data.num_classes == 10 and data.class_names == tuple("0123456789")
     assert images(data.train).dtype == torch.uint8 and (len(data.train), len(data.test)) == (1442, 355)
     stored = torch.cat([images(data.train), images(data.test)]).float() * 16 / 255
     assert (stored - stored.round()).abs().max() < 0.04  # rounding to uint8 keeps the 17 levels apart
@@ -149,7 +149,7 @@ def test_classes_may_have_fractions_of_their_own() -> None:
 
 def test_synthetic_shapes_and_labels() -> None:
     data = synthetic(**(SYNTHETIC | dict(image_shape=[3, 5, 9])))
-    assert data.image_shape == (3, 5, 9) == images(data.train).shape[1:] and images(data.train).dtype == torch.uint8
+    assert data.shape == (3, 5, 9) == images(data.train).shape[1:] and images(data.train).dtype == torch.uint8
     assert data.train.y.bincount().tolist() == [20] * 6 and data.test.y.bincount().tolist() == [10] * 6
     pixels = images(data.train).float() / 255
     assert torch.tensor(data.mean) == pytest.approx(pixels.mean(dim=(0, 2, 3)), abs=1e-5)
@@ -259,7 +259,7 @@ def test_idx_files_are_read(tmp_path: Path, loader: Any, folder: str) -> None:
     pytest.importorskip("torchvision")
     train, test = write_mnist(tmp_path, folder)
     data = loader(root=str(tmp_path), download=False, **COMMON)
-    assert data.image_shape == (1, 28, 28) and data.num_classes == 10
+    assert data.shape == (1, 28, 28) and data.num_classes == 10
     assert np.array_equal(images(data.train)[:, 0].numpy(), train)
     assert np.array_equal(images(data.test)[:, 0].numpy(), test)
     assert data.train.y.tolist() == [k % 10 for k in range(20)] and data.test.y.tolist() == list(range(9, -1, -1))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from clrun.data import augment
 from clrun.data.augment import Crop, Flip, Jitter, RandomResizedCrop, parse_augmentations, resampling
+from clrun.data.modality import Vectors
 from clrun.data.split import Plain, TensorSplit
 from clrun.data.stream import Dataset
 from clrun.data.transforms import ImageTransform, fit_transform
@@ -208,10 +209,11 @@ def test_augmentation_follows_the_generator() -> None:
 
 
 def test_features_pass_through() -> None:
-    transform, line = fit_transform(dataset((9,)), backbone(None))
-    assert isinstance(transform, Plain) and line == "9 features, as stored"
+    stored = dataset((9,))
+    found, transform, line = Vectors().fit(stored, backbone(None))
+    assert found is stored and isinstance(transform, Plain) and line == "9 features, as stored"
     with pytest.raises(ConfigError, match="^dataset.augment: this data set has no images"):
-        fit_transform(dataset((9,), augment=("flip",)), backbone(None))
+        Vectors().fit(dataset((9,), augment=("flip",)), backbone(None))
 
 
 def test_channels_without_a_rule_are_refused() -> None:

@@ -125,7 +125,7 @@ def assemble(
         val=validated,
         num_classes=len(class_names),
         class_names=tuple(class_names),
-        image_shape=tuple(rows.images.shape[1:]),
+        shape=tuple(rows.images.shape[1:]),
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
         augment=tuple(reading.augment),

@@ -27,7 +27,7 @@ def sequence(name: str, parts: Sequence[Dataset]) -> Dataset:
         name: name of the whole.
         parts: at least one data set; seed and augmentations of the whole are those of the first.
     """
-    assert len({part.image_shape for part in parts}) == 1
+    assert len({part.shape for part in parts}) == 1
     starts = [0, *accumulate(part.num_classes for part in parts)]
     counts = Counter(label for part in parts for label in part.class_names)
     names = [f"{p.name} {label}" if counts[label] > 1 else label for p in parts for label in p.class_names]
@@ -76,7 +76,7 @@ def on_canvas(dataset: Dataset, *, channels: int, side: int) -> Dataset:
         channels: channels of the squares.
         side: side of the squares in pixels.
     """
-    _, height, width = dataset.image_shape
+    _, height, width = dataset.shape
     above, left = (side - height) // 2, (side - width) // 2
     frame = (left, side - width - left, above, side - height - above)
     done: dict[int, torch.Tensor] = {}
@@ -92,7 +92,7 @@ def on_canvas(dataset: Dataset, *, channels: int, side: int) -> Dataset:
         train=framed(dataset.train),
         test=framed(dataset.test),
         val=dataset.val and framed(dataset.val),
-        image_shape=(channels, side, side),
+        shape=(channels, side, side),
         mean=dataset.mean * (channels // len(dataset.mean)),
         std=dataset.std * (channels // len(dataset.std)),
     )
@@ -134,7 +134,7 @@ def resized(dataset: Dataset, *, channels: int, side: int, interpolation: str) -
         side: side of the images in pixels.
         interpolation: how they are resized, with antialiasing.
     """
-    if dataset.image_shape == (channels, side, side):
+    if dataset.shape == (channels, side, side):
         return dataset
 
     def larger(split: Split) -> Split:
@@ -147,7 +147,7 @@ def resized(dataset: Dataset, *, channels: int, side: int, interpolation: str) -
         train=larger(dataset.train),
         test=larger(dataset.test),
         val=dataset.val and larger(dataset.val),
-        image_shape=(channels, side, side),
+        shape=(channels, side, side),
         mean=dataset.mean * copies,
         std=dataset.std * copies,
     )

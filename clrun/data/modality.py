@@ -1,0 +1,158 @@
+"""The kinds of data: images and feature rows; nothing else in clrun asks which of them a data set holds.
+
+Each class implements `clrun.data.stream.Modality`.
+
+Shapes: `N` rows of a split, `C` channels, `H`, `W` height and width, `D` width of feature rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clrun.data.reading.options import constants_problem
+from clrun.data.shifts import Rotation, pixel_permutation, random_angle
+from clrun.data.split import Batch, Plain, Split, TensorSplit, Transform
+from clrun.data.stream import Dataset, Fitted, Modality, Samples, Shift, ShiftKind
+from clrun.data.transforms import ImageTransform, fit_transform
+from clrun.system.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images [N, C, H, W] uint8, in memory or in files; resized and normalised for the backbone."""
+
+    unit: ClassVar[str] = "image"
+
+    def fit(self, dataset: Dataset, backbone: nn.Module) -> Fitted:
+        """Return the data set, and the transform of its images; see `clrun.data.transforms.fit_transform`."""
+        transform, line = fit_transform(dataset, backbone)
+        return Fitted(dataset, transform, line)
+
+    def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
+        """Return a black image [1, C, H, W] of the size that the backbone takes."""
+        return _zeros(dataset, backbone)
+
+    def problem(self, split: Split, dataset: Dataset) -> str | None:
+        """Return what is wrong with labels, normalisation constants or pixels."""
+        found = _label_problem(split, dataset) or _spread_problem(dataset)
+        found = found or constants_problem(dataset.mean, dataset.std) or _count_problem(split, self.unit)
+        if found or not isinstance(split, TensorSplit):
+            return found
+        return _pixel_problem(split.images)
+
+    def shifts(
+        self, dataset: Dataset, n_tasks: int, kind: ShiftKind, *, identity_first: bool, max_angle: float
+    ) -> list[tuple[str, Shift | None]]:
+        """Return the permutation of the pixels, or the rotation, of each task id."""
+        found: list[tuple[str, Shift | None]] = []
+        for task in range(n_tasks):
+            shift: Shift | None = None
+            original = identity_first and task == 0
+            angle = 0.0 if original else random_angle(max_angle, dataset.seed, task)
+            if kind == "rotated" and angle:
+                shift = Rotation(angle)
+            elif kind == "permuted" and not original:
+                shift = pixel_permutation(dataset.shape, dataset.seed, task)
+            found.append((f"rot {angle:.0f}" if kind == "rotated" else f"perm {task}", shift))
+        return found
+
+    def samples(self, split: Split, rows: Tensor, transform: Transform, generator: torch.Generator) -> Samples | None:
+        """Return the images as the network sees them, and once more as augmented, with the normalisation undone."""
+        if not isinstance(transform, ImageTransform):
+            return None
+        raw: Batch = next(split.select(rows).batches(len(rows), view="raw"))
+        augmented = transform.undo(transform.train(raw.x, generator)) if transform.augments else None
+        return Samples(raw.y, transform.undo(transform.eval(raw.x)), augmented)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Rows of numbers [N, D] that are network input as they are stored: features, or token ids of a user's own."""
+
+    unit: ClassVar[str] = "row"
+
+    def fit(self, dataset: Dataset, backbone: nn.Module) -> Fitted:
+        """Return the data set, and the transform that changes nothing.
+
+        Raises:
+            ConfigError: `dataset.augment` names augmentations of images.
+        """
+        if dataset.augment:
+            raise ConfigError("dataset.augment: this data set has no images; set dataset.augment=[]")
+        return Fitted(dataset, Plain(), f"{'x'.join(map(str, dataset.shape))} features, as stored")
+
+    def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
+        """Return a row of zeros [1, D], of the type of the stored rows."""
+        stored = dataset.train.images
+        kind = stored.dtype if isinstance(stored, Tensor) else torch.float32
+        return _zeros(dataset, backbone).to(kind)
+
+    def problem(self, split: Split, dataset: Dataset) -> str | None:
+        """Return what is wrong with labels, deviations or the number of rows."""
+        found = _label_problem(split, dataset) or _spread_problem(dataset) or _count_problem(split, self.unit)
+        if found or len(dataset.shape) == 1 or not isinstance(split, TensorSplit):
+            return found
+        return _pixel_problem(split.images)
+
+    def shifts(
+        self, dataset: Dataset, n_tasks: int, kind: ShiftKind, *, identity_first: bool, max_angle: float
+    ) -> list[tuple[str, Shift | None]]:
+        """Refuse: pixels are permuted and images are rotated.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"scenario=domain_shift: needs images, and {dataset.name} has none; use another scenario")
+
+    def samples(self, split: Split, rows: Tensor, transform: Transform, generator: torch.Generator) -> Samples | None:
+        """Return None: rows of numbers show nothing."""
+        return None
+
+
+def modality_of(dataset: Dataset) -> Modality:
+    """Return what kind of data a data set holds: as its loader says, else images for (C, H, W), and rows otherwise."""
+    return dataset.modality or (Images() if len(dataset.shape) == 3 else Vectors())
+
+
+def _zeros(dataset: Dataset, backbone: nn.Module) -> Tensor:
+    """Return one row of zeros, of the size that the backbone names, else of the stored one."""
+    return torch.zeros(1, *(getattr(backbone, "input_size", None) or dataset.shape))
+
+
+# --- what can be wrong with the rows of a user's loader
+
+
+def _label_problem(split: Split, dataset: Dataset) -> str | None:
+    labels = split.labels
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
+        return f"labels of {_described(labels)}, expected a tensor [N] of torch.int64"
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < dataset.num_classes:
+        found = f"labels from {int(labels.min())} to {int(labels.max())}"
+        return f"{found}, expected 0 to {dataset.num_classes - 1} (num_classes is {dataset.num_classes})"
+    return None
+
+
+def _spread_problem(dataset: Dataset) -> str | None:
+    if not all(spread > 0 for spread in dataset.std):
+        return f"the standard deviations {dataset.std}, expected numbers above 0"
+    return None
+
+
+def _count_problem(split: Split, unit: str) -> str | None:
+    if len(split.labels) != len(split.images):
+        return f"{len(split.images)} {unit}s and {len(split.labels)} labels, expected one label per {unit}"
+    return None
+
+
+def _pixel_problem(images: Any) -> str | None:
+    wrong = not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4
+    if wrong or images.shape[1] > 4 >= images.shape[3]:  # channels last
+        return f"images of {_described(images)}, expected a tensor [N, C, H, W] of torch.uint8, 0 to 255"
+    return None
+
+
+def _described(value: Any) -> str:
+    """Return shape and type of a tensor, or the type of anything else."""
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
