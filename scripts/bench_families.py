@@ -154,6 +154,19 @@ def replay_bytes(n: Sizes) -> float:
     return 8 * classes * (n.features + 2) + 4 * CLASSES * n.tasks * n.features**2 + 4 * n.head
 
 
+def adapter_bytes(n: Sizes, *, sets: int) -> float:
+    """Return the bytes of sets of adapters of width 16 in all blocks, and of the Gaussians and tasks of the classes."""
+    width, classes = n.features, n.method.num_classes
+    one = 4 * len(n.method.backbone.blocks) * (2 * width * 16 + 16 + width)  # type: ignore[arg-type]
+    gaussians = 8 * classes * (width + 1) + 4 * CLASSES * n.tasks * width**2 + 16 * CLASSES * n.tasks
+    return sets * one + gaussians + 8 * classes
+
+
+def prototype_bytes(n: Sizes) -> float:
+    """Return the bytes of the sums, counts and means of the classes in one space of features."""
+    return n.method.num_classes * (8 * n.features + 8 + 4 * n.features + 1)
+
+
 PENALTY = 3  # differences, their product with the importance, the sum with the gradient
 KEPT = {"capacity": M}
 CASES: dict[str, Case] = {
@@ -201,6 +214,20 @@ CASES: dict[str, Case] = {
     ),  # LoRA of rank 4 on qkv in 4 blocks, and a factor per row of the head
     "coma": Case(state=lambda n: replay_bytes(n) + 4 * n.p, options=SLOW, grows=ALIGNED),
     "cofima": Case(state=lambda n: replay_bytes(n) + 8 * n.p, options=SLOW, grows=ALIGNED),
+    "mos": Case(
+        state=lambda n: adapter_bytes(n, sets=n.tasks + 1) + prototype_bytes(n),  # the mean of the sets is one more
+        options=SLOW,
+        grows=ALIGNED,
+        vit=True,
+        frozen=True,
+    ),
+    "tuna": Case(
+        state=lambda n: adapter_bytes(n, sets=n.tasks + 1),  # the fused set is one more
+        options=SLOW,
+        grows=ALIGNED,
+        vit=True,
+        frozen=True,
+    ),
     "esn": Case(grows="the temperature of a task is searched with the classifiers of all earlier ones"),
     "swag": Case(
         vector=PENALTY + 6 / 4,  # every fourth step of the tail a snapshot: mean, square and deviation

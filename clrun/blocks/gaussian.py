@@ -213,7 +213,7 @@ class Alignment:
         covariance: "full": a matrix per class. "diagonal": the variances of each class. "shared": one matrix for all.
         jitter: added to the diagonal of each covariance, which has no Cholesky factor otherwise if a class has fewer
             rows than features.
-        rows_per_class: N, number of features drawn per class and epoch.
+        rows_per_class: N, number of features drawn per Gaussian and epoch.
         temperature: kappa of `normalised_logits` in the loss; null for the cross-entropy of the plain logits.
         budget: length and optimizer; with 0 epochs there is no alignment. An epoch has as many steps as there are
             classes if the batch size is N.
@@ -235,17 +235,29 @@ class Alignment:
             logits = normalised_logits(logits, groups, self.temperature)
         return masked_cross_entropy(logits, y, groups >= 0)
 
-    def fit(self, method: Method, head: nn.Module, ctx: Context, *, draw: Callable[[], Tensor], groups: Tensor) -> None:
+    def fit(
+        self,
+        method: Method,
+        head: nn.Module,
+        ctx: Context,
+        *,
+        draw: Callable[[], Tensor],
+        groups: Tensor,
+        labels: Tensor | None = None,
+        name: str = "align",
+    ) -> None:
         """Train `head` on the classes that belong to a task.
 
         Args:
             method: the method; of its hooks `adjust_gradients` and `after_step` run in each step.
-            head: maps features [B, D] to logits [B, C]; all its parameters are trained.
+            head: maps features [B, D] to logits [B, C]; its parameters with `requires_grad` are trained.
             ctx: context of the current task.
-            draw: returns new rows [k, N, D] of these classes, in ascending order of their ids.
+            draw: returns new rows [k, N, D], N from each of k Gaussians.
             groups: [C] long, position of the task of each class, or -1.
+            labels: [k] long, the class of each Gaussian; None for the classes that belong to a task in ascending order.
+            name: name of the fit.
         """
-        classes = (groups >= 0).nonzero()[:, 0]
+        classes = (groups >= 0).nonzero()[:, 0] if labels is None else labels
         drawn = Drawn(
             labels=classes.repeat_interleave(self.rows_per_class),
             positions=groups[classes].repeat_interleave(self.rows_per_class),
@@ -256,7 +268,8 @@ class Alignment:
             with torch.autocast(batch.x.device.type, enabled=False):
                 return self.loss(head(batch.x), batch.y, groups)
 
-        fit(method, drawn, ctx, loss=loss, params=list(head.parameters()), budget=self.budget, name="align")
+        params = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        fit(method, drawn, ctx, loss=loss, params=params, budget=self.budget, name=name)
 
 
 def normalised_logits(logits: Tensor, groups: Tensor, temperature: float) -> Tensor:

@@ -208,6 +208,13 @@ class Method(nn.Module):
         """Return how often each of M components is chosen for each sample, [B, M] integers; None without a choice."""
         return None
 
+    def expansion(self) -> dict[str, int]:
+        """Return how many modules stand at each place, by its name, where the method adds them by need; {} elsewhere.
+
+        It is recorded after each task as `modules` in run.json.
+        """
+        return {}
+
     def forward_with(self, constant: Tensor, x: Tensor, task: int | None = None) -> Tensor:
         """Return the logits [B, C] that `forward` returns, given the result of `constant` for the same x."""
         raise NotImplementedError

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.blocks.inject import Plan, mlp_adapters
+from clrun.blocks.inject import mlp_adapters
 from clrun.blocks.params import eval_mode
-from clrun.blocks.statistics import ClassStats
+from clrun.blocks.task_features import TaskFeatures
 from clrun.data.split import Batch
 from clrun.data.stream import Setting, Task
 from clrun.learning.context import Context
-from clrun.learning.heads import CosineHead, PrototypeHead
+from clrun.learning.heads import CosineHead
 from clrun.learning.losses import masked_cross_entropy
 from clrun.learning.method import freeze
 from clrun.methods.prompted import Prompted
@@ -79,13 +79,13 @@ class Ease(Prompted):
         self.setting: Setting = "cil"
         self.subspaces = nn.ModuleList()
         self.head = CosineHead(self.width, num_classes, scale=self.cosine_scale)
-        self.plain = Subspace(nn.ModuleDict(), self.width, num_classes)
+        self.plain = TaskFeatures(nn.ModuleDict(), self.width, num_classes)
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         self.setting = ctx.stream.setting
         depth = len(self.backbone.blocks)  # type: ignore[arg-type]
         adapters = mlp_adapters(depth, self.width, self.bottleneck, scale=self.adapter_scale, dropout=self.dropout)
-        self.subspaces.append(Subspace(adapters, self.width, self.num_classes))
+        self.subspaces.append(TaskFeatures(adapters, self.width, self.num_classes))
         self.head = CosineHead(self.width, self.num_classes, scale=self.cosine_scale)
         self.head.grow(task.classes)
 
@@ -100,21 +100,16 @@ class Ease(Prompted):
         freeze(self.head)
         with torch.no_grad(), eval_mode(self):
             for place in range(len(self.subspaces)):
-                self._measure(self.space(place), task)
+                self.measure(self.space(place), task)
             if self.plain_weight:
-                self._measure(self.plain, task)
+                self.measure(self.plain, task)
             for place in range(len(self.subspaces)):
                 if self.recompute or place == newest:
                     self.complete(place)
 
-    def _measure(self, space: "Subspace", task: Task) -> None:
+    def measure(self, space: TaskFeatures, task: Task) -> None:
         """Add the rows of the task to the statistics of a subspace, and update its measured prototypes."""
-        own = space.stats.empty()
-        for batch in task.train.batches(256):
-            own.update(self.features(batch.x, space.plan()).float(), batch.y)
-        space.stats.merge(own)
-        real = space.real
-        space.head.prototypes[real] = space.stats.means()[real].float()
+        space.measure(lambda x: self.features(x, space.plan()), task)
 
     def complete(self, place: int) -> None:
         """Compose the prototypes of the classes whose tasks were over before the subspace at `place` was trained."""
@@ -141,50 +136,22 @@ class Ease(Prompted):
             scores = scores + self.plain_weight * self._cosines(self.plain, x)
         return scores
 
-    def _cosines(self, space: "Subspace", x: Tensor) -> Tensor:
+    def _cosines(self, space: TaskFeatures, x: Tensor) -> Tensor:
         """Return [B, C], the cosines with the prototypes of a subspace; 0 for a class without one."""
         features = self.features(x, space.plan())
         with torch.autocast(x.device.type, enabled=False):
             scores: Tensor = space.head(features.float())
         return scores
 
-    def space(self, place: int) -> "Subspace":
+    def space(self, place: int) -> TaskFeatures:
         """Return the subspace of the task at position `place`."""
         found = self.subspaces[place]
-        assert isinstance(found, Subspace)
+        assert isinstance(found, TaskFeatures)
         return found
 
     def inside(self, place: int, x: Tensor) -> Tensor:
         """Return the features [B, D] with the adapters of the task at position `place` alone."""
         return self.features(x, self.space(place).plan())
-
-
-class Subspace(nn.Module):
-    """Adapters of one task and the prototypes of all classes with them.
-
-    Args:
-        adapters: by block; none for the plain model.
-        width: D.
-        num_classes: C.
-    """
-
-    own: Tensor
-
-    def __init__(self, adapters: nn.ModuleDict, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.adapters = adapters
-        self.stats = ClassStats(width, num_classes)
-        self.head = PrototypeHead(width, num_classes, metric="cosine")
-        self.register_buffer("own", torch.zeros(num_classes, dtype=torch.bool))  # the classes of its task
-
-    @property
-    def real(self) -> Tensor:
-        """[C] bool: the classes whose images were measured here."""
-        return self.stats.counts() > 0
-
-    def plan(self) -> Plan:
-        """Return the plan that adds the adapters to the blocks."""
-        return Plan(beside_mlp={int(block): adapter for block, adapter in self.adapters.items()})
 
 
 def similarity(rows: Tensor, others: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def _row(row: Range, axis: Axis, y: float, left: float) -> list[str]:
 
 
 def curves(lines: Sequence[tuple[str, Floats]], title: str) -> str:
-    """Return a chart of accuracy (points) after each task.
+    """Return a chart of a number after each task, such as the accuracy in points.
 
     It has one thin line per order (for up to 12), their mean, and a band from the lowest to the highest.
     """

@@ -48,6 +48,7 @@ class Run:
         logme: LogME of the frozen features over all training samples; None when not recorded.
         searched: whether a search for the worst order chose the order.
         data: digest of the data that the run has seen; "" when not recorded.
+        modules: number of modules at each place after each task, for a method that adds them by need; else ().
         start: how the run went on from another one, where no uninterrupted run has its result; else "".
     """
 
@@ -75,6 +76,7 @@ class Run:
     logme: float | None = None
     searched: bool = False
     data: str = ""
+    modules: tuple[Mapping[str, int], ...] = ()
     start: str = ""
 
 
@@ -141,6 +143,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         logme=record.logme,
         searched=record.choices.get("task_order") == "adversarial",
         data=data_digest(record.stored),
+        modules=tuple(task.get("modules") or {} for task in record.cost.get("tasks") or ()),
         start=_start(record.stored.get("started_from")),
     )
 

@@ -104,7 +104,7 @@ def method_section(label: str, group: Group, entry: Mapping[str, Any]) -> str:
         by_order.setdefault(run.order, []).append(run.matrices[setting])
     matrices = {order: np.mean(found, axis=0) for order, found in sorted(by_order.items())}
     figures = [_curves(matrices)] if len({len(order) for order in matrices}) == 1 else []
-    figures += _tasks(group, entry, names)
+    figures += [*_tasks(group, entry, names), _modules(runs)]
     body = f'<div class="figures">{"".join(f for f in figures if f)}</div>{_maps(matrices, names)}'
     return section(f"{label}", body, kind="method")
 
@@ -165,6 +165,25 @@ def _tasks(group: Group, entry: Mapping[str, Any], names: Mapping[int, str]) -> 
         )
         found.append(figure(by_position(cells, slope, "position of the task"), caption))
     return found
+
+
+def _modules(runs: Sequence[Any]) -> str:
+    """Return the figure of the number of modules after each task; "" for a method that adds none by need."""
+    grown = [run for run in runs if run.modules and all(run.modules)]
+    if not grown or len({len(run.modules) for run in grown}) > 1:
+        return ""
+    lines = [(order_text(run.order), np.array([float(sum(m.values())) for m in run.modules])) for run in grown]
+    places = list(grown[0].modules[0])
+    rows = []
+    for place in places:
+        means = np.mean([[after.get(place, 0) for after in run.modules] for run in grown], axis=0)
+        rows.append([Cell(place), *(Cell(f"{v:.1f}", v) for v in means.tolist())])
+    heads = ["place", *(str(k + 1) for k in range(len(lines[0][1])))]
+    caption = (
+        "Modules after each task, all places together: mean over runs, and band from the fewest to the most. The table "
+        "has the mean of each place."
+    )
+    return figure(curves(lines, "tasks learned"), caption, table(heads, rows))
 
 
 def _maps(matrices: Mapping[tuple[int, ...], Any], names: Mapping[int, str]) -> str:

@@ -183,6 +183,7 @@ _COST_OF_TASK = record(
         "parameters": _TOTALS,
         "state_bytes": _TOTALS,
         "tuning": mapping(anything),
+        "modules": mapping(count),
     },
 )
 _COST = record(

@@ -91,6 +91,7 @@ class Engine:
             evaluation = self._timed(partial(self._evaluate, method, self.state.learned))
             steps = self.state.costs[-1]["steps"] if self.state.costs else 0
             images = len(task.train)
+            modules = method.expansion()
             self.state.costs.append(
                 {
                     "task": task.id,
@@ -103,6 +104,7 @@ class Engine:
                     "peak_memory_bytes": memory.read(),
                     "parameters": self._parameters(method) | {"trainable": self._trained},
                     "state_bytes": state_bytes(method),
+                    **({"modules": modules} if modules else {}),
                     **search,
                 }
             )

@@ -84,6 +84,7 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
 # Options that make a learner cheap enough for its many lives here; no promise depends on them.
 SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}, "rail": {"m": 100}}
 SMALL |= {name: {"alignment": {"rows_per_class": 16}} for name in ("slca", "slca_pp", "coma", "cofima")}
+SMALL |= {name: {"alignment": {"rows_per_class": 8, "budget": {"epochs": 2}}} for name in ("mos", "tuna")}
 # Published strengths are for other learning rates than that of these short lives.
 SMALL |= {"moe_adapters": {"experts": 4, "bottleneck": 4, "selector_budget": {"steps": 10}}}
 SMALL |= {"zscl": {"reference_rows": 8, "reference_size": 4}}

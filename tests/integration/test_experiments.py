@@ -138,9 +138,10 @@ CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
+ADAPTED = ("mos", "tuna")  # LoRA and adapters of each task
 ON_CLIP = ("zero_shot", "proof", "rapf", "rail")  # on features of image and text towers
 ON_TOWERS = ("zscl", "promptfusion", "promptfusion_lite", "moe_adapters")  # both towers read images and names
-PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993) for d in ("cifar224", "imagenet_r")]
+PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993, *ADAPTED) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
     "permuted_mnist": Expected("dil", (10,) * 20),
@@ -167,6 +168,8 @@ EXPECTED = {
     "l2p_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
     **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in OF_1993},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in OF_1993},
+    **{f"{m}_cifar224": Expected("cil", (5,) * 20, first=CIFAR_1993[:5]) for m in ("mos", "tuna")},
+    **{f"{m}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for m in ("mos", "tuna")},
     **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in ON_CLIP},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in ON_CLIP},
     **{f"{method}_cifar224": Expected("cil", (10,) * 10) for method in ON_TOWERS},
@@ -237,10 +240,12 @@ PUBLISHED = {
     "slca": ((0.01, 20, 128), (0.01, 50, 128)),
     "slca_pp": ((0.01, 20, 128), (0.01, 50, 128)),
     "cofima": ((0.01, 20, 128), (0.01, 50, 128)),
+    "mos": ((0.03, 20, 48), (0.05, 10, 16)),
+    "tuna": ((0.01, 15, 16), (0.02, 10, 32)),
 }
 TAGS = {
     "orig_in21k": ("l2p", "dualprompt", "dap", "lae"),
-    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima"),
+    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima", "mos", "tuna"),
 }
 # Presets whose header names another one for what both have in common.
 BY_REFERENCE = {
@@ -271,10 +276,10 @@ def test_a_preset_says_which_classes_compete_how_schedules_step_and_how_heads_be
     header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     method = name.removesuffix("_cifar224").removesuffix("_imagenet_r")
     slow = ("slca", "slca_pp", "cofima")
-    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae", *slow):
+    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae", "mos", "tuna", *slow):
         assert composed(name)["method"]["compete"] == "current"
         assert "Only the classes of the current task compete in the training loss (method.compete=current)" in header
-    stepped = ("aper", "ease", "lae", "coda_prompt", "ranpac", "slca", "slca_pp", "cofima", "esn")
+    stepped = ("aper", "ease", "lae", "coda_prompt", "ranpac", "slca", "slca_pp", "cofima", "esn", *ADAPTED)
     if method in stepped and name not in BY_REFERENCE:
         assert "learning rate" in header and "short batch of an epoch is kept" in header and "nn.Linear" in header
     assert name not in BY_REFERENCE or BY_REFERENCE[name] in header
@@ -312,6 +317,32 @@ def test_slow_learners_are_as_published(name: str) -> None:
         assert (method["backbone_lr_scale"], method["lora_lr_scale_first"], method["lora_lr_scale"]) == (0.1, 0.5, 0.1)
     if name.startswith("cofima"):
         assert (method["fisher"], method["clip"], method["alpha"]) == ("batch_squared", 1e-4, 0.5)
+
+
+# Of methods with adapters per task: weight decay; rows per class and batch size, epochs and rate of the alignment.
+ALIGNED = {
+    "mos_cifar224": (5e-4, 240, 30, 0.005),
+    "mos_imagenet_r": (5e-3, 80, 30, 0.005),
+    "tuna_cifar224": (5e-4, 80, 30, 0.005),
+    "tuna_imagenet_r": (5e-4, 160, 30, 0.005),
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_methods_with_adapters_per_task_are_as_published(name: str) -> None:
+    config, (decay, rows, epochs, rate) = composed(name), ALIGNED[name]
+    method, alignment = config["method"], config["method"]["alignment"]
+    assert (config["budget"]["optimizer"]["weight_decay"], method["bottleneck"]) == (decay, 16)
+    budget = alignment["budget"]
+    assert (alignment["rows_per_class"], budget["batch_size"], budget["epochs"]) == (rows, rows, epochs)
+    assert (budget["optimizer"]["lr"], budget["optimizer"]["weight_decay"], alignment["covariance"]) == (
+        rate,
+        5e-4,
+        "full",
+    )
+    if name.startswith("tuna"):
+        assert method["mean_factor"] == ("inverted" if name == "tuna_imagenet_r" else "none")
+        assert (budget["schedule"]["levels"], budget["schedule"]["half_period"]) == (30, 5)
 
 
 def test_methods_on_features_of_clip_are_as_published() -> None:

@@ -25,6 +25,7 @@ from clrun.blocks.merging import (
     Mean,
     Merge,
     Opcm,
+    SignedMax,
     estimate_statistics,
     evidence_of,
     input_grams,
@@ -71,12 +72,13 @@ RULES: dict[str, Callable[[], Merge]] = {
     "cofima": partial(rule_of, "wise_ft", alpha=0.3, anchor="previous", fisher=True),
     "running mean": partial(rule_of, "wise_ft", alpha=None, anchor="previous"),
     "ema": partial(rule_of, "ema"),
+    "signed_max": SignedMax,
 }
 COMMUTE = [name for name, make in RULES.items() if make().commutes]
 # Merging models that are all the initial one is the identity for every rule; models that are all another one must not
 # change either under these.
 SELF = ("mean", "fisher", "fisher first", "fisher plain", "imm_mean", "imm_mode", "regmean", "regmean damped", "magmax")
-SELF += ("dop", "dop adam", "coma", "cofima", "running mean")
+SELF += ("signed_max", "dop", "dop adam", "coma", "cofima", "running mean")
 
 
 def model(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

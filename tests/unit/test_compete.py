@@ -47,6 +47,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "lwf": {"strength": 0.0},
     "mas": {},
     "mer": {"draws": 1, "chunk": 5},
+    "mos": {},
     "ncl": {},
     "o_lora": {"orthogonality": 0.0},
     "qr": {},
@@ -54,10 +55,13 @@ ALONE: dict[str, dict[str, Any]] = {
     "si": {},
     "slca": {},
     "slca_pp": {},
+    "tuna": {},
     "vit_pad": {"strength": 0.0, "map_strength": 0.0},
     "vpt": {},
 }
-LABELLED = [name for name in ALONE if name not in ("coda_prompt", "dap", "dualprompt", "l2p", "lae", "slca_pp")]
+LABELLED = [
+    name for name in ALONE if name not in ("coda_prompt", "dap", "dualprompt", "l2p", "lae", "mos", "slca_pp", "tuna")
+]
 
 
 def second_task(name: str, compete: Compete, setting: Any = "cil") -> tuple[Method, Batch, Any]:

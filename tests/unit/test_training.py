@@ -9,7 +9,15 @@ import pytest
 import torch
 from helpers import Net, context, image_stream, sgd
 
-from clrun.learning.budget import Budget, TaskBudget, cosine, floor_cosine, milestones, stepped_cosine
+from clrun.learning.budget import (
+    Budget,
+    TaskBudget,
+    cosine,
+    floor_cosine,
+    milestones,
+    returning_cosine,
+    stepped_cosine,
+)
 from clrun.learning.method import Method
 from clrun.system.errors import ConfigError
 from clrun.system.seeding import seed_all
@@ -57,6 +65,12 @@ def test_a_stepped_cosine_is_constant_within_an_epoch() -> None:
     found = [rate for [rate] in by_group(stepped_cosine, 10, 1.0, levels=5)]
     assert found[0:10:2] == pytest.approx([1, 0.9045, 0.6545, 0.3455, 0.0955], abs=1e-4)
     assert found[1:10:2] == found[0:10:2]
+
+
+def test_a_returning_cosine_comes_back_after_two_half_periods() -> None:
+    found = [rate for [rate] in by_group(returning_cosine, 60, 1.0, levels=30, half_period=5)]
+    assert found[0:60:10] == pytest.approx([1.0, 0.0, 1.0, 0.0, 1.0, 0.0], abs=1e-9)
+    assert found[2] == found[3] == pytest.approx(0.9045, abs=1e-4)
 
 
 def test_all_groups_fall_to_the_same_floor() -> None:

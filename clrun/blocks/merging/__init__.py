@@ -13,6 +13,7 @@ from clrun.blocks.merging.base import Evidence, Merge, Total, linear_weights
 from clrun.blocks.merging.evidence import estimate_statistics, evidence_of, input_grams
 from clrun.blocks.merging.projections import Dop, Opcm
 from clrun.blocks.merging.regmean import RegMean, regmean_plus
+from clrun.blocks.merging.signed_max import SignedMax
 from clrun.blocks.merging.vectors import Dare, MagMax, TaskArithmetic, TaskVectors, Ties
 from clrun.blocks.moments import Gram
 
@@ -32,6 +33,7 @@ __all__ = [
     "Opcm",
     "Precision",
     "RegMean",
+    "SignedMax",
     "TaskArithmetic",
     "TaskVectors",
     "Ties",
