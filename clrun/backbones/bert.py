@@ -102,8 +102,8 @@ class Block(nn.Module):
 class TextEncoder(nn.Module):
     """What text backbones have in common: a tokenizer, and names of classes encoded by the backbone itself.
 
-    `joint` is the encoder itself: heads whose rows are names (`clrun.learning.names`) find in it what they find in the
-    joint space of an image and a text tower. The projection of features is the identity there.
+    With a head of names `joint` is the encoder itself: such a head (`clrun.learning.names`) finds in it what it finds
+    in the joint space of an image and a text tower. The projection of features is the identity there.
 
     Args:
         num_features: D.
@@ -120,9 +120,9 @@ class TextEncoder(nn.Module):
         self.head, self.kappa = head, kappa
 
     @property
-    def joint(self) -> "TextEncoder":
-        """The encoder itself."""
-        return self
+    def joint(self) -> "TextEncoder | None":
+        """The encoder itself, for a head of names; None for a linear head."""
+        return None if self.head == "linear" else self
 
     @property
     def dim(self) -> int:
@@ -133,6 +133,16 @@ class TextEncoder(nn.Module):
     def scale(self) -> float:
         """Factor of cosines."""
         return self.kappa
+
+    @property
+    def context_length(self) -> int:
+        """The largest number of tokens of a text, special ones included."""
+        return self.max_tokens
+
+    def too_long(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that are cut."""
+        more = self.max_tokens + 1
+        return [text for text in texts if len(self.tokenizer.encode(text, more)) > self.max_tokens]
 
     def project(self, features: Tensor) -> Tensor:
         """Return the features [B, D] as they are."""

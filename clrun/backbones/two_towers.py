@@ -151,6 +151,11 @@ class JointSpace(nn.Module):
         ids: Tensor = self.tokenizer(texts)
         return ids.to(self.positions.device)
 
+    def too_long(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that are cut."""
+        found: list[str] = self.tokenizer.too_long(texts)
+        return found
+
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Return the embeddings [N, L, text_width] of token ids [N, L], without positions."""
         embeddings: Tensor = self.token_embedding(ids)

@@ -227,6 +227,8 @@ def frozen_features(
     tasks = tuple(featured(task) for task in stream.tasks)
     width = int(backbone.num_features)  # type: ignore[arg-type]
     joint: nn.Module | None = getattr(backbone, "joint", None)
+    if joint is backbone:  # an encoder of texts is its own joint space, and the learner trains nothing of it
+        joint.requires_grad_(False)
     texts = None
     if text and joint is not None and stream.captions is not None:
         texts = frozen_texts(stream.captions, stream.num_classes, joint, hardware, cache)

@@ -42,7 +42,7 @@ class Built:
 
     Attributes:
         images: the stream of images, or of whatever the data set stores.
-        stream: what the learner learns from: `images`, or the features of the frozen backbone.
+        stream: what the learner learns from: `images`, or the features of the extractor.
         backbone: the backbone as loaded.
         method: the learner before its first task.
         budget: what a fit may spend.
@@ -52,6 +52,7 @@ class Built:
         cache: where the features of the frozen backbone are stored; None when they are not.
         networks: those that the method loads besides the backbone, by the path of their option.
         held_out: evaluates the learner on the data sets of `job.eval_extra`; None without them.
+        extractor: the frozen network whose features are computed once; None where the learner reads images.
     """
 
     images: Stream
@@ -65,6 +66,7 @@ class Built:
     cache: FeatureCache | None = None
     networks: dict[str, FrozenNetwork] = field(default_factory=dict)
     held_out: HeldOut | None = None
+    extractor: nn.Module | None = None
 
 
 def build(parts: Parts, *, features: bool = True, learns: bool = True, pretrained: bool = True) -> Built:
@@ -90,13 +92,11 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if learns:
         _check_method(parts)
     cache: FeatureCache | None = None
-    if parts.reads_features and features:
-        cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
-        digest = remembered(backbone, "digest", lambda: module_digest(backbone))
-        stream, seen_backbone = frozen_features(
-            images, backbone, hardware, cache, digest=digest, text=_reads_text(parts, backbone), show=parts.job.progress
-        )
+    extractor = _extractor(parts, backbone) if features else None
     needs_text = _reads_text(parts, backbone)
+    if extractor is not None:
+        cache = open_cache(parts.job.feature_cache, parts.job.feature_cache_gb, hardware, _names(parts, text))
+        stream, seen_backbone = _on_features(images, backbone, extractor, cache, parts, text=needs_text)
     method = new_method(parts, seen_backbone, stream.num_classes, networks)
     _check_head(method, backbone)
     if images.captions is not None and needs_text:
@@ -104,7 +104,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
         _warn_of_cut(images.captions, backbone)
     budget = parts.budget
     if not learns:
-        return Built(images, stream, backbone, method, budget, text, data, unit, cache)
+        return Built(images, stream, backbone, method, budget, text, data, unit, cache, extractor=extractor)
     method.check(images)
     if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
         raise ConfigError(COMPILED)
@@ -121,7 +121,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if parts.job.eval_unseen or parts.job.eval_extra:
         _require_names(parts, method, stream)
         held_out = HeldOut.of(parts, backbone, method, cache) if parts.job.eval_extra else None
-    return Built(images, stream, backbone, method, budget, text, data, unit, cache, networks, held_out)
+    return Built(images, stream, backbone, method, budget, text, data, unit, cache, networks, held_out, extractor)
 
 
 def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: dict[str, FrozenNetwork]) -> Method:
@@ -287,10 +287,10 @@ def _require_names(parts: Parts, method: Method, stream: Stream) -> None:
 
 def _warn_of_cut(captions: Captions, backbone: nn.Module) -> None:
     """Warn if captions have more tokens than the text tower takes."""
-    tokenizer: Any = backbone.joint.tokenizer  # type: ignore[union-attr]
+    joint: Any = backbone.joint
     texts = [text for label in range(len(captions.classes)) for text in captions.of(label)]
-    if cut := tokenizer.too_long(texts):
-        room = tokenizer.context_length - 2
+    if cut := joint.too_long(texts):
+        room = joint.context_length - 2
         warn(
             f"dataset.templates: {len(cut)} of {len(texts)} captions have more than {room} tokens and are cut there, "
             f"such as '{cut[0][:60]}'"
@@ -335,6 +335,39 @@ def missing_weights(parts: Parts) -> WeightsMissing | None:
     return None
 
 
+def _extractor(parts: Parts, backbone: nn.Module) -> nn.Module | None:
+    """Return the network whose features are computed once for the learner; None for a learner that reads images.
+
+    That is the backbone of a learner that reads features of the frozen backbone. Other learners train the backbone, but
+    it may name a `frozen_part`, which comes first in it and whose output it takes instead of images.
+    """
+    found: nn.Module | None = backbone if parts.reads_features else getattr(backbone, "frozen_part", None)
+    return found
+
+
+def _on_features(
+    images: Stream, backbone: nn.Module, extractor: nn.Module, cache: FeatureCache | None, parts: Parts, *, text: bool
+) -> tuple[Stream, nn.Module]:
+    """Return the stream of the extractor's features, and the backbone that reads it.
+
+    Args:
+        images: the stream of images.
+        backbone: the backbone as loaded.
+        extractor: the backbone or its `frozen_part`.
+        cache: stores the features; None keeps them in memory.
+        parts: of the configuration.
+        text: whether the captions of the classes are encoded as well.
+    """
+    digest = remembered(extractor, "digest", lambda: module_digest(extractor))
+    stream, identity_backbone = frozen_features(
+        images, extractor, parts.hardware, cache, digest=digest, text=text, show=parts.job.progress
+    )
+    if extractor is backbone:
+        return stream, identity_backbone
+    backbone.captions = identity_backbone.captions  # type: ignore[assignment]
+    return stream, backbone
+
+
 def _names(parts: Parts, text: str) -> dict[str, str]:
     """Return the names under which `clrun features` lists features."""
     dataset, backbone = (parts.target(group).rpartition(".")[2] for group in ("dataset", "backbone"))
@@ -348,7 +381,8 @@ def _names(parts: Parts, text: str) -> dict[str, str]:
 def _untrained(parts: Parts) -> Any:
     """Return the backbone's factory without the options that load weights."""
     factory = parts.backbone_factory
-    return partial(factory, **{key: value for key, value in WEIGHT_OPTIONS.items() if key in options_of(factory)})
+    without = getattr(function_of(factory), "weight_options", WEIGHT_OPTIONS)
+    return partial(factory, **{key: value for key, value in without.items() if key in options_of(factory)})
 
 
 def _order(parts: Parts, dataset: Dataset, transform: Transform, backbone: nn.Module) -> Any:

@@ -5,10 +5,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from clrun.config.environment import masked
 from clrun.config.job import JobInfo
+from clrun.data.features import FEATURE_BATCH
+from clrun.data.split import Plain, Split, TensorSplit
+from clrun.data.stream import Stream
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.learning.training import fit
@@ -57,12 +63,13 @@ def _estimate(parts: Parts, built: Built) -> float:
     hardware, job = parts.hardware, parts.job
     evaluation = Evaluation(hardware, job.eval_split, job.eval_batch_size, job.max_eval_rows)
     method: Method = copy.deepcopy(built.method).to(hardware.device)
-    tasks = built.stream.tasks
-    ctx = Context(built.stream, tasks[0], built.budget, hardware, parts.seed, max_steps=REPEATS)
+    encoding, stream = _encoding(built, hardware)
+    tasks = stream.tasks
+    ctx = Context(stream, tasks[0], built.budget, hardware, parts.seed, max_steps=REPEATS)
     method.begin_task(tasks[0], ctx)
     method.to(hardware.device)
     rows = len(evaluation.rows(tasks[0]))
-    per_row = _median_seconds(lambda: evaluation(method, built.stream, 1, tasks=1), hardware) / max(1, rows)
+    per_row = _median_seconds(lambda: evaluation(method, stream, 1, tasks=1), hardware) / max(1, rows)
     evaluations = sum((len(tasks) - task.index) * len(evaluation.rows(task)) for task in tasks) * per_row
     if method.uses_frozen_features:  # features of every image are computed once; the rest takes little time
         return sum(len(task.train) + len(evaluation.rows(task)) for task in tasks) * per_row
@@ -71,7 +78,35 @@ def _estimate(parts: Parts, built: Built) -> float:
     times = [1 if tuning is None else tuning.trainings(method, task) for task in tasks]
     steps = sum(n * min(limit, built.budget.total_steps(len(task.train))) for n, task in zip(times, tasks, strict=True))
     fit(method, tasks[0].train, ctx)
-    return evaluations + steps * _median_seconds(lambda: fit(method, tasks[0].train, ctx), hardware) / REPEATS
+    training = steps * _median_seconds(lambda: fit(method, tasks[0].train, ctx), hardware) / REPEATS
+    return encoding + evaluations + training
+
+
+def _encoding(built: Built, hardware: Hardware) -> tuple[float, Stream]:
+    """Return the estimated seconds of what a backbone's `frozen_part` computes once, and the stream to train on.
+
+    In that stream random numbers stand for the features of the frozen part; without such a part it is the run's own.
+    """
+    frozen: Any = getattr(built.backbone, "frozen_part", None)
+    if frozen is None or built.method.uses_frozen_features:
+        return 0.0, built.stream
+    rows = next(built.images.tasks[0].train.batches(FEATURE_BATCH)).x
+
+    def encode() -> None:
+        with torch.inference_mode(), hardware.autocast():
+            frozen(hardware.layout(rows))
+
+    def instead(split: Split) -> Split:
+        numbers = torch.randn(len(split.images), int(frozen.num_features), device=hardware.device)
+        return TensorSplit(numbers, split.labels, split.rows, split.positions)
+
+    tasks = [
+        replace(t, train=instead(t.train), test=instead(t.test), val=t.val and instead(t.val))
+        for t in built.stream.tasks
+    ]
+    count = sum(len(task.train) + len(task.test) for task in tasks)
+    seconds = count * _median_seconds(encode, hardware) / len(rows)
+    return seconds, replace(built.stream, tasks=tuple(tasks), transform=Plain())
 
 
 def _median_seconds(work: Callable[[], Any], hardware: Hardware) -> float:

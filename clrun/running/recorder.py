@@ -239,8 +239,8 @@ class Recorder:
             self.run["captions"] = stream.captions.record()
         self.run |= network_record(built.networks)
         self.run["notes"] += network_notes(built.networks)
-        if frozen:
-            self.run |= {"features": cache_report(built.cache), "logme": transferability(stream)}
+        if built.extractor is not None:
+            self.run |= _feature_entries(built)
             self.run["notes"] += feature_notes(built.cache, built.images)
         if state.start is not None:
             self.run["started_from"] = state.start
@@ -254,7 +254,7 @@ class Recorder:
         self.stream = stream
         if self.logger is None:
             return
-        self.checked = not frozen  # features are what was computed from the data once
+        self.checked = built.extractor is None  # features are what was computed from the data once
         if self.checked:
             remember_rows(stream.tasks)
         if not self.options.resume:
@@ -399,15 +399,22 @@ def average_accuracy(run: dict[str, Any]) -> float:
     return math.nan if value is None else float(value)
 
 
+def _feature_entries(built: Built) -> dict[str, Any]:
+    """Return the entries of run.json on features that are computed once."""
+    entries: dict[str, Any] = {"features": cache_report(built.cache)}
+    if built.method.uses_frozen_features:
+        entries["logme"] = transferability(built.stream)
+    return entries
+
+
 def _flops(built: Built, method: Method) -> int | None:
     """Return the FLOPs of a forward pass of one image through backbone and head; None when they cannot be counted."""
     task = (0,) if method.needs_task_id else ()
     total = forward_flops(method, next(built.stream.tasks[0].test.batches(1)).x, *task)
-    if method.uses_frozen_features and total is not None:
+    extractor = built.extractor
+    if extractor is not None and total is not None:
         image = next(built.images.tasks[0].test.batches(1)).x
-        extracting = remembered(
-            built.backbone, f"flops of {tuple(image.shape)}", lambda: forward_flops(built.backbone, image)
-        )
+        extracting = remembered(extractor, f"flops of {tuple(image.shape)}", lambda: forward_flops(extractor, image))
         return None if extracting is None else total + extracting
     return total
 

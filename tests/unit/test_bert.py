@@ -92,7 +92,8 @@ def test_names_are_encoded_as_rows_are() -> None:
     found = model.encode_names(TEXTS)
     assert not found.requires_grad and found.shape == (4, model.num_features)
     torch.testing.assert_close(found, model(model.tokenize(TEXTS)), rtol=1e-5, atol=1e-6)
-    assert model.joint is model and model.project(found) is found and model.scale == 20
+    assert model.joint is None and tiny(head="fixed").joint.dim == model.dim
+    assert model.project(found) is found and model.scale == 20 and model.too_long(["x" * 63, "x" * 64]) == ["x" * 64]
 
 
 def test_longer_texts_are_cut() -> None:
