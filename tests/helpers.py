@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clrun.data.features import frozen_features
 from clrun.data.split import TensorSplit
-from clrun.data.stream import Setting, Stream, Task
+from clrun.data.stream import Dataset, Setting, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context, Progress
@@ -134,16 +134,29 @@ def sgd(*, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0, *
     return Budget(optimizer, **({"epochs": 2, "batch_size": 10} | options))
 
 
+@cache  # thousands of tests read the same images
+def images(train_rows: int, test_rows: int, augment: tuple[str, ...]) -> Dataset:
+    """Return six classes of 8x8 images with these numbers of rows per class."""
+    rows = {"train_rows": train_rows, "test_rows": test_rows}
+    made: Dataset = configured(
+        "dataset", "synthetic", num_classes=6, image_shape=[1, 8, 8], augment=list(augment), **rows
+    )
+    return made
+
+
 def image_stream(
     setting: Setting = "cil",
     order: Sequence[int] = (0, 1, 2),
     *,
     augment: Sequence[str] = ("crop",),
     class_seed: int | None = None,
+    train_rows: int = 16,
 ) -> Stream:
-    """Return three tasks of two classes (domain-incremental: of six, under permutations) of 8x8 images."""
-    rows = {"train_rows": 5, "test_rows": 4} if setting == "dil" else {"train_rows": 16, "test_rows": 8}
-    dataset = configured("dataset", "synthetic", num_classes=6, image_shape=[1, 8, 8], augment=list(augment), **rows)
+    """Return three tasks of two classes (domain-incremental: of six, under permutations) of 8x8 images.
+
+    Each class has `train_rows` training images, or 5 per task in the domain-incremental stream.
+    """
+    dataset = images(*(5, 4) if setting == "dil" else (train_rows, 8), tuple(augment))
     transform, _ = fit_transform(dataset, Net())
     if setting == "dil":
         scenario = configured("scenario", "domain_shift", n_tasks=3)

@@ -22,6 +22,8 @@ from clrun.running import checkpoint, checkpoint_file
 from clrun.running.run import run_config
 from clrun.system.yaml_files import conf_dir
 
+# Options of methods that make their runs cheap; no promise depends on them.
+CHEAP = {"mer": ("method.draws=1", "method.chunk=10"), "ranpac": ("method.m=100",), "rail": ("method.m=100",)}
 THREADS = f"hardware.threads={os.environ['CLRUN_TEST_THREADS']}"
 
 
@@ -63,6 +65,23 @@ def quiet(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
     """
     small = () if any(o.startswith(("backbone=", "experiment=")) for o in overrides) else ("backbone=cnn",)
     return configuration("job.progress=false", "job.picture=false", THREADS, *small, *overrides)
+
+
+def learner(method: str) -> Any:
+    """Return the class of `method=NAME`."""
+    return locate(member(conf_dir() / "method" / f"{method}.yaml")["_target_"])
+
+
+def fitting(method: str) -> tuple[str, ...]:
+    """Return a setting and a backbone that a method works with (the defaults where it can), and options that are cheap.
+
+    A transformer and two towers take long to evaluate, so that they see few test images.
+    """
+    cls = learner(method)
+    setting = "cil" if "cil" in cls.settings else min(cls.settings)
+    backbone = "glyph_clip" if cls.needs_text else "glyph_vit" if cls.needs_vit else None
+    few = (f"backbone={backbone}", "job.max_eval_rows=8") if backbone else ()
+    return (f"scenario.setting={setting}", *few, *CHEAP.get(method, ()))
 
 
 def run(out: Path, *overrides: str) -> float:

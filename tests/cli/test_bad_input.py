@@ -494,21 +494,22 @@ def test_one_line_and_exit_code_2(case, clrun, folder):
     assert_refused(done.code, done.err, line, folder)
 
 
-THROUGH_THE_COMMAND = [
-    "unknown method",
+# Found by Hydra, by the parser of words and by the checks. Each costs a process of its own, so others are slow tests.
+THROUGH_THE_COMMAND = ["unknown method", "misspelt command", "negative capacity"]
+OTHERS_THROUGH_THE_COMMAND = [
     "unknown dataset",
     "misspelt option",
     "unknown group",
     "several values",
     "open bracket",
-    "misspelt command",
     "no such folder",
     "unknown list",
-    "negative capacity",
 ]
 
 
-@pytest.mark.parametrize("case", THROUGH_THE_COMMAND)
+@pytest.mark.parametrize(
+    "case", [*THROUGH_THE_COMMAND, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS_THROUGH_THE_COMMAND)]
+)
 def test_the_real_command_refuses_likewise(case, folder):
     argv, line = CASES[case]
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -6,7 +6,8 @@ import io
 import math
 import pickle
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -20,9 +21,10 @@ from clrun.data.stream import Stream, Task
 from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.running.checkpoint import RunState
-from clrun.running.evaluation import Evaluation
+from clrun.running.evaluation import Evaluation, Row
 
 SETTINGS = ("cil", "til", "dil")
+NEUTRAL_BUDGET = partial(sgd, momentum=0.9, weight_decay=1e-3, clip_norm=1.0)
 # Options under which a learner must be finetuning, bit for bit.
 NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     ("er", {"capacity": 0}),
@@ -91,6 +93,10 @@ SMALL |= {"zscl": {"reference_rows": 8, "reference_size": 4}}
 SMALL |= {"dlcft": {"target_scale": 1.0}, "b_tuning": {"strength": 1.0, "head_lr_factor": 1.0}}
 
 
+# Three tasks of two classes; each epoch is a full batch and a short one.
+short_stream = partial(image_stream, train_rows=8)
+
+
 def small(name: str, **options: Any) -> Callable[..., Method]:
     """Return `method=name` with some options changed, and small."""
     return factory(name, **(SMALL.get(name, {}) | options))
@@ -120,6 +126,56 @@ def logits(method: Method, x: Tensor, position: int = 2) -> Tensor:
         return method(x, position) if method.needs_task_id else method(x)
 
 
+@dataclass(frozen=True)
+class Life:
+    """One life of a method through three tasks. Tests that only look at it share it.
+
+    Attributes:
+        stream: the three tasks.
+        recorded: the rows of all evaluations.
+        unseen: per task, the columns of the logits that belong to classes not seen by then.
+        no_gradients: whether no parameter has a gradient at the end.
+        state: weights, buffers and tensors at the end.
+        logits: those of all test rows at the end.
+        method: the method at the end, for tests that let it predict.
+        pickled: its pickle after one task.
+        saved: what `torch.save` makes of it after two tasks.
+        copied: its deep copy after two tasks.
+    """
+
+    stream: Stream
+    recorded: list[Row]
+    unseen: list[Tensor]
+    no_gradients: bool
+    state: dict[str, Any]
+    logits: Tensor
+    method: Method
+    pickled: bytes
+    saved: bytes
+    copied: Method
+
+
+@lru_cache(maxsize=8)  # conftest.py puts the tests of a method together
+def life(name: str, setting: Any = "cil", order: tuple[int, ...] = (0, 1, 2)) -> Life:
+    """Let a method live through three tasks, whose classes are dealt at random."""
+    method, stream = born(small(name), short_stream(setting, order, class_seed=1))
+    unseen, pickled, saved, copies = [], [], io.BytesIO(), []
+
+    def look(task: Task, method: Method, run_state: RunState) -> None:
+        seen = stream.candidates(run_state.learned, "cil")[0]
+        unseen.append(logits(method, eval_rows(stream))[:, ~seen])
+        if run_state.learned == 1:
+            pickled.append(pickle.dumps(method))
+        elif run_state.learned == 2:
+            torch.save(method, saved)
+            copies.append(copy.deepcopy(method))
+
+    recorded = live(method, stream, after=look).recorded
+    no_gradients = all(p.grad is None for p in method.parameters())
+    end = logits(method, eval_rows(stream))
+    return Life(stream, recorded, unseen, no_gradients, state(method), end, method, *pickled, saved.getvalue(), *copies)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_files(name: str) -> None:
     text = (CONF / "method" / f"{name}.yaml").read_text()
@@ -144,7 +200,7 @@ def test_no_choice_is_a_word_that_yaml_reads_as_something_else(name: str) -> Non
 @pytest.mark.parametrize("name", METHODS)
 def test_an_instance_reads_features_as_its_options_say(name: str) -> None:
     make = small(name)
-    method = born(make, image_stream())[0]
+    method = born(make, short_stream())[0]
     assert method.uses_frozen_features == target(name).reads_features(make.keywords)  # type: ignore[attr-defined]
 
 
@@ -155,55 +211,46 @@ def test_one_place_says_whether_a_method_reads_features() -> None:
 
 @pytest.mark.parametrize(("name", "setting"), allowed())
 def test_lives_through_a_stream(name: str, setting: Any) -> None:
-    method, stream = born(small(name), image_stream(setting, (2, 0, 1), class_seed=1))
-    unseen: list[Tensor] = []
-
-    def look(task: Task, method: Method, run_state: RunState) -> None:
-        seen = stream.candidates(run_state.learned, "cil")[0]
-        unseen.append(logits(method, eval_rows(stream))[:, ~seen])
-
-    journal = live(method, stream, after=look)
-    settings = {"dil"} if setting == "dil" else ({"til"} if method.needs_task_id else {"cil", "til"})
+    found = life(name, setting, (2, 0, 1))
+    needs_task_id = target(name).needs_task_id
+    settings = {"dil"} if setting == "dil" else ({"til"} if needs_task_id else {"cil", "til"})
     expected = {(p, t, s) for p in (1, 2, 3) for t in range(p) for s in settings}
-    assert {(r["position"], r["task_position"], r["setting"]) for r in journal.recorded} == expected
-    assert all(0 <= r["correct"] <= r["total"] and r["nll"] < 27 for r in journal.recorded)
-    assert all(not columns.any() for columns in unseen), "columns of unseen classes are 0"
-    assert all(p.grad is None for p in method.parameters())
+    assert {(r["position"], r["task_position"], r["setting"]) for r in found.recorded} == expected
+    assert all(0 <= r["correct"] <= r["total"] and r["nll"] < 27 for r in found.recorded)
+    assert len(found.unseen) == 3 and all(not columns.any() for columns in found.unseen), "of unseen classes: 0"
+    assert found.no_gradients
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_predicts_seen_classes_only(name: str) -> None:
-    method, stream = born(small(name), image_stream())
+    method, stream = copy.deepcopy(life(name).copied), life(name).stream
     setting = "til" if method.needs_task_id else "cil"
-    live(method, stream, until=2)
     first_two = Stream(stream.tasks[:2], 6, "cil", transform=stream.transform)
     rows, _ = Evaluation(cpu(), "test", 64, None).predictions(method, first_two, 2)
-    assert {row[setting] for row in rows} <= {0, 1, 2, 3}
+    assert {row[setting] for row in rows} <= set(torch.cat([task.classes for task in first_two.tasks]).tolist())
     assert {row["task"] for row in rows} == {0, 1}
 
 
 @pytest.mark.records  # bits of one layout
 @pytest.mark.parametrize("name", METHODS)
 def test_same_life_twice(name: str) -> None:
-    ends = []
-    for _ in range(2):
-        torch.rand(7)  # what ran before in this process must not matter
-        method, stream = born(small(name), image_stream())
-        journal = live(method, stream)
-        ends.append((state(method), journal.recorded))
-    assert_same(ends[0][0], ends[1][0])
-    assert ends[0][1] == ends[1][1]
+    first = life(name)
+    torch.rand(7)  # what ran before in this process must not matter
+    method, stream = born(small(name), short_stream(class_seed=1))
+    journal = live(method, stream)
+    assert_same(first.state, state(method))
+    assert first.recorded == journal.recorded
 
 
 # A dry run of a method that reads features times the evaluation alone.
 @pytest.mark.parametrize("name", [n for n in METHODS if not target(n).reads_features(factory(n).keywords)])
 def test_a_dry_run_can_time_a_fit(name: str) -> None:
-    method, stream = born(small(name), image_stream())
-    ctx = context(stream, max_steps=5)
+    method, stream = born(small(name), short_stream())
+    ctx = context(stream, max_steps=3)
     method.begin_task(stream.tasks[0], ctx)
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
     fit(method, stream.tasks[0].train, ctx)
-    assert ctx.progress.step == 5, "the timed steps are taken without `learn`"
+    assert ctx.progress.step == 3, "the timed steps are taken without `learn`"
     assert ctx.progress.trained and any(not torch.equal(before[n], t) for n, t in method.state_dict().items())
 
 
@@ -215,9 +262,10 @@ def tensors(*modules: nn.Module) -> set[int]:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_task_begins_is_moved_to_the_device(name: str) -> None:
     for learned in (0, 1):
-        method, stream = born(small(name), image_stream())
         if learned:
-            live(method, stream, until=learned)
+            method, stream = pickle.loads(life(name).pickled), life(name).stream
+        else:
+            method, stream = born(small(name), short_stream())
         before = tensors(method)
         method.begin_task(stream.tasks[learned], context(stream, learned))
         assert tensors(method) - before <= tensors(*method.new_parts())
@@ -226,25 +274,12 @@ def test_what_a_task_begins_is_moved_to_the_device(name: str) -> None:
 @pytest.mark.records  # bits of one layout
 @pytest.mark.parametrize("name", METHODS)
 def test_goes_on_from_copies(name: str) -> None:
-    method, stream = born(small(name), image_stream())
-    copies: list[Method] = []
-
-    def copied(task: Task, method: Method, run_state: RunState) -> None:
-        if run_state.learned == 1:
-            copies.append(pickle.loads(pickle.dumps(method)))
-        elif run_state.learned == 2:
-            buffer = io.BytesIO()
-            torch.save(method, buffer)
-            buffer.seek(0)
-            copies.append(torch.load(buffer, weights_only=False))
-            copies.append(copy.deepcopy(method))
-
-    live(method, stream, after=copied)
-    for learned, twin in zip((1, 2, 2), copies, strict=True):
-        live(twin, stream, learned=learned)
-        assert_same(state(method), state(twin))
-        x = eval_rows(stream)
-        assert torch.equal(logits(method, x), logits(twin, x))
+    whole = life(name)
+    pickled, saved = pickle.loads(whole.pickled), torch.load(io.BytesIO(whole.saved), weights_only=False)
+    for learned, twin in ((1, pickled), (2, saved), (2, copy.deepcopy(whole.copied))):
+        live(twin, whole.stream, learned=learned)
+        assert_same(whole.state, state(twin))
+        assert torch.equal(whole.logits, logits(twin, eval_rows(whole.stream)))
 
 
 # Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
@@ -265,25 +300,24 @@ def test_every_method_with_a_cross_entropy_says_what_competes() -> None:
 )
 def test_every_value_of_compete_trains_resumes_and_evaluates(name: str, compete: str) -> None:
     options: dict[str, Any] = {"host": {"compete": compete}} if name == "dgc" else {"compete": compete}
-    method, stream = born(small(name, **options), image_stream())
-    live(method, stream, until=1)
+    method, stream = born(small(name, **options), short_stream())
+    live(method, stream, until=2)
     twin = pickle.loads(pickle.dumps(method))
-    journal = live(method, stream, learned=1)
-    again = live(twin, stream, learned=1)
+    journal = live(method, stream, learned=2)
+    again = live(twin, stream, learned=2)
     assert_same(state(method), state(twin))
     assert journal.recorded == again.recorded
     assert {r["setting"] for r in journal.recorded} == {"cil", "til"}
     assert all(0 <= r["correct"] <= r["total"] and math.isfinite(r["nll"]) for r in journal.recorded)
     if compete == "all":
-        twin, stream = born(small(name, **options), image_stream())
+        twin, stream = born(small(name, **options), short_stream())
         twin.begin_task(stream.tasks[0], context(stream))
         assert twin.head.initialised.all(), "every class has a row from the first task on"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_prediction_depends_on_the_sample_alone(name: str) -> None:
-    method, stream = born(small(name), image_stream())
-    live(method, stream)
+    method, stream = life(name).method, life(name).stream
     x = eval_rows(stream)
     mates = torch.cat([x[:8], x[8:16].flip(0) * 3 + 1])
     together, apart = logits(method, x[:16])[:8], logits(method, mates)[:8]
@@ -294,7 +328,7 @@ def test_prediction_depends_on_the_sample_alone(name: str) -> None:
 
 def claims(name: str, options: dict[str, Any]) -> bool:
     """Return whether a method with these options claims that the order of the tasks does not matter."""
-    return born(small(name, **options), image_stream())[0].order_invariant
+    return born(small(name, **options), short_stream())[0].order_invariant
 
 
 def final(name: str, options: dict[str, Any], setting: Any, order: Sequence[int]) -> tuple[Tensor, dict[int, Any]]:
@@ -320,20 +354,32 @@ def test_the_order_does_not_matter_where_a_method_claims_so(name: str, options: 
 @pytest.mark.records  # only whether two results differ at all
 @pytest.mark.parametrize("name", [name for name in METHODS if (name, {}) not in INVARIANT])
 def test_the_order_matters_where_a_method_does_not_claim_otherwise(name: str) -> None:
-    assert not claims(name, {}), "a claim is tested: add the method to INVARIANT"
-    first, _ = final(name, {}, "cil", (0, 1, 2))
-    assert any(not torch.equal(first, final(name, {}, "cil", order)[0]) for order in ((2, 0, 1), (1, 2, 0)))
+    first = life(name)
+    assert not first.method.order_invariant, "a claim is tested: add the method to INVARIANT"
+    x = eval_rows(first.stream)
+    expected = logits(first.method, x, 0)
+
+    def differs(order: tuple[int, ...]) -> bool:
+        return not torch.equal(expected, logits(life(name, "cil", order).method, x, order.index(0)))
+
+    natural = (final(name, {}, "cil", order)[0] for order in ((0, 1, 2), (2, 0, 1)))
+    assert differs((2, 0, 1)) or differs((1, 2, 0)) or not torch.equal(*natural)
+
+
+@cache
+def finetuned() -> dict[str, Any]:
+    """Return the state of `method=finetune` after its life with the budget of the neutral options."""
+    plain, stream = born(small("finetune"), short_stream())
+    live(plain, stream, budget=NEUTRAL_BUDGET())
+    return state(plain)
 
 
 @pytest.mark.parametrize(("name", "options"), NEUTRAL, ids=str)
 def test_neutral_option_is_finetuning(name: str, options: dict[str, Any]) -> None:
-    budget = sgd(momentum=0.9, weight_decay=1e-3, clip_norm=1.0)
-    plain, stream = born(small("finetune"), image_stream())
-    live(plain, stream, budget=budget)
-    method, stream = born(small(name, **options), image_stream())
-    live(method, stream, budget=budget)
-    weights = state(method)
-    assert_same(state(plain), {key: weights[key] for key in state(plain)})
+    method, stream = born(small(name, **options), short_stream())
+    live(method, stream, budget=NEUTRAL_BUDGET())
+    weights, plain = state(method), finetuned()
+    assert_same(plain, {key: weights[key] for key in plain})
 
 
 REPLAY = ("er", "der", "a_gem", "gem", "icarl", "mer", "replay_finetune", "joint")
@@ -342,9 +388,5 @@ MEMORY_FREE = ("l2", "ewc", "kfac_ewc", "ncl", "si", "mas", "qr", "blip", "lwf",
 
 @pytest.mark.parametrize("name", [*REPLAY, *MEMORY_FREE])
 def test_a_real_option_is_not_finetuning(name: str) -> None:
-    ends = []
-    for chosen in ("finetune", name):
-        method, stream = born(small(chosen), image_stream())
-        live(method, stream)
-        ends.append(method.head.weight)
-    assert not torch.equal(*ends)
+    plain = life("finetune")
+    assert not torch.equal(plain.state["head.weight"], life(name).state["head.weight"])

@@ -9,13 +9,10 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from running import run, run_interrupted
+from running import fitting, run, run_interrupted
 
-from clrun.config.signature import locate
 from clrun.system import files
 from clrun.system.yaml_files import conf_dir
 
@@ -24,20 +21,6 @@ pytestmark = pytest.mark.records  # files, and bits of runs of one layout
 METHODS = sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
 LONG = ("job.max_tasks=3", "budget.epochs=3")
-CHEAP = {"mer": ("method.draws=1", "method.chunk=10"), "ranpac": ("method.m=100",)}
-
-
-def learner(method: str) -> Any:
-    """Return the class of a method."""
-    target: str = yaml.safe_load((conf_dir() / "method" / f"{method}.yaml").read_text())["_target_"]
-    return locate(target)
-
-
-def fitting(method: str) -> tuple[str, ...]:
-    """Return a setting and a backbone that the method works with: the default ones where it can."""
-    settings = learner(method).settings
-    backbone = ("backbone=glyph_vit", "job.max_eval_rows=8") if learner(method).needs_vit else ()
-    return (f"scenario.setting={'cil' if 'cil' in settings else min(settings)}", *backbone)
 
 
 # All learners write the same files at the same moments, and the contract tests resume each of them after every task:
@@ -79,7 +62,7 @@ def parameters(out: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("method", OFTEN)
 def test_interrupted_at_every_write(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = (f"method={method}", *fitting(method), *SHORT, *CHEAP.get(method, ()))
+    options = (f"method={method}", *fitting(method), *SHORT)
     run(tmp_path / "first", *options)  # features of a frozen backbone are in the cache from here on
     write = Write(monkeypatch)
     value = run(tmp_path / "whole", *options)
@@ -143,7 +126,7 @@ def killed(
 
 
 def one_kill(context, tmp_path: Path, method: str, seed: int) -> None:
-    options = (f"method={method}", *fitting(method), *LONG, *CHEAP.get(method, ()))
+    options = (f"method={method}", *fitting(method), *LONG)
     start = time.perf_counter()
     assert killed(context, tmp_path / "whole", options, 60) == 0
     duration = time.perf_counter() - start

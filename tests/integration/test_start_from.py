@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from running import run, run_interrupted
+from running import fitting, run, run_interrupted
 
-from clrun.config.signature import locate
 from clrun.reporting import refresh
 from clrun.system.errors import ConfigError
 from clrun.system.yaml_files import conf_dir
@@ -20,7 +18,6 @@ KINDS = ("er", "ewc", "hat", "simplecil")
 SHORT = ("budget.epochs=1", "job.max_steps=2")
 ER = ("method=er", "method.capacity=20", *SHORT)
 KEPT = ("job.max_tasks=2", "job.keep_checkpoint=true")
-CHEAP = {"mer": ("method.draws=1", "method.chunk=10"), "ranpac": ("method.m=100",)}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -36,17 +33,9 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def fitting(method: str) -> tuple[str, ...]:
-    """Return a setting and a backbone that the method works with."""
-    target = yaml.safe_load((conf_dir() / "method" / f"{method}.yaml").read_text())["_target_"]
-    learner: Any = locate(target)
-    backbone = ("backbone=glyph_vit", "job.max_eval_rows=8") if learner.needs_vit else ()
-    return (f"scenario.setting={'cil' if 'cil' in learner.settings else min(learner.settings)}", *backbone)
-
-
 @pytest.mark.parametrize("method", [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_more_tasks_end_as_an_uninterrupted_run(method: str, tmp_path: Path) -> None:
-    options = (f"method={method}", *fitting(method), *SHORT, *CHEAP.get(method, ()))
+    options = (f"method={method}", *fitting(method), *SHORT)
     run(tmp_path / "short", *options, *KEPT)
     before = files(tmp_path / "short")
     longer = (*options, "job.max_tasks=3")
