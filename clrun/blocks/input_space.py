@@ -14,6 +14,7 @@ from torch import Tensor
 from clrun.blocks.params import Carrier
 
 Energy = Literal["plain", "squared"]
+First = Literal["below", "reach"]
 RELATIVE = 1e-6  # of the largest singular value: directions with smaller ones are rounding
 
 
@@ -33,6 +34,7 @@ class InputSpace(Carrier):
         dual: as soon as k > d / 2, store a basis of the rest instead, which is smaller (DualGPM, Liang and Li, CVPR
             2023). The projection is the same.
         at_least: smallest number of directions that the first update protects; 1 in InfLoRA, 0 in GPM.
+        first: number of directions of the first update, see `update`.
 
     Attributes:
         basis: [d, k], or [d, d - k] if `complement`.
@@ -40,9 +42,10 @@ class InputSpace(Carrier):
         started: whether there was an update.
     """
 
-    def __init__(self, width: int, *, energy: Energy, dual: bool, at_least: int) -> None:
+    def __init__(self, width: int, *, energy: Energy, dual: bool, at_least: int, first: First = "below") -> None:
         super().__init__()
         self.width, self.energy, self.dual, self.at_least = width, energy, dual, at_least
+        self.first: First = first
         self.basis = torch.zeros(width, 0, dtype=torch.float64)
         self.complement, self.started = False, False
 
@@ -89,9 +92,9 @@ class InputSpace(Carrier):
     def update(self, moments: Tensor, share: float) -> int:
         """Protect further directions, and return their number.
 
-        In the first update these are the leading directions as long as the energy they have together is below `share`,
-        as in the codes of GPM and InfLoRA: one less than reaches it. Later, directions are added until the energy
-        in all protected ones reaches `share`.
+        Directions are added until the energy in all protected ones reaches `share`. In the first update with
+        first="below" these are the leading directions as long as the energy they have together is below `share`, as in
+        the codes of GPM and InfLoRA: one less than reaches it.
 
         Args:
             moments: C.
@@ -101,11 +104,13 @@ class InputSpace(Carrier):
         vectors, energies, total = self._spectrum(moments)
         sums = energies.cumsum(0) / (total or 1.0)
         useful = int((energies > RELATIVE**2 * float(energies.max())).sum()) if total else 0
-        if not self.started:
-            count = max(self.at_least, int((sums < share).sum()))
+        if not self.started and self.first == "below":
+            count = int((sums < share).sum())
         else:
             start = 1 - float(sums[-1])
             count = 0 if start >= share else int((start + sums < share).sum()) + 1
+        if not self.started:
+            count = max(count, self.at_least)
         count = min(count, useful, self.width - self.dimension)
         self.started = True
         if count:
@@ -135,4 +140,4 @@ class InputSpace(Carrier):
         self.basis = torch.cat([self.basis, new], dim=1)
 
 
-__all__ = ["Energy", "InputSpace"]
+__all__ = ["Energy", "First", "InputSpace"]

@@ -34,6 +34,7 @@ def test_worked_numbers() -> None:
         for k, share in enumerate(shares, start=1):
             assert space(energy=energy).update(first, share + 1e-7) == k
             assert space(energy=energy, at_least=0).update(first, share - 1e-7) == k - 1
+            assert space(energy=energy, first="reach").update(first, share - 1e-7) == k
     expected = torch.tensor([[0.25, 0.25, 0, 0], [0.25, 0.25, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0.5]])
     torch.testing.assert_close(second, expected.double())
     one = space()

@@ -25,8 +25,10 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("o_lora", {"norm_penalty": 0.01, "penalty": "cosine", "dropout": 0.1}),
     ("inflora", {"rank": 3}),
     ("inflora", {"rank": 3, "fold": False, "layers": ["*.mlp.fc1"], "basis": "keep", "moment_view": "eval"}),
+    ("sd_lora", {"rank": 3}),
+    ("sd_lora", {"rank": 3, "carry": True, "norm": "product", "layers": ["*.proj"], "merge_below": 1e-9}),
 ]
-PER_TASK = [WAYS[1], WAYS[2], WAYS[4]]  # those with a new update per task that is kept
+PER_TASK = [WAYS[1], WAYS[2], *WAYS[4:]]  # those with a new update per task that is kept
 
 
 def decaying(**options: Any) -> Budget:
@@ -173,7 +175,7 @@ def test_numbers_of_the_published_transformer() -> None:
         assert sum(p.numel() for p in update.sums.parameters()) * 12 * 8 == expected
 
 
-@pytest.mark.parametrize("name", ["lora", "inflora"])
+@pytest.mark.parametrize("name", ["lora", "inflora", "sd_lora"])
 def test_updates_work_on_separate_layers_of_a_text_encoder(name: str) -> None:
     torch.manual_seed(0)
     method = factory(name, parts="kv", rank=2)(Encoder(), CLASSES)
