@@ -177,7 +177,8 @@ def fixed_groups(
         _warn_of_numbers(dataset, "scenario.groups")
     found = _named_groups(dataset, groups) if isinstance(groups, str) else [list(group) for group in groups]
     _check_groups(found, dataset.num_classes)
-    return _class_stream(dataset, order, transform, found, setting)
+    names = dataset.group_names.get(groups, ()) if isinstance(groups, str) else ()
+    return _class_stream(dataset, order, transform, found, setting, names)
 
 
 def _named_groups(dataset: Dataset, name: str) -> list[list[int]]:
@@ -320,10 +321,16 @@ def _domain_stream(
 
 
 def _class_stream(
-    dataset: Dataset, order: Order, transform: Transform, groups: list[list[int]], setting: Setting
+    dataset: Dataset,
+    order: Order,
+    transform: Transform,
+    groups: list[list[int]],
+    setting: Setting,
+    names: Sequence[str] = (),
 ) -> Stream:
-    """Return the stream whose task id k has the classes `groups[k]`."""
-    blocks = [_Block(task_name([dataset.class_names[label] for label in group]), group) for group in groups]
+    """Return the stream whose task id k has the classes `groups[k]`, called by `names` or by its classes."""
+    names = names or [task_name([dataset.class_names[label] for label in group]) for group in groups]
+    blocks = [_Block(name[:NAME_LENGTH], group) for name, group in zip(names, groups, strict=True)]
     return _stream(dataset, order, transform, blocks, setting, [label for group in groups for label in group])
 
 

@@ -33,6 +33,8 @@ class Dataset:
         std: standard deviation of each channel, likewise.
         augment: names of the training augmentations, in order (see `clrun.data.transforms`).
         groups: named partitions of the classes (superclasses, alphabets), for `scenario=fixed_groups`.
+        group_names: by name of a partition, the names of its groups, which tasks are then called; groups of others are
+            called by their classes.
         sort: how the loader sorted names of classes that the user has chosen, "text" or "natural"; None for a data set
             that numbers its classes itself.
         seed: `dataset.seed`; drives validation split, permutations, rotations and generated images only.
@@ -55,6 +57,7 @@ class Dataset:
     std: tuple[float, ...] = ()
     augment: tuple[Any, ...] = ()
     groups: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    group_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sort: Literal["text", "natural"] | None = None
     seed: int = 0
     parts: tuple["Dataset", ...] = ()

@@ -24,14 +24,18 @@ def caption_features(backbone: nn.Module, captions: Captions, classes: Iterable[
 
     Those of a frozen text tower that the engine has computed for all classes, in the order of their ids, are looked up
     (`clrun.data.features`); else the captions of each class are encoded together, so that they do not depend on the
-    order of the classes either.
+    order of the classes either. A backbone that encodes names itself takes all of them at once, because there may be
+    thousands; a head whose rows stay asks for them once, see `NamesHead.read`.
     """
     known: Sequence[Tensor] | None = getattr(backbone, "captions", None)
     if known is not None:
         return [known[label] for label in classes]
     joint: Any = backbone.joint
+    texts = [captions.of(label) for label in classes]
     with torch.no_grad():
-        return [joint.encode_texts(captions.of(label)) for label in classes]
+        if joint is not backbone or not texts:
+            return [joint.encode_texts(own) for own in texts]
+        return list(torch.split(joint.encode_texts([text for own in texts for text in own]), list(map(len, texts))))
 
 
 def class_text(features: Tensor) -> Tensor:
@@ -53,8 +57,12 @@ class NamesHead(GrowingHead):
 
     Attributes:
         captions: names and templates of the classes; `read` sets them.
+        start: [C, d] the texts of all classes by the backbone before its training, see `read`; None where they are
+            encoded when a class is grown.
         active: classes whose rows training encodes ("live"); None for all that have been grown.
     """
+
+    start: Tensor | None
 
     def __init__(self, backbone: nn.Module, num_classes: int, *, names: Names) -> None:
         joint: Any = backbone.joint
@@ -63,6 +71,7 @@ class NamesHead(GrowingHead):
         self.captions: Captions | None = None
         self.active: list[int] | None = None
         self.weight.requires_grad_(names == "init")
+        self.register_buffer("start", None)
         self._made_from: tuple[Any, ...] = ()
         self._tokens: tuple[list[int], Tensor] | None = None  # of the first captions of classes in training
         self._others: tuple[Captions, tuple[Any, ...], Tensor] | None = None  # of the data set asked for last
@@ -79,6 +88,10 @@ class NamesHead(GrowingHead):
     def read(self, captions: Captions | None) -> None:
         """Take the captions of all classes; a class is encoded when it is grown.
 
+        Where the backbone itself encodes names, rows that stay or are trained from the texts ("fixed", "init") are
+        those of the backbone as it is now, before it is trained: all classes are encoded at once, in the order of their
+        ids, and a class that comes later begins as it would have begun in the first task.
+
         Raises:
             ConfigError: the stream has no names of classes.
         """
@@ -87,6 +100,12 @@ class NamesHead(GrowingHead):
                 "backbone.head: rows of class names need a data set with names of classes; set it to linear"
             )
         self.captions = captions
+        backbone = self._of[0]
+        if self.names != "live" and self.joint is backbone and len(captions.classes) == len(self.weight):
+            mode = backbone.training
+            backbone.eval()
+            self.start = self.final_texts(list(range(len(self.weight)))).to(self.weight).detach()
+            backbone.train(mode)
 
     def grow(self, classes: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the rows of those `classes` ([k] long) that have none yet to their texts; no random number is drawn."""
@@ -120,7 +139,8 @@ class NamesHead(GrowingHead):
         """Set the rows of these classes to their texts."""
         if classes:
             with torch.no_grad():
-                self.weight[classes] = self.final_texts(classes).to(self.weight)
+                texts = self.final_texts(classes) if self.start is None else self.start[classes]
+                self.weight[classes] = texts.to(self.weight)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; rows that follow the text tower ("live") are brought up to date for predictions."""
@@ -213,6 +233,7 @@ def require_text(backbone: nn.Module, method: str) -> None:
     """
     if getattr(backbone, "joint", None) is None:
         raise ConfigError(
-            f"backbone: {method} needs an image and a text tower, not {type(backbone).__name__}; use the backbones "
-            "glyph_clip, clip_vit_b16 or open_clip"
+            f"backbone: {method} needs names of classes as text, which {type(backbone).__name__} cannot encode; use a "
+            "backbone with an image and a text tower (glyph_clip, clip_vit_b16, open_clip), or an encoder of texts with "
+            "backbone.head=fixed (minilm, minilm_adapter, bert)"
         )

@@ -303,7 +303,7 @@ def _check_head(method: Method, backbone: nn.Module) -> None:
     Raises:
         ConfigError: see above.
     """
-    if has_names(backbone) and not isinstance(method.head, NamesHead):
+    if has_names(backbone) and not isinstance(method.head, NamesHead) and not method.needs_text:
         raise ConfigError(
             f"backbone.head: {type(method).__name__} has a classifier of its own; set it to linear, or choose a method "
             "that trains a head, such as method=finetune"

@@ -62,7 +62,7 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
 ]
 # Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in ("fecam", "lda", "ncm", "rail", "ranpac", "simplecil", "stl", "zero_shot")),
+    *((name, {}) for name in ("fecam", "lda", "ncm", "ncm_names", "rail", "ranpac", "simplecil", "stl", "zero_shot")),
     ("joint", {"mode": "once"}),
     ("simplecil", {"metric": "euclidean", "normalise_before_mean": True}),
     ("simplecil", {"keep_task_statistics": True}),
@@ -283,7 +283,7 @@ def test_goes_on_from_copies(name: str) -> None:
 
 
 # Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
-WITHOUT_COMPETE = {"aper", "ease", "esn", "fecam", "lda", "ncm", "rail", "ranpac", "simplecil", "zero_shot"}
+WITHOUT_COMPETE = {"aper", "ease", "esn", "fecam", "lda", "ncm", "ncm_names", "rail", "ranpac", "simplecil", "zero_shot"}
 DEFAULTS = {name: OmegaConf.load(CONF / "method" / f"{name}.yaml") for name in METHODS}
 COMPETE = {name: node.get("compete") or node.get("host", {}).get("compete") for name, node in DEFAULTS.items()}
 

@@ -88,6 +88,7 @@ def assemble(
     reading: Reading,
     val: Rows | Split | None = None,
     groups: Groups | None = None,
+    group_names: Mapping[str, tuple[str, ...]] | None = None,
     domains: Domains | None = None,
 ) -> Dataset:
     """Return the data set of these rows.
@@ -102,6 +103,7 @@ def assemble(
         reading: validation rows, seed and training augmentations.
         val: validation rows, likewise, of a data set that has such a part; None to take them from the training rows.
         groups: named partitions of the classes, for `scenario=fixed_groups`.
+        group_names: names of the groups of some of these partitions.
         domains: the domains of the data set; validation rows are then taken from each class of each domain.
 
     Raises:
@@ -130,6 +132,7 @@ def assemble(
         std=tuple(map(float, std)),
         augment=tuple(reading.augment),
         groups=groups or {},
+        group_names=group_names or {},
         seed=reading.seed,
         captions=captions(name, class_names, templates=reading.templates, words=reading.class_names),
     )
