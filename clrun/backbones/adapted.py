@@ -2,7 +2,8 @@
 
 The encoder never changes, so that a run computes the vector of each text once (`clrun.data.features`) and trains on
 vectors: an attribute `frozen_part` tells it which part of the backbone that is. Rows of numbers are therefore taken as
-vectors, and rows of ids are encoded first; both give the same features.
+vectors, and rows of ids are encoded first; both give the same features. Vectors are scaled to length 1, as the
+published model does it (those of MiniLM have lengths around 6 before).
 """
 
 from typing import Literal
@@ -16,7 +17,7 @@ from clrun.backbones.text import Length, Shape, minilm, minilm_preflight
 from clrun.system.errors import ConfigError, Positive, PositiveInt
 
 Form = Literal["residual", "layer"]
-GAINS: dict[str, float] = {"residual": 4.0, "layer": 20.0}  # MiniLM's vectors have length 1 in 384 places, nearly
+GAINS: dict[str, float] = {"residual": 4.0, "layer": 20.0}  # for vectors of length 1 in 384 places
 
 
 class ResidualPart(nn.Module):
@@ -67,7 +68,7 @@ class Adapted(TextEncoder):
     the zero-shot classifier of the encoder.
 
     Args:
-        encoder: gives vectors e [B, D]; it is frozen and stays in evaluation mode.
+        encoder: gives vectors [B, D], which are scaled to length 1: e; it is frozen and stays in evaluation mode.
         form: "residual", e + W_2 gelu(W_1 s e); "layer", gelu(W s e).
         hidden: rows of W_1 or W; None for D.
         gain: s; None for 4 in a residual part and 20 in a layer.
@@ -116,8 +117,8 @@ class Adapted(TextEncoder):
         return found
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the features of token ids x [B, L], or of their vectors x [B, D] as the encoder has given them."""
-        found: Tensor = self.part(x if x.is_floating_point() else self.encoder(x))
+        """Return the features [B, .] of token ids x [B, L], or of vectors x [B, D] as the encoder has given them."""
+        found: Tensor = self.part(F.normalize(x if x.is_floating_point() else self.encoder(x), dim=1))
         return found
 
 

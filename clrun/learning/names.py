@@ -31,9 +31,10 @@ def caption_features(backbone: nn.Module, captions: Captions, classes: Iterable[
     if known is not None:
         return [known[label] for label in classes]
     joint: Any = backbone.joint
+    itself = backbone is joint
     texts = [captions.of(label) for label in classes]
     with torch.no_grad():
-        if joint is not backbone or not texts:
+        if not itself or not texts:
             return [joint.encode_texts(own) for own in texts]
         return list(torch.split(joint.encode_texts([text for own in texts for text in own]), list(map(len, texts))))
 
@@ -234,6 +235,6 @@ def require_text(backbone: nn.Module, method: str) -> None:
     if getattr(backbone, "joint", None) is None:
         raise ConfigError(
             f"backbone: {method} needs names of classes as text, which {type(backbone).__name__} cannot encode; use a "
-            "backbone with an image and a text tower (glyph_clip, clip_vit_b16, open_clip), or an encoder of texts with "
-            "backbone.head=fixed (minilm, minilm_adapter, bert)"
+            "backbone with an image and a text tower (glyph_clip, clip_vit_b16, open_clip), or an encoder of texts "
+            "(minilm, minilm_adapter, bert) with backbone.head=fixed"
         )

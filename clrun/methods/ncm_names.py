@@ -2,16 +2,16 @@
 
     p_k = (weight w_k + sum_n n(g(f_n))) / (weight + N_k),   score = cos(g(f), p_k)
 
-over the N_k training rows of class k; w_k is the encoded name of the class (the mean over its templates) and n scales to
-length 1. Without rows it is the zero-shot classifier, with weight=0 the nearest class mean of `simplecil` on unit
+over the N_k training rows of class k; w_k is the encoded name of the class (the mean over its templates) and n scales
+to length 1. Without rows it is the zero-shot classifier, with weight=0 the nearest class mean of `simplecil` on unit
 features. It is the floor of entity linking and of learning from few rows, where a name says as much as a row: closed
 form, without hyper-parameters that are fitted, and the same in every task order.
 
 Memory between tasks: one text row per class, 4 C d bytes; 8 d bytes of sums, 8 bytes of count and 4 d bytes of mean per
 class (sums and counts once more for every task with kept task statistics). Task id: not needed.
 
-Verified: the scores equal those computed by hand, weight=0 equals simplecil on unit features, classes without rows score
-as zero_shot does, AOPD is 0, and unlearning is exact to 1e-9 (test_methods_ncm_names, test_methods).
+Verified: the scores equal those computed by hand, weight=0 equals simplecil on unit features, classes without rows
+score as zero_shot does, and AOPD is 0 (test_methods_ncm_names, test_methods).
 """
 
 from typing import ClassVar

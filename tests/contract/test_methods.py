@@ -283,7 +283,19 @@ def test_goes_on_from_copies(name: str) -> None:
 
 
 # Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
-WITHOUT_COMPETE = {"aper", "ease", "esn", "fecam", "lda", "ncm", "ncm_names", "rail", "ranpac", "simplecil", "zero_shot"}
+WITHOUT_COMPETE = {
+    "aper",
+    "ease",
+    "esn",
+    "fecam",
+    "lda",
+    "ncm",
+    "ncm_names",
+    "rail",
+    "ranpac",
+    "simplecil",
+    "zero_shot",
+}
 DEFAULTS = {name: OmegaConf.load(CONF / "method" / f"{name}.yaml") for name in METHODS}
 COMPETE = {name: node.get("compete") or node.get("host", {}).get("compete") for name, node in DEFAULTS.items()}
 

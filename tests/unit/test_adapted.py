@@ -28,12 +28,14 @@ def rows(model: Any) -> tuple[Tensor, Tensor]:
 def test_a_residual_part_begins_as_the_vectors_themselves() -> None:
     model = adapted()
     ids, vectors = rows(model)
-    assert torch.equal(model(vectors), vectors) and torch.equal(model(ids), vectors)
+    units = torch.nn.functional.normalize(vectors, dim=1)
+    assert torch.equal(model(vectors), units) and torch.equal(model(ids), units)
+    torch.testing.assert_close(model(3 * vectors), units)
 
 
 def test_the_parts_compute_their_equations() -> None:
     model = adapted(hidden=5)
-    ids, e = rows(model)
+    e = torch.nn.functional.normalize(rows(model)[1], dim=1)
     torch.nn.init.normal_(model.part.fc2.weight)
     w1, b1, w2 = model.part.fc1.weight, model.part.fc1.bias, model.part.fc2.weight
     torch.testing.assert_close(model(e), e + torch.nn.functional.gelu(4 * e @ w1.T + b1) @ w2.T)

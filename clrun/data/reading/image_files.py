@@ -95,6 +95,7 @@ def from_files(
         mean=tuple(mean),
         std=tuple(std),
         groups=groups,
+        group_names=None,
         reading=reading,
         domains=domains,
     )
