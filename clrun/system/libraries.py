@@ -33,6 +33,7 @@ OPTIONAL = {
     "open_clip": ("clip", "open_clip_torch>=3.3,<4"),
     "pandas": ("notebook", "pandas"),
     "tensorboard": ("tensorboard", "tensorboard"),
+    "transformers": ("text", "transformers>=5,<6"),
 }
 
 
