@@ -167,6 +167,29 @@ def prototype_bytes(n: Sizes) -> float:
     return n.method.num_classes * (8 * n.features + 8 + 4 * n.features + 1)
 
 
+def hide_bytes(n: Sizes) -> float:
+    """Return the bytes of prompts, of the network of the task identity, and of two sets of centroids."""
+    width, classes, tasks = n.features, n.method.num_classes, n.tasks
+    prompts = 4 * tasks * 4 * 2 * 5 * width
+    identity = 4 * (2 * 2 * width**2 + (2 + 4 - 1) * width) + 4 * classes * (width + 1) + classes
+    return prompts + identity + 2 * (16 * width + 16) * 2 * CLASSES * tasks + 8 * classes
+
+
+def cl_lora_bytes(n: Sizes) -> float:
+    """Return the bytes of shared LoRA with its last values, and of the LoRA, weights and prototypes of each task."""
+    width, rank = n.features, 8
+    shared = 2 * (4 * 2 * 2 * width * rank + 4 * 2 * width * rank)
+    own = 4 * (2 * 2 * 2 * width * rank + 3 * 2) + prototype_bytes(n)
+    return shared + n.tasks * own
+
+
+def sema_bytes(n: Sizes) -> float:
+    """Return the bytes of adapters in four blocks, and of modules of two blocks with descriptors and rows."""
+    width, code = n.features, 128
+    adapter, descriptor = 2 * width * 16 + 16 + width, 2 * width * code + code + width
+    return 4 * (2 * adapter + 2 * n.tasks * (adapter + descriptor + width + 1)) + 24 * 2 * n.tasks
+
+
 PENALTY = 3  # differences, their product with the importance, the sum with the gradient
 KEPT = {"capacity": M}
 CASES: dict[str, Case] = {
@@ -225,6 +248,35 @@ CASES: dict[str, Case] = {
         state=lambda n: adapter_bytes(n, sets=n.tasks + 1),  # the fused set is one more
         options=SLOW,
         grows=ALIGNED,
+        vit=True,
+        frozen=True,
+    ),
+    "hide_prompt": Case(
+        state=hide_bytes,
+        options={
+            "alignment": {"centroids": 2, "rows_per_class": 8, "budget": {"epochs": 1}},
+            "tii": {
+                "budget": {"epochs": 1},
+                "alignment": {"centroids": 2, "rows_per_class": 8, "budget": {"epochs": 1}},
+            },
+        },
+        grows=ALIGNED,
+        vit=True,
+        frozen=True,
+    ),
+    "cl_lora": Case(
+        grad=(BATCH, BATCH // 2),  # the early exit of the student, and of the teacher, is half of the blocks
+        read=(BATCH // 2,),
+        state=cl_lora_bytes,
+        grows="the weights of all earlier tasks are compared in every step",
+        vit=True,
+        frozen=True,
+    ),
+    "sema": Case(
+        state=sema_bytes,
+        options={"rd": {"epochs": 1}, "threshold": 0.0},
+        phases=("func-2", "func-3"),
+        grows="with threshold 0 a module per block and task",
         vit=True,
         frozen=True,
     ),

@@ -22,7 +22,7 @@ the candidates are those of the setting (`clrun.data.stream.Stream.candidates`),
 
 Three kinds of methods do not have the option, because there is no choice to make: methods whose every task has a head
 of its own (those for task-incremental streams only, and esn); methods whose classifier has a closed form; and methods
-that train a temporary head on the classes of one task and discard it (aper, ease, phase 1 of ranpac).
+that train a temporary head on the classes of one task and discard it (aper, cl_lora, ease, phase 1 of ranpac).
 """
 
 import math

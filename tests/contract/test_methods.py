@@ -87,6 +87,9 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
 SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}, "rail": {"m": 100}}
 SMALL |= {name: {"alignment": {"rows_per_class": 16}} for name in ("slca", "slca_pp", "coma", "cofima")}
 SMALL |= {name: {"alignment": {"rows_per_class": 8, "budget": {"epochs": 2}}} for name in ("mos", "tuna")}
+REPLAYED = {"rows_per_class": 4, "centroids": 2, "budget": {"epochs": 1}}
+SMALL |= {"hide_prompt": {"alignment": REPLAYED, "tii": {"budget": {"epochs": 1}, "alignment": REPLAYED}}}
+SMALL |= {"sema": {"code": 8, "threshold": 0.0, "rd": {"epochs": 1, "optimizer": {"lr": 0.001}}}}
 # Published strengths are for other learning rates than that of these short lives.
 SMALL |= {"moe_adapters": {"experts": 4, "bottleneck": 4, "selector_budget": {"steps": 10}}}
 SMALL |= {"zscl": {"reference_rows": 8, "reference_size": 4}}
@@ -285,6 +288,7 @@ def test_goes_on_from_copies(name: str) -> None:
 # Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
 WITHOUT_COMPETE = {
     "aper",
+    "cl_lora",
     "ease",
     "esn",
     "fecam",

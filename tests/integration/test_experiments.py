@@ -138,7 +138,7 @@ CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
-ADAPTED = ("mos", "tuna")  # LoRA and adapters of each task
+ADAPTED = ("mos", "tuna", "cl_lora", "sema", "hide_prompt")  # LoRA and adapters of each task
 ON_CLIP = ("zero_shot", "proof", "rapf", "rail")  # on features of image and text towers
 ON_TOWERS = ("zscl", "promptfusion", "promptfusion_lite", "moe_adapters")  # both towers read images and names
 PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993, *ADAPTED) for d in ("cifar224", "imagenet_r")]
@@ -168,8 +168,12 @@ EXPECTED = {
     "l2p_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
     **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in OF_1993},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in OF_1993},
-    **{f"{m}_cifar224": Expected("cil", (5,) * 20, first=CIFAR_1993[:5]) for m in ("mos", "tuna")},
-    **{f"{m}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for m in ("mos", "tuna")},
+    **{f"{m}_cifar224": Expected("cil", (5,) * 20, first=CIFAR_1993[:5]) for m in ("mos", "tuna", "cl_lora")},
+    **{f"{m}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for m in ("mos", "tuna", "sema")},
+    "cl_lora_imagenet_r": Expected("cil", (5,) * 40, first=CLASSES_1993[:5]),
+    "sema_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993),
+    "hide_prompt_cifar224": Expected("cil", (10,) * 10),
+    "hide_prompt_imagenet_r": Expected("cil", (20,) * 10),
     **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1993) for method in ON_CLIP},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993) for method in ON_CLIP},
     **{f"{method}_cifar224": Expected("cil", (10,) * 10) for method in ON_TOWERS},
@@ -242,17 +246,21 @@ PUBLISHED = {
     "cofima": ((0.01, 20, 128), (0.01, 50, 128)),
     "mos": ((0.03, 20, 48), (0.05, 10, 16)),
     "tuna": ((0.01, 15, 16), (0.02, 10, 32)),
+    "cl_lora": ((0.03, 30, 64), (0.05, 20, 32)),
+    "sema": ((0.005, 5, 32), (0.005, 20, 32)),
+    "hide_prompt": ((0.03 * 24 / 256, 50, 192), (0.03 * 24 / 256, 150, 192)),
 }
 TAGS = {
-    "orig_in21k": ("l2p", "dualprompt", "dap", "lae"),
-    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima", "mos", "tuna"),
+    "orig_in21k": ("l2p", "dualprompt", "dap", "lae", "hide_prompt"),
+    "augreg2_in21k_ft_in1k": ("sema",),
+    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima", "mos", "tuna", "cl_lora_cifar224"),
 }
 # Presets whose header names another one for what both have in common.
 BY_REFERENCE = {
     "ranpac_imagenet_r": "batches and the head of phase 1 see ranpac_cifar224",
     "esn_imagenet_r": "the sign of the anchor, schedules, batches and heads see esn_cifar224",
 }
-TAGS["augreg_in21k_ft_in1k"] = ("coda_prompt", "aper_cifar224", "esn")
+TAGS["augreg_in21k_ft_in1k"] = ("coda_prompt", "aper_cifar224", "esn", "cl_lora_imagenet_r")
 
 
 def test_every_experiment_is_expected_and_those_of_prompts_and_adapters_are_as_published() -> None:
@@ -276,10 +284,10 @@ def test_a_preset_says_which_classes_compete_how_schedules_step_and_how_heads_be
     header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     method = name.removesuffix("_cifar224").removesuffix("_imagenet_r")
     slow = ("slca", "slca_pp", "cofima")
-    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae", "mos", "tuna", *slow):
+    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae", "mos", "tuna", "sema", "hide_prompt", *slow):
         assert composed(name)["method"]["compete"] == "current"
         assert "Only the classes of the current task compete in the training loss (method.compete=current)" in header
-    stepped = ("aper", "ease", "lae", "coda_prompt", "ranpac", "slca", "slca_pp", "cofima", "esn", *ADAPTED)
+    stepped = ("aper", "ease", "lae", "coda_prompt", "ranpac", "slca", "slca_pp", "cofima", "esn", *ADAPTED[:4])
     if method in stepped and name not in BY_REFERENCE:
         assert "learning rate" in header and "short batch of an epoch is kept" in header and "nn.Linear" in header
     assert name not in BY_REFERENCE or BY_REFERENCE[name] in header
@@ -343,6 +351,29 @@ def test_methods_with_adapters_per_task_are_as_published(name: str) -> None:
     if name.startswith("tuna"):
         assert method["mean_factor"] == ("inverted" if name == "tuna_imagenet_r" else "none")
         assert (budget["schedule"]["levels"], budget["schedule"]["half_period"]) == (30, 5)
+
+
+def test_lora_and_prompts_of_each_task_are_as_published() -> None:
+    for name, decay, rank, blocks in (("cl_lora_cifar224", 1e-4, 8, 6), ("cl_lora_imagenet_r", 5e-4, 10, 6)):
+        config = composed(name)
+        method = config["method"]
+        assert (config["budget"]["optimizer"]["weight_decay"], method["rank"], method["kd"]) == (decay, rank, 5.0)
+        assert (method["shared_blocks"], method["specific_blocks"]) == ([*range(blocks)], [*range(blocks, 12)])
+    for name in ("sema_cifar224", "sema_imagenet_r"):
+        method = composed(name)["method"]
+        assert (method["blocks"], method["code"], method["threshold"]) == ([9, 10, 11], 128, 2.0)
+        assert (method["rd"]["epochs"], method["rd"]["optimizer"]["lr"], method["detect"]) == (20, 0.01, "task")
+    for name, length, weight in (("hide_prompt_cifar224", 5, 0.1), ("hide_prompt_imagenet_r", 20, 0.5)):
+        config = composed(name)
+        method, identity = config["method"], config["method"]["tii"]["budget"]
+        assert (method["length"], method["contrast"], method["beta"], method["blocks"]) == (
+            length,
+            weight,
+            0.01,
+            [*range(5)],
+        )
+        assert (identity["epochs"], identity["optimizer"]["lr"]) == (20, pytest.approx(0.0005 * 24 / 256))
+        assert config["budget"]["clip_norm"] == 1.0 and method["alignment"]["rows_per_class"] == 120
 
 
 def test_methods_on_features_of_clip_are_as_published() -> None:

@@ -15,6 +15,7 @@ ATTEMPTS = ("scenario.setting=cil", "scenario.setting=til", "scenario.setting=ti
 REBUILT, MORE = "cannot be rebuilt from tensors alone", "with these tensors predicts otherwise than the run's"
 CHECKPOINT_ONLY = {"aper": REBUILT, "ebll": REBUILT, "fish": REBUILT, "halrp": REBUILT, "progress_compress": REBUILT}
 CHECKPOINT_ONLY |= {"fecam": MORE, "icarl": MORE, "moe_adapters": REBUILT, "promptfusion_lite": REBUILT}
+CHECKPOINT_ONLY |= {"sema": REBUILT}
 # One method each with: an output for every class, task ids, features, prompts, growth, and the two kinds of refusal.
 QUICK = ("er", "hat", "ranpac", "l2p", "apd", "halrp", "fecam")
 CASES = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]

@@ -36,6 +36,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "finetune": {},
     "gem": {},
     "gpm": {},
+    "hide_prompt": {"tii": {"budget": {"epochs": 0}}},
     "icarl": {"loss": "ce", "strength": 0.0},
     "inflora": {},
     "joint": {},
@@ -54,6 +55,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "qr": {},
     "replay_finetune": {"per_task": 0},
     "sd_lora": {},
+    "sema": {"rd": {"epochs": 0}},
     "si": {},
     "slca": {},
     "slca_pp": {},
@@ -62,7 +64,9 @@ ALONE: dict[str, dict[str, Any]] = {
     "vpt": {},
 }
 LABELLED = [
-    name for name in ALONE if name not in ("coda_prompt", "dap", "dualprompt", "l2p", "lae", "mos", "slca_pp", "tuna")
+    name
+    for name in ALONE
+    if name not in ("coda_prompt", "dap", "dualprompt", "hide_prompt", "l2p", "lae", "mos", "sema", "slca_pp", "tuna")
 ]
 
 
