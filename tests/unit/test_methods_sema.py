@@ -1,12 +1,15 @@
 """SEMA: mixtures with routers, descriptors of what was learned, and where modules are added."""
 
 import copy
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same, born, context, factory, image_stream, live, sgd, state, trace
+from running import run
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Adapter
@@ -200,6 +203,13 @@ def test_descriptors_see_the_mean_token_of_their_block() -> None:
         seen = method.seen(x, [3])[3]
     handle.remove()
     torch.testing.assert_close(seen, streams[0].mean(dim=1))
+
+
+def test_a_run_records_its_modules_after_each_task(tmp_path: Path) -> None:
+    short = ("job.max_tasks=2", "job.max_steps=2", "method.threshold=0", "backbone.pretrained=false")
+    run(tmp_path, "method=sema", "backbone=glyph_vit", "dataset=digits", "scenario.n_tasks=5", *short)
+    tasks = json.loads((tmp_path / "run.json").read_text())["cost"]["tasks"]
+    assert [task["modules"] for task in tasks] == [{"block 2": k, "block 3": k} for k in (1, 2)]
 
 
 def test_growth_is_recorded_and_blocks_are_checked() -> None:

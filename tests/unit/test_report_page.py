@@ -309,6 +309,18 @@ def test_logme_is_a_column_only_where_runs_carry_it(tmp_path):
     assert r"& -0.250 \\" in (tmp_path / "report" / "comparison_cil.tex").read_text()
 
 
+def test_modules_per_task_are_a_picture_only_where_a_method_adds_them(tmp_path):
+    sweep(tmp_path)
+    assert "Modules after each task" not in page_of(tmp_path)
+    for r, order in enumerate(ORDERS):
+        tasks = [{"train_seconds": 1.5, "modules": {"block 2": k + 1, "block 3": 1 + r}} for k in range(len(order))]
+        config = config_of("sema", order_seed=r)
+        write_run(tmp_path / f"sema-{r}", order=order, finals=FINALS[r], config=config, cost={"tasks": tasks})
+    found = page_of(tmp_path)
+    assert found.count("Modules after each task") == 1 and "after 4 tasks: mean 6.0; orders from 5.0 to 7.0" in found
+    assert re.search("block 3.*?2.0", found)
+
+
 def test_the_path_of_a_search_is_shown(tmp_path):
     sweep(tmp_path)
     search_record(tmp_path / "search", method=HOSTILE)
