@@ -14,6 +14,7 @@ from running import member
 from torch import Tensor, nn
 
 from clrun.data.features import frozen_features
+from clrun.data.modality import modality_of
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset, Setting, Stream, Task
 from clrun.data.transforms import fit_transform
@@ -164,6 +165,25 @@ def image_stream(
         scenario = configured("scenario", "class_split", n_tasks=3, setting=setting, class_seed=class_seed)
     stream: Stream = scenario(dataset, lambda n: list(order), transform)
     return stream
+
+
+def text_stream(setting: Setting = "cil", order: Sequence[int] = (0, 1, 2), **options: Any) -> tuple[Stream, nn.Module]:
+    """Return three tasks of two classes of short texts, and the tiny BERT with random weights that they suit.
+
+    Args:
+        setting: of the stream.
+        order: of the tasks.
+        **options: of the backbone.
+    """
+    rows = {"num_classes": 6, "train_rows": 10, "test_rows": 3, "words": 3}
+    dataset: Dataset = configured("dataset", "text_synthetic", **rows)
+    seed_all(0, "init")
+    sizes = {"width": 16, "depth": 1, "heads": 2, "max_tokens": 16}
+    backbone: nn.Module = configured("backbone", "bert_tiny", **(sizes | options))(dataset.shape)
+    fitted = modality_of(dataset).fit(dataset, backbone)
+    scenario = configured("scenario", "class_split", n_tasks=3, setting=setting)
+    stream: Stream = scenario(fitted.dataset, lambda n: list(order), fitted.transform)
+    return stream, backbone
 
 
 def row_stream(tasks: Sequence[tuple[Tensor, Tensor]], num_classes: int, setting: Setting = "cil") -> Stream:

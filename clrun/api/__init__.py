@@ -5,9 +5,9 @@ change without notice. Importing this module is cheap: torch and pandas are impo
 
 To run: `run`, `load`, `sweep`, `load_sweep`, which return `Run` and `Sweep`; `Run.learner` returns a `Learner`.
 To write a method: `Method`, `Batch`, `Context`, `Task`, `Stream`, `Budget`, `fit`, `masked_cross_entropy`, `freeze`,
-`ReservoirBuffer`. To write a data set: `loader`, `Reading`, `assemble`, `Dataset`, `Split`, `TensorSplit`. Errors:
-`ConfigError`, `NumericalError`, `DataWarning`. Ranges of options: `Range`, `Count`, `PositiveInt`, `NonNegative`,
-`Positive`, `Fraction`.
+`ReservoirBuffer`. To write a data set: `loader`, `Reading`, `assemble`, `Dataset`, `Split`, `TensorSplit`, `Texts`,
+`to_bytes`. Errors: `ConfigError`, `NumericalError`, `DataWarning`. Ranges of options: `Range`, `Count`, `PositiveInt`,
+`NonNegative`, `Positive`, `Fraction`.
 """
 
 import importlib
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from clrun.api.runs import Cost, Run, TaskInfo, load, run
     from clrun.api.sweeps import Sweep, load_sweep, sweep
     from clrun.blocks.buffers import ReservoirBuffer
+    from clrun.data.modality import Texts
     from clrun.data.reading.assemble import assemble
     from clrun.data.reading.options import Reading, loader
     from clrun.data.split import Batch, Split, TensorSplit
     from clrun.data.stream import Dataset, Stream, Task
+    from clrun.data.texts import to_bytes
     from clrun.learning.budget import Budget
     from clrun.learning.context import Context
     from clrun.learning.losses import masked_cross_entropy
@@ -45,10 +47,12 @@ _HOMES = {
     "clrun.api.runs": ("Cost", "Run", "TaskInfo", "load", "run"),
     "clrun.api.sweeps": ("Sweep", "load_sweep", "sweep"),
     "clrun.blocks.buffers": ("ReservoirBuffer",),
+    "clrun.data.modality": ("Texts",),
     "clrun.data.reading.assemble": ("assemble",),
     "clrun.data.reading.options": ("Reading", "loader"),
     "clrun.data.split": ("Batch", "Split", "TensorSplit"),
     "clrun.data.stream": ("Dataset", "Stream", "Task"),
+    "clrun.data.texts": ("to_bytes",),
     "clrun.learning.budget": ("Budget",),
     "clrun.learning.context": ("Context",),
     "clrun.learning.losses": ("masked_cross_entropy",),
@@ -97,6 +101,7 @@ __all__ = [
     "Task",
     "TaskInfo",
     "TensorSplit",
+    "Texts",
     "assemble",
     "fit",
     "freeze",
@@ -106,6 +111,7 @@ __all__ = [
     "masked_cross_entropy",
     "run",
     "sweep",
+    "to_bytes",
 ]
 
 

@@ -1,6 +1,6 @@
-"""The trained method of a run, which predicts classes of images.
+"""The trained method of a run, which predicts classes of images or texts.
 
-Shapes: `N` images, `C` classes of the whole data set.
+Shapes: `N` images or texts, `C` classes of the whole data set.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from clrun.api.images import Reader, decoding_node
 from clrun.api.process import borrowed
+from clrun.api.texts import TextReader
 from clrun.config.check import check
 from clrun.data.decode import Decoding
 from clrun.data.images import FileImages, JoinedImages
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Setting, Stream, Task
+from clrun.data.texts import TextTransform, to_texts
 from clrun.learning.method import Method
 from clrun.results.identity import config_hash
 from clrun.results.records import read_run
@@ -33,7 +35,7 @@ HOW = "call learner(trust={})"  # that a module is trusted
 
 
 class Prediction(NamedTuple):
-    """The prediction for N images.
+    """The prediction for N images or texts.
 
     Attributes:
         labels: [N] int64, class ids of the data set.
@@ -54,7 +56,7 @@ class Learner:
 
     batch_size: int
     _restored: Restored
-    _reader: Reader
+    _reader: Reader | TextReader
 
     def __repr__(self) -> str:
         return f"Learner({type(self.method).__name__}, tasks={list(self.tasks)}, input={self.input!r})"
@@ -81,22 +83,24 @@ class Learner:
 
     @property
     def input(self) -> str:
-        """How images are fitted to the backbone, one line."""
+        """How images or texts are fitted to the backbone, one line."""
         return self._restored.input
 
     def predict(self, images: Any, *, task: int | str | None = None) -> Prediction:
-        """Return labels and probabilities of images.
+        """Return labels and probabilities of images or texts.
 
         Args:
-            images: an array or tensor of uint8, [N, C, H, W], [N, H, W, C] or [N, H, W] (grey), or one image; a Pillow
-                image or the path of an image file; or a list of any of these. Other sizes are resized to that of the
-                data set. A data set of feature rows takes float rows [N, D].
+            images: for a run on texts a list of texts (str), or one text. Else an array or tensor of uint8, [N, C, H,
+                W], [N, H, W, C] or [N, H, W] (grey), or one image; a Pillow image or the path of an image file; or a
+                list of any of these. Other sizes are resized to that of the data set. A data set of feature rows takes
+                float rows [N, D].
             task: id or name of the task that the images belong to. The classes of that task compete then (all
                 classes seen in a domain-incremental run), and the change of the images that makes the task, a
                 permutation or rotation, is applied. None: all classes seen compete and images are taken as they are.
 
         Raises:
-            ConfigError: images that cannot be read or do not fit, an unknown task, or a method that needs `task`.
+            ConfigError: images or texts that cannot be read or do not fit, an unknown task, or a method that needs
+                `task`.
         """
         found = [_prediction(logits, allowed) for logits, allowed in self._evaluated(images, task)]
         if not found:
@@ -112,15 +116,29 @@ class Learner:
     def test_images(self, task: int | str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the test images of a task as stored, before any permutation or rotation, and their labels [N].
 
-        Images are uint8 [N, C, H, W], rows of features float [N, D].
+        Images are uint8 [N, C, H, W], rows of features float [N, D]; see `test_texts` for texts.
 
         Raises:
-            ConfigError: an unknown task, or a file that cannot be read.
+            ConfigError: an unknown task, a file that cannot be read, or a run on texts.
         """
+        if isinstance(self._reader, TextReader):
+            raise ConfigError("test_images: this run has learned texts; use test_texts")
         split = replace(self._task(task).test, shift=None)
         parts = [(b.x.cpu().numpy(), b.y.cpu().numpy()) for b in split.batches(self.batch_size, view="raw")]
         images, labels = zip(*parts, strict=True)
         return np.concatenate(images), np.concatenate(labels)
+
+    def test_texts(self, task: int | str) -> tuple[list[str], NDArray[np.int64]]:
+        """Return the test texts of a task and their labels [N].
+
+        Raises:
+            ConfigError: an unknown task, or a run on images.
+        """
+        if not isinstance(self._reader, TextReader):
+            raise ConfigError("test_texts: this run has learned images; use test_images")
+        split = self._restored.stored[self._task(task).id].test
+        rows = [batch.x for batch in split.batches(self.batch_size, view="raw")]
+        return [text for part in rows for text in to_texts(part)], split.y.cpu().numpy()
 
     def _evaluated(self, images: Any, task: int | str | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (logits [n, C], which classes compete [C]) of each batch, computed as the run's evaluations do."""
@@ -200,8 +218,11 @@ def learner_of(
         decoding = None if reading is None else make(reading)
         if decoding is not None:
             decoding = replace(decoding, range=_range(restored.stream, decoding))
+    size, transform = int(config["job"]["eval_batch_size"]), restored.transform
+    if isinstance(transform, TextTransform):
+        return Learner(size, restored, TextReader(transform))
     shape = tuple(restored.stream.tasks[0].test.images.shape[1:])
-    return Learner(int(config["job"]["eval_batch_size"]), restored, Reader(shape, decoding))
+    return Learner(size, restored, Reader(shape, decoding))
 
 
 def _range(stream: Stream, decoding: Decoding) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.backbones.weights import takes_weights
-from clrun.system.errors import PositiveInt
+from clrun.system.errors import ConfigError, PositiveInt
 
 Shape = tuple[int, int, int]
 
@@ -249,6 +249,11 @@ def _stem(channels: int, width: int, *, bias: bool) -> dict[str, nn.Module]:
 
 def _accepted(shape: Shape, *, smallest: int) -> Shape:
     """Return the input shape: without alpha, with sides of at least `smallest` pixels."""
+    if len(shape) != 3:
+        raise ConfigError(
+            f"backbone: takes images (channels, height, width), and the rows of this data set have the shape {shape}; "
+            "choose another backbone, such as bert_tiny for texts"
+        )
     channels, height, width = shape
     return {2: 1, 4: 3}.get(channels, channels), max(height, smallest), max(width, smallest)
 

@@ -62,8 +62,15 @@ class LateralInput(nn.Module):
         self.adaptor, self.other = adaptor, other
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return the tensor to be added to the block output h, in the shape of h."""
-        added: Tensor = self.adaptor(self.other)
+        """Return the tensor to be added to the block output h, in the shape of h.
+
+        Of texts, a network in training mode may have cut off columns that are padding in all rows, and the other
+        network not: tokens [B, L, D] of another L are cut or filled up with zeros.
+        """
+        other = self.other
+        if h.dim() == 3 and other.shape[1] != h.shape[1]:
+            other = F.pad(other, (0, 0, 0, h.shape[1] - other.shape[1]))
+        added: Tensor = self.adaptor(other)
         return added
 
 

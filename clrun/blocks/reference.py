@@ -65,7 +65,7 @@ class Reference:
         for number, load in enumerate(self.loaders):
             try:
                 dataset = load()
-                dataset, transform, _ = modality_of(dataset).fit(dataset, backbone)
+                dataset, transform, *_ = modality_of(dataset).fit(dataset, backbone)
             except ConfigError as error:
                 raise ConfigError(f"{self.option}[{number}]: {error}") from error
             if any(_same(dataset.train, task.train) for task in learned.tasks):

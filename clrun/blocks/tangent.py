@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
@@ -30,7 +31,7 @@ def tangent(network: nn.Module, change: Mapping[str, Tensor], x: Tensor, *, slop
     weights = dict(network.named_parameters())
     with _outside_inference_mode(), torch.autocast(x.device.type, enabled=False), leaky(slope), _Kernels(), _quiet():
         x = x.clone() if x.is_inference() else x
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # no other kernel has a derivative in forward mode
             duals = {}
             for name, delta in change.items():
                 weight = _Carried.apply(weights[name].detach(), delta)

@@ -271,14 +271,15 @@ AUGMENTATIONS: Mapping[str, type] = {
 }
 
 
-def parse_augmentations(spec: Sequence[Any]) -> dict[str, Augmentation]:
+def parse_augmentations(spec: Sequence[Any], unit: str = "image") -> dict[str, Augmentation]:
     """Return the augmentations named in `dataset.augment`, in order, by name.
 
     Args:
         spec: names ("crop") and mappings of a name to its options ({"crop": {"pad": 2}}).
+        unit: what one row of the data set is called; only images can be augmented.
 
     Raises:
-        ConfigError: unknown name or option, an option out of range, or a name twice.
+        ConfigError: unknown name or option, an option out of range, a name twice, or the rows are no images.
     """
     found: dict[str, Augmentation] = {}
     for entry in spec:
@@ -286,6 +287,7 @@ def parse_augmentations(spec: Sequence[Any]) -> dict[str, Augmentation]:
         for name, options in named.items():
             _require(name not in found, str(name), "named twice")
             found[name] = _augmentation(name, options)
+            _require(unit == "image", str(name), f"is for images, not for {unit}s; set dataset.augment=[]")
     return found
 
 

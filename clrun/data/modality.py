@@ -1,22 +1,28 @@
-"""The kinds of data: images and feature rows; nothing else in clrun asks which of them a data set holds.
+"""The kinds of data: images, texts and feature rows; nothing else in clrun asks which of them a data set holds.
 
 Each class implements `clrun.data.stream.Modality`.
 
-Shapes: `N` rows of a split, `C` channels, `H`, `W` height and width, `D` width of feature rows.
+Shapes: `N` rows of a split, `C` channels, `H`, `W` height and width, `D` width of feature rows, `L` tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clrun.data.augment import parse_augmentations
 from clrun.data.reading.options import constants_problem
 from clrun.data.shifts import Rotation, pixel_permutation, random_angle
 from clrun.data.split import Batch, Plain, Split, TensorSplit, Transform
-from clrun.data.stream import Dataset, Fitted, Modality, Samples, Shift, ShiftKind
+from clrun.data.stream import Dataset, Fitted, Modality, Samples, Shift, ShiftKind, ShownText
+from clrun.data.texts import TextTransform, to_texts, tokenised
+from clrun.data.tokens import Tokenizer
 from clrun.data.transforms import ImageTransform, fit_transform
 from clrun.system.errors import ConfigError
+
+UNLIMITED = 10**9  # tokens
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,14 @@ class Images:
     unit: ClassVar[str] = "image"
 
     def fit(self, dataset: Dataset, backbone: nn.Module) -> Fitted:
-        """Return the data set, and the transform of its images; see `clrun.data.transforms.fit_transform`."""
+        """Return the data set, and the transform of its images; see `clrun.data.transforms.fit_transform`.
+
+        Raises:
+            ConfigError: the backbone reads texts, an augmentation is unknown, or channels cannot be converted.
+        """
+        _refuse_text_backbone(dataset, backbone)
         transform, line = fit_transform(dataset, backbone)
-        return Fitted(dataset, transform, line)
+        return Fitted(dataset, transform, line, self.unit)
 
     def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
         """Return a black image [1, C, H, W] of the size that the backbone takes."""
@@ -68,6 +79,86 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Texts as rows of UTF-8 bytes [N, W] uint8 with zeros behind them, tokenised once for the backbone.
+
+    A backbone for texts has `tokenizer` (`clrun.data.tokens.Tokenizer`) and `max_tokens`. It is given token ids [B, L]
+    int64 with the padding id 0 behind each text; L is the same for all rows of a run.
+    """
+
+    unit: ClassVar[str] = "text"
+
+    def fit(self, dataset: Dataset, backbone: nn.Module) -> Fitted:
+        """Return the data set of token ids [N, L] int32, where L is at most `backbone.max_tokens`, and its transform.
+
+        Raises:
+            ConfigError: the backbone has no tokenizer, or `dataset.augment` names augmentations of images.
+        """
+        tokenizer, limit = _tokenizer(dataset, backbone)
+        parse_augmentations(dataset.augment, self.unit)
+        whole = (dataset, *dataset.parts)
+        splits = [split for part in whole for split in (part.train, part.test, part.val) if split is not None]
+        found = {id(split.images): tokenised(split.images, tokenizer, limit) for split in splits}
+        width = max(rows.ids.shape[1] for rows in found.values())
+        ids = {key: F.pad(r.ids, (0, width - r.ids.shape[1]), value=tokenizer.pad) for key, r in found.items()}
+
+        def read(part: Dataset) -> Dataset:
+            train, test = (replace(split, images=ids[id(split.images)]) for split in (part.train, part.test))
+            val = None if part.val is None else replace(part.val, images=ids[id(part.val.images)])
+            return replace(part, train=train, test=test, val=val, shape=(width,), parts=tuple(map(read, part.parts)))
+
+        lengths = torch.cat([rows.lengths for rows in found.values()])
+        line = (
+            f"texts, at most {width} tokens (mean {lengths.double().mean():.1f}; "
+            f"{sum(rows.cut for rows in found.values())} rows cut at {limit}), {tokenizer.name}"
+        )
+        line = f"{line}: {dataset.reading}" if dataset.reading else line
+        return Fitted(read(dataset), TextTransform(tokenizer, width, limit), line, f"text of {width} tokens")
+
+    def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
+        """Return the ids [1, L] of a text of one letter; a row of padding alone is no legal text."""
+        tokenizer, limit = _tokenizer(dataset, backbone)
+        return torch.tensor([tokenizer.encode("a", limit)])
+
+    def problem(self, split: Split, dataset: Dataset) -> str | None:
+        """Return what is wrong with labels, the number of rows or their bytes."""
+        if found := _label_problem(split, dataset) or _count_problem(split, self.unit):
+            return found
+        rows = split.images
+        if not isinstance(rows, Tensor) or rows.dtype != torch.uint8 or rows.dim() != 2:
+            return f"texts of {_described(rows)}, expected a tensor [N, W] of torch.uint8, UTF-8 with zeros behind it"
+        if len(empty := (rows[:, 0] == 0).nonzero()):
+            return f"an empty text (row {int(empty[0])}), expected at least one character in each"
+        return None
+
+    def shifts(
+        self, dataset: Dataset, n_tasks: int, kind: ShiftKind, *, identity_first: bool, max_angle: float
+    ) -> list[tuple[str, Shift | None]]:
+        """Refuse: domains of texts come from the data.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"scenario=domain_shift: needs images, and {dataset.name} consists of texts; use another scenario, such as "
+            "dataset_sequence for a data set with domains"
+        )
+
+    def samples(self, split: Split, rows: Tensor, transform: Transform, generator: torch.Generator) -> Samples | None:
+        """Return the texts and their tokens; the split has the rows as stored."""
+        tokenizer = transform.tokenizer if isinstance(transform, TextTransform) else None
+        if tokenizer is None or not isinstance(transform, TextTransform):
+            return None
+        raw: Batch = next(split.select(rows).batches(len(rows), view="raw"))
+        shown = []
+        for text in to_texts(raw.x):
+            ids = tokenizer.encode(text, transform.max_tokens)
+            missing = len(tokenizer.encode(text, UNLIMITED)) - len(ids)
+            shown.append(ShownText(text, tuple(tokenizer.tokens(ids)), missing))
+        return Samples(raw.y, texts=tuple(shown))
+
+
+@dataclass(frozen=True)
 class Vectors:
     """Rows of numbers [N, D] that are network input as they are stored: features, or token ids of a user's own."""
 
@@ -81,7 +172,7 @@ class Vectors:
         """
         if dataset.augment:
             raise ConfigError("dataset.augment: this data set has no images; set dataset.augment=[]")
-        return Fitted(dataset, Plain(), f"{'x'.join(map(str, dataset.shape))} features, as stored")
+        return Fitted(dataset, Plain(), f"{'x'.join(map(str, dataset.shape))} features, as stored", self.unit)
 
     def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
         """Return a row of zeros [1, D], of the type of the stored rows."""
@@ -114,6 +205,34 @@ class Vectors:
 def modality_of(dataset: Dataset) -> Modality:
     """Return what kind of data a data set holds: as its loader says, else images for (C, H, W), and rows otherwise."""
     return dataset.modality or (Images() if len(dataset.shape) == 3 else Vectors())
+
+
+def _tokenizer(dataset: Dataset, backbone: nn.Module) -> tuple[Tokenizer, int]:
+    """Return the tokenizer of a backbone, and the number of tokens that it takes at most.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    tokenizer: Tokenizer | None = getattr(backbone, "tokenizer", None)
+    if tokenizer is None:
+        raise ConfigError(
+            f"backbone: {type(backbone).__name__} reads no texts, and {dataset.name} consists of texts; choose a "
+            "backbone with a tokenizer, such as bert_tiny"
+        )
+    return tokenizer, int(backbone.max_tokens)  # type: ignore[arg-type]
+
+
+def _refuse_text_backbone(dataset: Dataset, backbone: nn.Module) -> None:
+    """Raise if a backbone reads texts.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if getattr(backbone, "tokenizer", None) is not None:
+        raise ConfigError(
+            f"backbone: {type(backbone).__name__} reads texts, and {dataset.name} consists of images; choose another "
+            "backbone, such as cnn"
+        )
 
 
 def _zeros(dataset: Dataset, backbone: nn.Module) -> Tensor:

@@ -78,11 +78,28 @@ class Fitted(NamedTuple):
         dataset: the data set whose rows `transform` takes; the one that was loaded where nothing is stored otherwise.
         transform: how stored rows become network input.
         line: one line that describes this.
+        row: what one row is called where its cost is stated, such as "image".
     """
 
     dataset: Dataset
     transform: Transform
     line: str
+    row: str
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """A text as `job=preview` shows it.
+
+    Attributes:
+        text: as stored.
+        tokens: the tokens that the network sees.
+        missing: how many further tokens are cut off.
+    """
+
+    text: str
+    tokens: tuple[str, ...]
+    missing: int
 
 
 @dataclass(frozen=True)
@@ -91,13 +108,15 @@ class Samples:
 
     Attributes:
         labels: [k] long, class ids.
-        images: [k, C, H, W] as the network sees them, values 0..255.
+        images: [k, C, H, W] as the network sees them, values 0..255; None for texts.
         training: likewise as augmented for training; None when training does not augment.
+        texts: k texts; () for images.
     """
 
     labels: Tensor
-    images: Tensor
+    images: Tensor | None = None
     training: Tensor | None = None
+    texts: tuple[ShownText, ...] = ()
 
 
 class Modality(Protocol):

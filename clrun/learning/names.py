@@ -226,13 +226,21 @@ def new_head(backbone: nn.Module, num_classes: int) -> GrowingHead:
     return GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
 
 
-def require_text(backbone: nn.Module, method: str) -> None:
-    """Refuse a backbone without a text tower.
+def require_text(backbone: nn.Module, method: str, *, towers: bool = False) -> None:
+    """Refuse a backbone that cannot encode names of classes.
+
+    Args:
+        backbone: the backbone.
+        method: name of the method, for the message.
+        towers: also refuse a text backbone, which encodes names itself: the method needs two towers.
 
     Raises:
         ConfigError: see above.
     """
-    if getattr(backbone, "joint", None) is None:
+    joint = getattr(backbone, "joint", None)
+    if joint is None and not towers and hasattr(backbone, "tokenizer"):
+        raise ConfigError(f"backbone.head: {method} compares texts with names of classes; set it to fixed")
+    if joint is None or (towers and joint is backbone):
         raise ConfigError(
             f"backbone: {method} needs names of classes as text, which {type(backbone).__name__} cannot encode; use a "
             "backbone with an image and a text tower (glyph_clip, clip_vit_b16, open_clip), or an encoder of texts "

@@ -38,6 +38,7 @@ class ClipFinetune(Method):
     """
 
     needs_text: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = True
     head: NamesHead
 
     def __init__(

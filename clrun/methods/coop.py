@@ -176,6 +176,7 @@ class Coop(Er):
     """
 
     needs_text: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = True
     head: ContextHead
 
     def __init__(

@@ -247,6 +247,7 @@ class MoeAdapters(Method):
     """
 
     needs_text: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = True
     hooks_backbone = True
     head: NamesHead
 

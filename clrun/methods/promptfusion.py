@@ -107,6 +107,7 @@ class Branches(Method):
     """
 
     needs_text: ClassVar[bool] = True
+    needs_towers: ClassVar[bool] = True
     hooks_backbone = True
     settings = frozenset({"til", "cil"})
     head: GrowingHead

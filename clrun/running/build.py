@@ -48,7 +48,7 @@ class Built:
         budget: what a fit may spend.
         input: how the images were fitted to the backbone, one line.
         data: identity of the data set and of the tasks into which it was cut.
-        unit: what one row of the data set is called, such as "image".
+        row: what one row is called where its cost is stated, such as "image".
         cache: where the features of the frozen backbone are stored; None when they are not.
         networks: those that the method loads besides the backbone, by the path of their option.
         held_out: evaluates the learner on the data sets of `job.eval_extra`; None without them.
@@ -62,7 +62,7 @@ class Built:
     budget: Budget
     input: str
     data: Identity
-    unit: str
+    row: str
     cache: FeatureCache | None = None
     networks: dict[str, FrozenNetwork] = field(default_factory=dict)
     held_out: HeldOut | None = None
@@ -83,7 +83,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
         ConfigError: the parts do not fit together, or data or weights are missing.
     """
     prepared = prepare(parts, place=True, pretrained=pretrained)
-    backbone, images, text, unit = prepared.backbone, prepared.stream, prepared.input, prepared.unit
+    backbone, images, text, row = prepared.backbone, prepared.stream, prepared.input, prepared.row
     data = identify(prepared.dataset, prepared.whole)
     networks = load_networks(parts, prepared.dataset, images.transform)
     del prepared
@@ -104,7 +104,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
         _warn_of_cut(images.captions, backbone)
     budget = parts.budget
     if not learns:
-        return Built(images, stream, backbone, method, budget, text, data, unit, cache, extractor=extractor)
+        return Built(images, stream, backbone, method, budget, text, data, row, cache, extractor=extractor)
     method.check(images)
     if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
         raise ConfigError(COMPILED)
@@ -121,7 +121,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if parts.job.eval_unseen or parts.job.eval_extra:
         _require_names(parts, method, stream)
         held_out = HeldOut.of(parts, backbone, method, cache) if parts.job.eval_extra else None
-    return Built(images, stream, backbone, method, budget, text, data, unit, cache, networks, held_out, extractor)
+    return Built(images, stream, backbone, method, budget, text, data, row, cache, networks, held_out, extractor)
 
 
 def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: dict[str, FrozenNetwork]) -> Method:
@@ -140,6 +140,7 @@ class Prepared:
         backbone: as loaded.
         stream: the tasks of the run, as the backbone reads them.
         input: how stored rows were fitted to the backbone, one line.
+        row: what one row is called where its cost is stated, such as "image".
         dataset: the data set as loaded, on the CPU.
         whole: all tasks of it in some order, with the rows as stored, on the CPU.
     """
@@ -147,13 +148,9 @@ class Prepared:
     backbone: nn.Module
     stream: Stream
     input: str
+    row: str
     dataset: Dataset
     whole: Stream
-
-    @property
-    def unit(self) -> str:
-        """What one row of the data set is called, such as "image"."""
-        return modality_of(self.dataset).unit
 
 
 def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -> tuple[nn.Module, Stream, str]:
@@ -169,16 +166,6 @@ def build_images(parts: Parts, *, place: bool = True, pretrained: bool = True) -
     """
     prepared = prepare(parts, place=place, pretrained=pretrained)
     return prepared.backbone, prepared.stream, prepared.input
-
-
-def build_identified(parts: Parts) -> tuple[nn.Module, Stream, str, Identity]:
-    """Return what `build_images` returns, and the identity of the data set.
-
-    Raises:
-        ConfigError: as `build_images`.
-    """
-    prepared = prepare(parts, place=True, pretrained=True)
-    return prepared.backbone, prepared.stream, prepared.input, identify(prepared.dataset, prepared.whole)
 
 
 def identity(parts: Parts) -> Identity:
@@ -213,10 +200,10 @@ def prepare(parts: Parts, *, place: bool, pretrained: bool) -> Prepared:
     made_from = [parts.config["backbone"], pretrained, dataset.shape, parts.seed, hardware]
     key = locate(parts.target("backbone")), repr(made_from)
     backbone = reused_backbone(key, new) if parts.reads_features else new()
-    fitted, transform, text = modality_of(dataset).fit(dataset, backbone)
+    fitted, transform, text, row = modality_of(dataset).fit(dataset, backbone)
     stream = build_stream(parts, fitted, _order(parts, fitted, transform, backbone), transform)
     whole = stream if fitted is dataset else build_stream(parts, dataset, canonical, Plain())
-    return Prepared(backbone, _limited(stream, parts.job, hardware), text, dataset, whole)
+    return Prepared(backbone, _limited(stream, parts.job, hardware), text, row, dataset, whole)
 
 
 def build_stream(parts: Parts, dataset: Dataset, order: Any, transform: Transform) -> Stream:
@@ -263,7 +250,7 @@ def _reads_text(parts: Parts, backbone: nn.Module) -> bool:
         ConfigError: it does, and the backbone has no text tower.
     """
     if parts.method_class.needs_text:
-        require_text(backbone, parts.method_class.__name__)
+        require_text(backbone, parts.method_class.__name__, towers=parts.method_class.needs_towers)
         return True
     return has_names(backbone)
 

@@ -53,7 +53,7 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
     if missing is not None:
         print(f"weights: random in this dry run, and a run needs them: {missing}")
     print(f"parameters: {counts['total']:,} ({counts['trainable']:,} trainable)")
-    print(f"forward FLOPs per {built.unit}: " + ("unknown" if flops is None else f"{flops:,}"))
+    print(f"forward FLOPs per {built.row}: " + ("unknown" if flops is None else f"{flops:,}"))
     print(f"estimated time: {_duration(_estimate(parts, built))} on {hardware.device}")
     return math.nan
 

@@ -46,7 +46,7 @@ class HeldOut:
             dataset: Dataset = of_kind(load(), Dataset, f"job.eval_extra[{number}]")
             if any(dataset.name == name for name, _, _ in sets):
                 raise ConfigError(f"job.eval_extra: the data set {dataset.name} is listed twice; remove one")
-            dataset, transform, _ = modality_of(dataset).fit(dataset, backbone)
+            dataset, transform, *_ = modality_of(dataset).fit(dataset, backbone)
             hardware = parts.hardware
             rows = replace(dataset.test, transform=transform).to(hardware.device, workers=hardware.workers or 0)
             task = Task(0, number, dataset.name, torch.arange(dataset.num_classes), rows, rows, rows)

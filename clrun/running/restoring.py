@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from clrun.blocks.params import Params, clone, select
 from clrun.data.features import FeatureBackbone
-from clrun.data.identity import Identity
+from clrun.data.identity import identify
 from clrun.data.split import Split, Transform
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.learning.names import has_names
 from clrun.running import checkpoint
-from clrun.running.build import build_identified, new_method
+from clrun.running.build import Prepared, new_method, prepare
 from clrun.running.checkpoint_file import Damaged, generations
 from clrun.running.data_checks import check_restored
 from clrun.running.networks import load_networks
@@ -51,6 +51,8 @@ class Restored:
         learned: tasks that it has learned.
         input: one line that says how images are fitted to the backbone.
         hardware: what it computes on.
+        transform: how stored rows become the backbone's input.
+        stored: the tasks with their rows as the data set stores them, by task id.
         initial: the trainable parameters of the backbone before the first task, by name.
     """
 
@@ -59,6 +61,8 @@ class Restored:
     learned: int
     input: str
     hardware: Hardware
+    transform: Transform
+    stored: Mapping[int, Task]
     initial: Params = field(default_factory=dict)
 
 
@@ -106,8 +110,11 @@ def restore(
     stored, weights = generations(folder / CHECKPOINT), folder / WEIGHTS
     if not stored and not weights.exists():
         raise ConfigError(f"{folder}: holds no trained method (neither {CHECKPOINT} nor {WEIGHTS}); {AGAIN}")
-    fresh, stream, text, identity = _untrained(parts)
-    check_restored(data, identity, folder)
+    prepared = prepare(parts, place=True, pretrained=True)
+    fresh, stream = _untrained(parts, prepared)
+    check_restored(data, identify(prepared.dataset, prepared.whole), folder)
+    text, transform = prepared.input, prepared.stream.transform
+    tasks = {task.id: task for task in prepared.whole.tasks}
     initial = clone(select(fresh.backbone)) if with_initial else {}
     if stored:
         try:
@@ -115,9 +122,9 @@ def restore(
         except Damaged as error:
             advice = f"delete it to restore the method from {WEIGHTS}" if weights.exists() else AGAIN
             raise ConfigError(f"{stored[0]}: refused, nothing in it was run ({error.reason}); {advice}") from None
-        return Restored(method.eval(), stream, life.learned, text, parts.hardware, initial)
+        return Restored(method.eval(), stream, life.learned, text, parts.hardware, transform, tasks, initial)
     method = _from_weights(weights, fresh, stream, parts)
-    return Restored(method, stream, len(stream.tasks), text, parts.hardware, initial)
+    return Restored(method, stream, len(stream.tasks), text, parts.hardware, transform, tasks, initial)
 
 
 def save_weights(path: Path, method: Method, stream: Stream, hardware: Hardware) -> None:
@@ -164,20 +171,20 @@ def round_logit(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _untrained(parts: Parts) -> tuple[Method, Stream, str, Identity]:
-    """Return the method before its first task, the stream it reads, the line on its images, and their identity."""
-    backbone, images, text, identity = build_identified(parts)
+def _untrained(parts: Parts, prepared: Prepared) -> tuple[Method, Stream]:
+    """Return the method before its first task, and the stream it reads."""
+    backbone, images = prepared.backbone, prepared.stream
     stream, seen = images, backbone
     if parts.reads_features:
         backbone.eval()
         seen = FeatureBackbone(int(backbone.num_features), getattr(backbone, "joint", None))  # type: ignore[arg-type]
         stream = _through(images, backbone, parts.hardware)
     further = parts.method_class.further_networks(options_of(parts.method_factory))
-    networks = load_networks(parts, parts.load_dataset(), images.transform) if further else {}
+    networks = load_networks(parts, prepared.dataset, images.transform) if further else {}
     method = new_method(parts, seen, images.num_classes, networks)
     if images.captions is not None and (method.needs_text or has_names(backbone)):
         method.read_names(images.captions)
-    return method, stream, text, identity
+    return method, stream
 
 
 def _through(images: Stream, backbone: nn.Module, hardware: Hardware) -> Stream:

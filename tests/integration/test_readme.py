@@ -39,6 +39,15 @@ OF: dict[str, list[str] | None] = {  # options that not every choice of the grou
     "dataset.empty_classes": ["dataset=folder", "dataset.root=my_images"],
     "dataset.columns": ["dataset=list", "dataset.file=my_images/list.csv"],
     "dataset=list": ["dataset.file=my_images/list.csv"],
+    "dataset=text_folder": ["dataset.root=my_texts/folders"],
+    "dataset=hf_text": None,  # OWNER/NAME stands for a data set
+    "dataset.text": ["dataset=text_table", "dataset.file=my_texts/rows.csv"],
+    "dataset.empty=": ["dataset=text_table", "dataset.file=my_texts/rows.csv"],
+    "dataset.encoding": ["dataset=text_table", "dataset.file=my_texts/rows.csv"],
+    "dataset.max_bytes": ["dataset=text_table", "dataset.file=my_texts/rows.csv"],
+    "dataset.delimiter": ["dataset=text_table", "dataset.file=my_texts/rows.csv"],
+    "dataset=text_table": ["dataset.file=my_texts/rows.csv"],
+    "modality=Texts": None,  # an argument in Python
     "dataset.download": ["dataset=mnist"],
     "dataset.archive": ["dataset=folder", "dataset.root=my_images"],
     "dataset.sort": ["dataset=folder", "dataset.root=my_images"],
@@ -174,6 +183,13 @@ def house(tmp_path_factory) -> Path:
             path = house / folder / f"class{row % classes}" / f"{row}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(table[row, 1:].reshape(8, 8).astype(np.uint8)).save(path)
+    texts = [(f"text {row} of class {row % 10}", row % 10) for row in range(100)]
+    for row, (text, label) in enumerate(texts):
+        path = house / "my_texts" / "folders" / str(label) / f"{row}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    lines = "\n".join(f"{text},{label}" for text, label in texts)
+    (house / "my_texts" / "rows.csv").write_text(f"text,label\n{lines}\n")
     listed = sorted(path.relative_to(house / "my_images") for path in (house / "my_images").rglob("*.png"))
     (house / "my_images" / "list.csv").write_text("".join(f"{path},{path.parent}\n" for path in listed))
     return house

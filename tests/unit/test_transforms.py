@@ -210,7 +210,7 @@ def test_augmentation_follows_the_generator() -> None:
 
 def test_features_pass_through() -> None:
     stored = dataset((9,))
-    found, transform, line = Vectors().fit(stored, backbone(None))
+    found, transform, line, _ = Vectors().fit(stored, backbone(None))
     assert found is stored and isinstance(transform, Plain) and line == "9 features, as stored"
     with pytest.raises(ConfigError, match="^dataset.augment: this data set has no images"):
         Vectors().fit(dataset((9,), augment=("flip",)), backbone(None))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol, cast
 
-from clrun.data.reading.listing import hidden, is_image
+from clrun.data.reading.listing import IMAGES, hidden
 from clrun.system.errors import ConfigError, first_line
 from clrun.system.files import make_folder, open_own, writing
 from clrun.system.locks import exclusive
@@ -299,7 +299,7 @@ def placed(archive: Path, members: Sequence[Member]) -> list[tuple[Member, tuple
     if not files:
         raise ConfigError(f"{archive}: holds no files, or hidden ones alone")
     tops = {path[0] for _, path in files if len(path) > 1}
-    loose = any(is_image(path[0]) for _, path in files if len(path) == 1)
+    loose = any(IMAGES.has(path[0]) for _, path in files if len(path) == 1)
     if len(tops) == 1 and not loose:
         below = {path[1:] for _, path in files if len(path) > 1}
         files = [(m, path[1:] if len(path) > 1 else path) for m, path in files if len(path) > 1 or path not in below]

@@ -13,11 +13,11 @@ from clrun.data.reading.class_names import composed
 from clrun.data.reading.options import Reading
 from clrun.data.reading.text import some
 from clrun.data.split import Split, TensorSplit
-from clrun.data.stream import Dataset
+from clrun.data.stream import Dataset, Modality
 from clrun.system.errors import ConfigError, did_you_mean, warn
 from clrun.system.seeding import derive
 
-Rows = tuple[Tensor, Tensor]  # images [N, C, H, W] uint8, labels [N] long
+Rows = tuple[Tensor, Tensor]  # images [N, C, H, W] uint8 (or rows of another kind), labels [N] long
 OTHERS = "others"  # stands for all classes without a fraction of their own
 KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*|0|[1-9][0-9]*")  # keys of mappings on the command line, but for NO_KEYS
 NO_KEYS = ("true", "false", "null", "nan", "inf")
@@ -90,6 +90,7 @@ def assemble(
     groups: Groups | None = None,
     group_names: Mapping[str, tuple[str, ...]] | None = None,
     domains: Domains | None = None,
+    modality: Modality | None = None,
 ) -> Dataset:
     """Return the data set of these rows.
 
@@ -105,26 +106,21 @@ def assemble(
         groups: named partitions of the classes, for `scenario=fixed_groups`.
         group_names: names of the groups of some of these partitions.
         domains: the domains of the data set; validation rows are then taken from each class of each domain.
+        modality: what kind of data the rows are; None for images [N, C, H, W], and for rows of numbers [N, D].
 
     Raises:
         ConfigError: `reading.val_fraction` leaves a class without training rows, or there is a validation part already.
     """
-    if val is not None and any(_fractions(reading.val_fraction, class_names).values()):
-        raise ConfigError(
-            "dataset.val_fraction: the data set has a validation part already; set dataset.val_fraction=0, or leave "
-            "the part out of dataset.splits, as in dataset.splits={train: train, test: test}"
-        )
-    rows, tested = (part if isinstance(part, Split) else TensorSplit(*part) for part in (train, test))
+    _refuse_second_validation(val is not None, reading, class_names)
+    rows = _stored(train)
     strata = rows.y if domains is None else domains.train * len(class_names) + rows.y
     kept, held_out = cut_validation(strata, reading.val_fraction, reading.seed, class_names=class_names)
-    validated = None if held_out is None else rows.select(held_out)
-    if val is not None:
-        validated = val if isinstance(val, Split) else TensorSplit(*val)
+    taken = None if held_out is None else rows.select(held_out)
     whole = Dataset(
         name=name,
         train=rows if held_out is None else rows.select(kept),
-        test=tested,
-        val=validated,
+        test=_stored(test),
+        val=taken if val is None else _stored(val),
         num_classes=len(class_names),
         class_names=tuple(class_names),
         shape=tuple(rows.images.shape[1:]),
@@ -135,11 +131,30 @@ def assemble(
         group_names=group_names or {},
         seed=reading.seed,
         captions=captions(name, class_names, templates=reading.templates, words=reading.class_names),
+        modality=modality,
     )
     if domains is None:
         return whole
     held_domains = domains.val if held_out is None else domains.train[held_out]
     return replace(whole, parts=_domain_parts(whole, domains, domains.train[kept], held_domains))
+
+
+def _stored(part: Rows | Split) -> Split:
+    """Return rows as a split."""
+    return part if isinstance(part, Split) else TensorSplit(*part)
+
+
+def _refuse_second_validation(given: bool, reading: Reading, class_names: Sequence[str]) -> None:
+    """Refuse to take validation rows from the training rows of a data set that has a validation part (`given`).
+
+    Raises:
+        ConfigError: see above.
+    """
+    if given and any(_fractions(reading.val_fraction, class_names).values()):
+        raise ConfigError(
+            "dataset.val_fraction: the data set has a validation part already; set dataset.val_fraction=0, or leave "
+            "the part out of dataset.splits, as in dataset.splits={train: train, test: test}"
+        )
 
 
 def _domain_parts(whole: Dataset, domains: Domains, trained: Tensor, validated: Tensor | None) -> tuple[Dataset, ...]:

@@ -61,7 +61,7 @@ def distinct(names: Iterable[str], where: str) -> list[str]:
     return list(alike.values())
 
 
-def match(known: Sequence[str], names: Sequence[str], *, where: str, part: str) -> list[int]:
+def match(known: Sequence[str], names: Sequence[str], *, where: str, part: str, unit: str = "image") -> list[int]:
     """Return the class id of each name, by name and never by position.
 
     Args:
@@ -69,6 +69,7 @@ def match(known: Sequence[str], names: Sequence[str], *, where: str, part: str) 
         names: names of the classes of another part.
         where: folder, file or data set, for the message.
         part: the other part, for the message, such as "test/".
+        unit: what one row is called, for the message.
 
     Raises:
         ConfigError: a name is not among the known ones, or differs from one only in case.
@@ -82,5 +83,5 @@ def match(known: Sequence[str], names: Sequence[str], *, where: str, part: str) 
                 f"{where}: the classes '{twin}' and '{name}' (in {part}) differ only in case; rename one or merge them"
             )
     if alone:
-        raise ConfigError(f"{where}: only {part} has the classes {some(alone)}; add training images or remove them")
+        raise ConfigError(f"{where}: only {part} has the classes {some(alone)}; add training {unit}s or remove them")
     return [ids[composed(name)] for name in names]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -76,7 +76,7 @@ def from_files(
     """
     parts = [train, test] if val is None else [train, test, val]
     parts, domains = _kept(parts, domains, _once(name, parts))
-    _say_left_out(name, parts)
+    say_left_out(name, parts)
     files = [FileList(part.root, part.names) for part in parts]
     images, readable, note = usable(name, files, reading.images, channels)
     parts, domains = _kept(parts, domains, readable)
@@ -87,7 +87,7 @@ def from_files(
         parts, domains = _kept(parts, domains, [[ids[label] >= 0 for label in part.labels] for part in parts])
         parts = [replace(part, labels=tuple(ids[label] for label in part.labels)) for part in parts]
         class_names, groups = renumbered(class_names, groups, ids)
-    splits = {of: _split(part, images, channels, of) for part, of in zip(parts, PARTS, strict=False)}
+    splits: dict[str, Any] = {of: _split(part, images, channels, of) for part, of in zip(parts, PARTS, strict=False)}
     dataset = assemble(
         name,
         **splits,
@@ -136,10 +136,10 @@ def _once(name: str, parts: Sequence[Listing]) -> list[list[bool]]:
     return kept
 
 
-def _say_left_out(name: str, parts: Sequence[Listing]) -> None:
-    """Warn about files and links that were found and are not read."""
+def say_left_out(name: str, parts: Sequence[Listing], rows: str = "images") -> None:
+    """Warn about files and links that were found and are not read; `rows` is what the others are called."""
     kinds = {
-        "skipped": "files are left out because their names are not those of images",
+        "skipped": f"files are left out because their names are not those of {rows}",
         "unfollowed": "links are not followed because they lead to a folder around them or nowhere",
         "special": "pipes or devices are left out and were not opened",
     }
@@ -204,6 +204,7 @@ def check_classes(
     where: str,
     *,
     empty: Literal["error", "drop"],
+    unit: str = "image",
 ) -> list[int]:
     """Return the class id of each class when those without training images are dropped; -1 for a dropped class.
 
@@ -215,6 +216,7 @@ def check_classes(
         class_names: C names.
         where: folder or data set, for the message.
         empty: "error" refuses classes without training images.
+        unit: what one row is called, for the messages.
 
     Raises:
         ConfigError: a class has no training images and `empty` is "error"; or there are no test images at all.
@@ -223,18 +225,18 @@ def check_classes(
     untrained = [title for label, title in enumerate(class_names) if label not in trained]
     if untrained and (empty == "error" or not trained):
         raise ConfigError(
-            f"{where}: no training images of {some(untrained)}; add some, remove the class, set a smaller "
+            f"{where}: no training {unit}s of {some(untrained)}; add some, remove the class, set a smaller "
             "dataset.test_fraction, or set dataset.empty_classes=drop to leave such classes out"
         )
     if not tested & trained:
-        raise ConfigError(f"{where}: there are no test images; add some, or set dataset.test_fraction above 0")
+        raise ConfigError(f"{where}: there are no test {unit}s; add some, or set dataset.test_fraction above 0")
     if untrained:
         rows = sum(label not in trained for part in labels for label in part)
-        also = f", and so are their {rows} other images" if rows else ""
-        warn(f"{name}: classes without training images are left out{also}: {some(untrained)}")
+        also = f", and so are their {rows} other {unit}s" if rows else ""
+        warn(f"{name}: classes without training {unit}s are left out{also}: {some(untrained)}")
     untested = [title for label, title in enumerate(class_names) if label in trained - tested]
     if untested:
-        warn(f"{name}: no test images of {some(untested)} in {where}")
+        warn(f"{name}: no test {unit}s of {some(untested)} in {where}")
     kept = [label for label in range(len(class_names)) if label in trained]
     return [kept.index(label) if label in trained else -1 for label in range(len(class_names))]
 

@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from clrun.data.reading.class_names import distinct, match
 from clrun.data.reading.listing import (
+    IMAGES,
+    FileKind,
     Listing,
     by_hash,
     class_folders,
     class_paths,
     entries,
     hidden,
-    is_image,
     kind_of,
     list_classes,
     subfolders,
@@ -112,6 +114,7 @@ class Tree:
         val: folder of their validation images; None if there is none.
         classes: names of the classes.
         by_path: whether a class is the path from the part's folder to the folder that holds an image.
+        files: the kind of files that are the rows.
     """
 
     home: Path
@@ -120,6 +123,7 @@ class Tree:
     val: Path | None
     classes: list[str]
     by_path: bool
+    files: FileKind = IMAGES
 
     @property
     def said(self) -> str:
@@ -141,7 +145,7 @@ class Tree:
         """
 
         def listed(folder: Path) -> Listing:
-            return list_classes(folder, classes, root=root, by_path=self.by_path)
+            return list_classes(folder, classes, root=root, by_path=self.by_path, files=self.files)
 
         train = listed(self.train)
         val = None if self.val is None else listed(self.val)
@@ -151,7 +155,9 @@ class Tree:
         return *by_hash(train, fraction, start=start), val
 
 
-def tree(home: Path, splits: Splits | None, classes: Classes, *, key: str = "dataset.root") -> Tree:
+def tree(
+    home: Path, splits: Splits | None, classes: Classes, *, key: str = "dataset.root", files: FileKind = IMAGES
+) -> Tree:
     """Return the class folders of `home`, which may be divided into parts.
 
     Args:
@@ -159,21 +165,22 @@ def tree(home: Path, splits: Splits | None, classes: Classes, *, key: str = "dat
         splits: names of the parts; None to find them.
         classes: "top" for one class per folder, "path" for one class per path to a folder with images.
         key: the option that names the folder, for messages.
+        files: the kind of files that are the rows.
 
     Raises:
         ConfigError: there are no class folders, the parts are unclear, or a class is not in the training part.
     """
     if not home.is_dir():
         raise ConfigError(f"{key}: there is no folder {home}; {LAYOUT}")
-    home = home if splits else _unwrapped(home)
+    home = home if splits else _unwrapped(home, files)
     names = subfolders(home)
     if not names:
         raise ConfigError(f"{home}: contains no folders; {LAYOUT}")
-    chosen = _found(home, names) if splits is None else given_parts(splits, names, str(home))
-    _say_ignored(home, names, chosen)
+    chosen = _found(home, names, files) if splits is None else given_parts(splits, names, str(home))
+    _say_ignored(home, names, chosen, files)
     train = home / chosen["train"] if chosen else home
     places = {part: home / chosen[part] if part in chosen else None for part in ("test", "val")}
-    listed = class_paths if classes == "path" else class_folders
+    listed = partial(class_paths, files=files) if classes == "path" else class_folders
     known = listed(train)
     if not known:
         raise ConfigError(f"{train}: contains no class folders; {LAYOUT}")
@@ -181,19 +188,19 @@ def tree(home: Path, splits: Splits | None, classes: Classes, *, key: str = "dat
         _say_nested_parts(home, names)
     for part, place in places.items():
         if place is not None:
-            match(known, listed(place), where=str(home), part=f"{chosen[part]}/")
-    return Tree(home, train, places["test"], places["val"], known, classes == "path")
+            match(known, listed(place), where=str(home), part=f"{chosen[part]}/", unit=files.unit)
+    return Tree(home, train, places["test"], places["val"], known, classes == "path", files)
 
 
-def _unwrapped(home: Path) -> Path:
+def _unwrapped(home: Path, files: FileKind) -> Path:
     """Return the folder that holds the data set: `home`, or the only folder in it if that holds folders alone.
 
     A data set of a single class cannot be meant, so that the class folders lie one level deeper; a warning says so.
     """
     inner = home
-    while len(names := subfolders(inner)) == 1 and not _images(inner):
+    while len(names := subfolders(inner)) == 1 and not _rows(inner, files):
         below = inner / names[0]
-        if part_of(names[0]) is not None or not subfolders(below) or _images(below):
+        if part_of(names[0]) is not None or not subfolders(below) or _rows(below, files):
             break
         inner = below
     if inner != home:
@@ -201,7 +208,7 @@ def _unwrapped(home: Path) -> Path:
     return inner
 
 
-def _found(home: Path, names: Sequence[str]) -> dict[str, str]:
+def _found(home: Path, names: Sequence[str], files: FileKind) -> dict[str, str]:
     """Return the folder of each part by its name.
 
     A folder counts as a part only if it holds folders. Folders with the name of a part that hold images are classes,
@@ -222,18 +229,18 @@ def _found(home: Path, names: Sequence[str]) -> dict[str, str]:
             "name the parts, as in dataset.splits={train: NAME, test: NAME}; or set dataset.splits={} to learn every "
             "folder as a class; labels in a file are read by dataset=list"
         )
-    warn(f"{home}: the folder {listed} is learned as a class, because it holds images and no folders")
+    warn(f"{home}: the folder {listed} is learned as a class, because it holds {files.unit}s and no folders")
     return {}
 
 
-def _say_ignored(home: Path, names: Sequence[str], chosen: Mapping[str, str]) -> None:
+def _say_ignored(home: Path, names: Sequence[str], chosen: Mapping[str, str], files: FileKind) -> None:
     """Warn about folders beside the parts, images outside of class folders, and parts that are learned as classes."""
     if chosen:
         ignored = [f"{name}/" for name in names if name not in chosen.values()]
-        loose = [f"{name}/{image}" for name in dict.fromkeys(chosen.values()) for image in _images(home / name)]
-        ignored += [*_images(home), *loose]
+        loose = [f"{name}/{image}" for name in dict.fromkeys(chosen.values()) for image in _rows(home / name, files)]
+        ignored += [*_rows(home, files), *loose]
     else:
-        ignored = _images(home)
+        ignored = _rows(home, files)
         if len(classes := [name for name in names if part_of(name) is not None]) > 1:
             warn(f"{home}: the folders {some(classes)} are learned as classes, as dataset.splits={{}} asks")
     if ignored:
@@ -252,9 +259,9 @@ def _say_nested_parts(home: Path, names: Sequence[str]) -> None:
         )
 
 
-def _images(folder: Path) -> list[str]:
-    """Return the names of the images directly in a folder."""
-    found = [entry for entry in entries(folder) if is_image(entry.name) and not hidden(entry.name)]
+def _rows(folder: Path, files: FileKind) -> list[str]:
+    """Return the names of the images, or other rows, directly in a folder."""
+    found = [entry for entry in entries(folder) if files.has(entry.name) and not hidden(entry.name)]
     return [entry.name for entry in found if kind_of(entry) == "file"]
 
 

@@ -20,6 +20,27 @@ Kind = Literal["folder", "file", "broken", "special"]
 
 
 @dataclass(frozen=True)
+class FileKind:
+    """The kind of files that are the rows of a data set.
+
+    Attributes:
+        unit: what one of them is called in messages.
+        suffixes: of their names, in lower case.
+    """
+
+    unit: str
+    suffixes: frozenset[str]
+
+    def has(self, name: str) -> bool:
+        """Return whether the suffix of a name is one of this kind."""
+        return os.path.splitext(name)[1].lower() in self.suffixes
+
+
+IMAGES = FileKind("image", frozenset(SUFFIXES))
+TEXTS = FileKind("text", frozenset({".txt"}))
+
+
+@dataclass(frozen=True)
 class Listing:
     """Labelled image files.
 
@@ -83,11 +104,6 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in SERVICE
 
 
-def is_image(name: str) -> bool:
-    """Return whether the suffix of a name is that of an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
 def leads_around(path: str) -> bool:
     """Return whether a path is a link to a folder around it."""
     if not os.path.islink(path):
@@ -122,7 +138,9 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
         raise ConfigError(f"{folder}: cannot be read ({first_line(error)})") from error
 
 
-def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = None, by_path: bool = False) -> Listing:
+def list_classes(
+    folder: Path, classes: Sequence[str], *, root: Path | None = None, by_path: bool = False, files: FileKind = IMAGES
+) -> Listing:
     """Return the images in the folders `classes` of `folder`; the position in the list is the class id.
 
     Images in folders within a class folder belong to the class. Links are followed, except those to a folder around
@@ -135,12 +153,13 @@ def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = No
         root: folder that the paths start from; default `folder`.
         by_path: whether a class is the path from `folder` to the folder that holds an image; images that lie in none
             of the `classes` are then left out.
+        files: the kind of files.
 
     Raises:
         ConfigError: a folder cannot be read.
     """
     root = root or folder
-    walk = _Walk(0 if root == Path() else len(os.path.join(root, "")))
+    walk = _Walk(0 if root == Path() else len(os.path.join(root, "")), files)
     linked = os.path.realpath(folder) != _below(root, folder)
     ids = {composed(name): label for label, name in enumerate(classes)}
     tops = _stored_names(folder, {name.partition("/")[0] if by_path else name for name in ids})
@@ -164,13 +183,13 @@ def list_classes(folder: Path, classes: Sequence[str], *, root: Path | None = No
     )
 
 
-def class_paths(folder: Path) -> list[str]:
-    """Return the paths from `folder` to the folders below it that hold images, composed and sorted.
+def class_paths(folder: Path, files: FileKind = IMAGES) -> list[str]:
+    """Return the paths from `folder` to the folders below it that hold files of a kind, composed and sorted.
 
     Raises:
         ConfigError: a folder cannot be read, or two paths differ only in case.
     """
-    walk = _Walk(0)
+    walk = _Walk(0, files)
     holders = {
         os.path.relpath(os.path.dirname(path), folder).replace(os.sep, "/")
         for top in subfolders(folder)
@@ -192,14 +211,15 @@ def _stored_names(folder: Path, wanted: set[str]) -> list[str]:
 
 
 class _Walk:
-    """Finds the images below folders and notes what else is there.
+    """Finds the images, or other rows, below folders and notes what else is there.
 
     Args:
         start: length of the part of each path before its name.
+        kind: of the files that are rows.
     """
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, start: int, kind: FileKind) -> None:
+        self.start, self.kind = start, kind
         self.skipped: list[str] = []
         self.unfollowed: list[str] = []
         self.special: list[str] = []
@@ -225,7 +245,7 @@ class _Walk:
                     yield from self.files(entry.path, through, above)
             elif kind == "special":
                 self.special.append(entry.path)
-            elif is_image(entry.name):
+            elif self.kind.has(entry.name):
                 if through and kind == "file":
                     self.linked[entry.path[self.start :]] = os.path.realpath(entry.path)
                 yield entry.path

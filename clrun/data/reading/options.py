@@ -18,7 +18,7 @@ from clrun.data.captions import check_templates
 from clrun.data.decode import Decoding
 from clrun.data.reading.class_names import Sort
 from clrun.data.stream import Dataset
-from clrun.system.errors import ConfigError, Fraction
+from clrun.system.errors import ConfigError, Fraction, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,42 @@ class OwnReading(Reading):
                 f"dataset.mean: mean and std need one value per channel (1 or 3), or none; got {self.mean} and "
                 f"{self.std}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReading(Reading):
+    """The options of the user's own texts.
+
+    Attributes:
+        test_fraction: fraction of test texts where the data have no test part. A hash of each text in lower case and
+            without punctuation decides, so that a text is never in both parts.
+        max_bytes: a text is cut to so many bytes in UTF-8; no character is cut in two.
+        empty: "error" refuses texts without a visible character, "skip" leaves them out.
+        empty_classes: "error" refuses classes without training texts, "drop" leaves them out.
+        encoding: encoding of the files, which is never guessed.
+        sort: order of the names of classes: "text" by code point, "natural" with numbers in names as numbers.
+
+    Raises:
+        ConfigError: `augment` names an augmentation of images, or there is no such encoding.
+    """
+
+    test_fraction: Fraction
+    max_bytes: PositiveInt
+    empty: Literal["error", "skip"]
+    empty_classes: Literal["error", "drop"]
+    encoding: str
+    sort: Sort
+
+    def __post_init__(self) -> None:
+        """Refuse what does not suit texts before any file is read."""
+        super().__post_init__()
+        parse_augmentations(self.augment, "text")
+        try:
+            "".encode(self.encoding)
+        except (LookupError, ValueError) as error:
+            raise ConfigError(
+                f"dataset.encoding: there is no encoding {self.encoding!r}; use one of Python, such as utf-8 or latin-1"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

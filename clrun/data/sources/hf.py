@@ -1,8 +1,6 @@
 """Image data sets of the Hugging Face Hub, or of a folder that its library reads. Their own code is never run."""
 
 import hashlib
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,17 +13,16 @@ from clrun.data.contents import Digests, StoredRows, bytes_digest, file_digest
 from clrun.data.images import FileImages, ImageSplit
 from clrun.data.reading.assemble import assemble
 from clrun.data.reading.class_names import distinct, match
+from clrun.data.reading.hub import hub_tables, label_column, listed, pick
 from clrun.data.reading.image_files import PARTS, check_classes, renumbered, usable, with_note
 from clrun.data.reading.listing import in_test
 from clrun.data.reading.options import OwnReading, loader, user_path
 from clrun.data.reading.text import printable
 from clrun.data.stream import Dataset
 from clrun.system import libraries
-from clrun.system.errors import ConfigError, did_you_mean, one_line
+from clrun.system.errors import ConfigError
 
-OLDEST = 4  # from this version on the library refuses data sets with a program
 BATCH = 1000  # rows that are read at once for their digests
-SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 
 _digests: dict[str, Digests] = {}  # by table and column
@@ -138,7 +135,7 @@ def hf(
             such split or column; an image has no class; a class is in another split alone; images cannot be decoded.
     """
     user_path(path, "dataset.path")
-    columns = _Columns(path, _tables(path, config, revision), image, label)
+    columns = _Columns(path, hub_tables("hf", path, config, revision), image, label)
     parts, names = columns.parts(train, test, val, reading.test_fraction)
     images, readable, note = usable("hf", [files for files, _ in parts], reading.images, reading.channels)
     parts = [_kept(files, labels, keep) for (files, labels), keep in zip(parts, readable, strict=True)]
@@ -189,9 +186,9 @@ class _Columns:
     ) -> tuple[list[tuple[HubFiles, list[int]]], list[str]]:
         """Return files and labels of the training, the test and perhaps the validation part, and the class names."""
         chosen = {"train": train, "test": train if test is None else test} | ({} if val is None else {"val": val})
-        tables = [_pick(self.tables, name, option) for option, name in chosen.items()]
+        tables = [pick(self.tables, name, option) for option, name in chosen.items()]
         image = _image_column(tables[0], self.image)
-        label = _label_column(tables[0], self.label, image)
+        label = label_column(tables[0], self.label, image)
         names, labels = _classes(tables, label, self.path, list(chosen.values()))
         rows: list[Sequence[int]] = [range(len(own)) for own in labels]
         if test is None:
@@ -205,44 +202,6 @@ class _Columns:
         return parts, names
 
 
-def _tables(path: str, config: str | None, revision: str | None) -> Any:
-    """Return the splits of a data set by name."""
-    library = libraries.load("datasets")
-    if int(library.__version__.split(".")[0]) < OLDEST:
-        raise ConfigError(
-            f"dataset=hf needs datasets {OLDEST} or newer, which run no code of a data set; found "
-            f"{library.__version__}; run {libraries.pip_install('datasets', upgrade=True)}"
-        )
-    if not sys.stderr.isatty():
-        library.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the error below reports failed attempts
-    home = Path(path).expanduser()
-    try:
-        if any((home / name).is_file() for name in SAVED):
-            found = library.load_from_disk(str(home))
-            return found if isinstance(found, dict) else {"train": found}
-        return library.load_dataset(str(home) if home.is_dir() else path, config, revision=revision)
-    except Exception as error:  # the library and the network below it have many kinds
-        reason = one_line(error)[:300]
-        raise ConfigError(
-            f"dataset.path: {path} cannot be loaded ({reason}); set it to a name on the Hub that this machine can "
-            "reach or has loaded before, or to a folder"
-        ) from error
-
-
-def _pick(tables: Any, name: str, option: str) -> Any:
-    """Return the split `name`."""
-    if name not in tables:
-        hint = did_you_mean(name, tables) or f"; set dataset.{option}"
-        raise ConfigError(f"dataset.{option}: there is no split '{name}'{hint} (there are: {', '.join(tables)})")
-    return tables[name]
-
-
-def _listed(table: Any) -> str:
-    """Return the columns of a table with their types."""
-    return ", ".join(f"{column} ({type(feature).__name__})" for column, feature in table.features.items())
-
-
 def _holds_images(feature: Any) -> bool:
     """Return whether a column may hold encoded images: as such, as bytes, or as structs of bytes and path."""
     if isinstance(feature, dict):
@@ -254,34 +213,19 @@ def _image_column(table: Any, name: str | None) -> str:
     """Return the column `name`, or the only one with images."""
     if name is not None:
         if name not in table.features or not _holds_images(table.features[name]):
-            raise ConfigError(f"dataset.image: there is no column of images '{name}' (there are: {_listed(table)})")
+            raise ConfigError(f"dataset.image: there is no column of images '{name}' (there are: {listed(table)})")
         return name
     declared = [column for column, feature in table.features.items() if type(feature).__name__ == "Image"]
     found = declared or [column for column, feature in table.features.items() if _holds_images(feature)]
     if len(found) != 1:
-        raise ConfigError(f"dataset.image: name the column; {len(found)} hold images (of: {_listed(table)})")
+        raise ConfigError(f"dataset.image: name the column; {len(found)} hold images (of: {listed(table)})")
     return str(found[0])
-
-
-def _label_column(table: Any, name: str | None, image: str) -> str:
-    """Return the column `name`, or the only ClassLabel, or the only column beside the images."""
-    if name is not None:
-        if name not in table.features:
-            raise ConfigError(f"dataset.label: there is no column '{name}' (there are: {_listed(table)})")
-        return name
-    found = [column for column, feature in table.features.items() if type(feature).__name__ == "ClassLabel"]
-    others = [column for column in table.features if column != image]
-    if len(found) != 1 and len(others) != 1:
-        raise ConfigError(
-            f"dataset.label: name the column; {len(found)} are of the kind ClassLabel (of: {_listed(table)})"
-        )
-    return str(found[0] if len(found) == 1 else others[0])
 
 
 def _labels(table: Any, column: str, path: str) -> list[int | str]:
     """Return the values of the column of classes."""
     if column not in table.features:
-        raise ConfigError(f"{path}: there is no column '{column}' (there are: {_listed(table)})")
+        raise ConfigError(f"{path}: there is no column '{column}' (there are: {listed(table)})")
     values = list(table[column])
     for row, value in enumerate(values):
         if not isinstance(value, int | str) or value == -1:

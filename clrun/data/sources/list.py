@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from clrun.data.reading.assemble import Domains, Groups
 from clrun.data.reading.class_names import Sort, composed, distinct, in_order, match
 from clrun.data.reading.image_files import from_files, with_note
-from clrun.data.reading.layout import found_parts, given_parts
-from clrun.data.reading.listing import Listing, in_test
+from clrun.data.reading.listing import Listing
 from clrun.data.reading.options import OwnReading, loader, user_path
+from clrun.data.reading.row_parts import class_groups, row_domains, row_parts
 from clrun.data.reading.rows import Row, read_rows
 from clrun.data.reading.text import some
 from clrun.data.stream import Dataset
@@ -62,6 +59,7 @@ def list(
         match(classes, distinct((row.label for row in own), str(listed)), where=str(listed), part=f"the {part} part")
     listings = {part: _listing(home, own, classes) for part, own in parts.items()}
     listings["train"] = replace(listings["train"], special=special)
+    tasks = class_groups(str(listed), ((row.line, row.label, row.task) for row in rows), classes, sort)
     dataset = from_files(
         Path(name).stem or "list",
         listings["train"],
@@ -72,8 +70,8 @@ def list(
         mean=reading.mean,
         std=reading.std,
         reading=reading,
-        groups=_groups(listed, rows, classes, sort),
-        domains=_domains(parts),
+        groups={"task": tuple(own for _, own in tasks)} if tasks else {},
+        domains=row_domains({part: [row.domain for row in own] for part, own in parts.items()}),
     )
     return with_note(replace(dataset, sort=sort), said)
 
@@ -139,25 +137,9 @@ def _parts(file: Path, rows: Sequence[Row], splits: dict[str, str | None] | None
     Raises:
         ConfigError: it is unclear which rows are training rows.
     """
-    names = tuple(dict.fromkeys(row.split for row in rows if row.split))
-    if not names and splits:
-        raise ConfigError(f"dataset.splits: {file} has no column of splits; add one, or set dataset.splits=null")
-    chosen = found_parts(names, str(file)) if splits is None else given_parts(splits, names, str(file))
-    if names and not chosen and splits is None:
-        raise ConfigError(
-            f"{file}: the splits {some(names)} are unclear; name them, as in dataset.splits={{train: {names[0]}, "
-            "test: NAME}"
-        )
-    ignored = tuple(row for row in rows if chosen and row.split not in chosen.values())
-    if ignored:
-        warn(f"{file}: {len(ignored)} rows of other splits are ignored: {some(sorted({row.split for row in ignored}))}")
-    parts = {part: tuple(row for row in rows if row.split == title) for part, title in chosen.items()}
-    train = parts.get("train", tuple(rows))
-    if "test" not in parts:
-        parts["train"] = tuple(row for row in train if not in_test(row.path, fraction))
-        parts["test"] = tuple(row for row in train if in_test(row.path, fraction))
-    said = "" if chosen.get("test") in (None, "test") else f"tested on {chosen['test']}"
-    return parts, said
+    splits_of, names = [row.split for row in rows], [row.path for row in rows]
+    found, said = row_parts(str(file), splits_of, names, splits, fraction)
+    return {part: tuple(rows[k] for k in own) for part, own in found.items()}, said
 
 
 def _listing(home: Path, rows: Sequence[Row], classes: Sequence[str]) -> Listing:
@@ -169,34 +151,3 @@ def _listing(home: Path, rows: Sequence[Row], classes: Sequence[str]) -> Listing
 def _is_special(path: Path) -> bool:
     """Return whether a path is that of a pipe, a socket or a device, which may never be opened."""
     return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def _groups(file: Path, rows: Sequence[Row], classes: Sequence[str], sort: Sort) -> Groups:
-    """Return the classes of each task, by sorted task; {} without a column of tasks.
-
-    Raises:
-        ConfigError: a class is in two tasks.
-    """
-    task_of: dict[str, str] = {}
-    for row in rows:
-        if row.task:
-            other = task_of.setdefault(composed(row.label), row.task)
-            if other != row.task:
-                raise ConfigError(
-                    f"{file}, line {row.line}: the class {row.label} is in the tasks {other} and {row.task}; name the "
-                    "column domain if all tasks have the same classes"
-                )
-    if not task_of:
-        return {}
-    tasks = in_order(set(task_of.values()), sort)
-    members = {task: tuple(k for k, name in enumerate(classes) if task_of.get(name) == task) for task in tasks}
-    return {"task": tuple(own for own in members.values() if own)}
-
-
-def _domains(parts: Parts) -> Domains | None:
-    """Return the domains of the rows of each part, by sorted name; None without a column of domains."""
-    names = sorted({row.domain for own in parts.values() for row in own if row.domain})
-    if not names:
-        return None
-    of = {part: torch.tensor([names.index(row.domain) for row in own]) for part, own in parts.items()}
-    return Domains(names, **of)

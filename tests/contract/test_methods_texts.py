@@ -1,0 +1,52 @@
+"""Every method on texts: it learns a tiny stream of token ids, or refuses the backbone in one line that says why."""
+
+import math
+
+import pytest
+from helpers import METHODS, cpu, live, sgd, text_stream
+from test_methods import small
+
+from clrun.data.features import frozen_features
+from clrun.learning.names import require_text
+from clrun.system.errors import ConfigError
+
+BLOCKS = "needs a transformer with blocks of attention and MLP, not Bert; use the backbones"
+VISION = "needs a vision transformer, not Bert; use the backbones"
+TOWERS = "needs an image and a text tower, not Bert; use the backbones"
+REFUSED = {name: BLOCKS for name in ("aper", "ease", "mos", "sema", "slca_pp", "tuna")}
+REFUSED |= {name: VISION for name in ("cl_lora", "coda_prompt", "dap", "dualprompt", "hide_prompt", "l2p", "lae", "vit_pad", "vpt")}
+REFUSED |= {name: TOWERS for name in ("clip_finetune", "coop", "moe_adapters", "zscl")}
+REFUSED |= {name: TOWERS for name in ("promptfusion", "promptfusion_lite")}
+REFUSED["hat"] = "torch.fx cannot trace the layers of Bert"
+NAMES = ("ncm_names", "proof", "rail", "rapf", "zero_shot")  # compare texts with names of classes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_texts_or_says_why_not(name: str) -> None:
+    make = small(name)
+    target = make.func  # type: ignore[attr-defined]
+    setting = "cil" if "cil" in target.settings else "til"
+    stream, backbone = text_stream(setting, head="fixed" if name in NAMES else "linear")
+    cpu().place(backbone)
+    try:
+        if target.needs_text:
+            require_text(backbone, target.__name__, towers=target.needs_towers)
+        if target.reads_features(make.keywords):  # type: ignore[attr-defined]
+            stream, backbone = frozen_features(stream, backbone, cpu(), text=target.needs_text)
+        method = make(backbone, stream.num_classes)
+    except ConfigError as error:
+        assert name in REFUSED, error
+        assert str(error).startswith("backbone: ") and REFUSED[name] in str(error) and "\n" not in str(error)
+        return
+    assert name not in REFUSED
+    method.read_names(stream.captions)
+    method.check(stream)
+    journal = live(method, stream, budget=sgd(epochs=1), until=2)
+    assert all(math.isfinite(row["nll"]) for row in journal.recorded) and len(journal.recorded) >= 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_that_compare_with_names_say_what_to_set(name: str) -> None:
+    target = small(name).func  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=rf"^backbone.head: {target.__name__} compares texts with names of classes;"):
+        require_text(text_stream()[1], target.__name__)
