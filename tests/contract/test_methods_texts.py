@@ -10,14 +10,15 @@ from clrun.data.features import frozen_features
 from clrun.learning.names import require_text
 from clrun.system.errors import ConfigError
 
-BLOCKS = "needs a transformer with blocks of attention and MLP, not Bert; use the backbones"
-VISION = "needs a vision transformer, not Bert; use the backbones"
-TOWERS = "needs an image and a text tower, not Bert; use the backbones"
-REFUSED = {name: BLOCKS for name in ("aper", "ease", "mos", "sema", "slca_pp", "tuna")}
-REFUSED |= {name: VISION for name in ("cl_lora", "coda_prompt", "dap", "dualprompt", "hide_prompt", "l2p", "lae", "vit_pad", "vpt")}
-REFUSED |= {name: TOWERS for name in ("clip_finetune", "coop", "moe_adapters", "zscl")}
-REFUSED |= {name: TOWERS for name in ("promptfusion", "promptfusion_lite")}
-REFUSED["hat"] = "torch.fx cannot trace the layers of Bert"
+REASONS = (
+    "needs a transformer with blocks of attention and MLP, not Bert; use the backbones",
+    "needs a vision transformer, not Bert; use the backbones",
+    "needs an image and a text tower, not Bert; use the backbones",
+    "torch.fx cannot trace the layers of Bert",
+)
+RUNS = """a_gem apd b_tuning batchensemble blip cofima coma der dgc dlcft ebll er esn ewc fecam finetune fish gem gpm halrp
+icarl imm inflora joint kfac_ewc l2 lda linear_probe lora lwf mas mer merge ncl ncm o_lora packnet progress_compress qr
+ranpac replay_finetune sd_lora si simplecil slca stl swag trgp""".split()  # nothing in them is about images
 NAMES = ("ncm_names", "proof", "rail", "rapf", "zero_shot")  # compare texts with names of classes
 
 
@@ -35,10 +36,10 @@ def test_every_method_learns_texts_or_says_why_not(name: str) -> None:
             stream, backbone = frozen_features(stream, backbone, cpu(), text=target.needs_text)
         method = make(backbone, stream.num_classes)
     except ConfigError as error:
-        assert name in REFUSED, error
-        assert str(error).startswith("backbone: ") and REFUSED[name] in str(error) and "\n" not in str(error)
+        assert name not in (*RUNS, *NAMES), error
+        assert str(error).startswith("backbone: ") and "\n" not in str(error)
+        assert any(reason in str(error) for reason in REASONS), error
         return
-    assert name not in REFUSED
     method.read_names(stream.captions)
     method.check(stream)
     journal = live(method, stream, budget=sgd(epochs=1), until=2)
