@@ -240,7 +240,12 @@ def require_text(backbone: nn.Module, method: str, *, towers: bool = False) -> N
     joint = getattr(backbone, "joint", None)
     if joint is None and not towers and hasattr(backbone, "tokenizer"):
         raise ConfigError(f"backbone.head: {method} compares texts with names of classes; set it to fixed")
-    if joint is None or (towers and joint is backbone):
+    if towers and hasattr(backbone, "tokenizer"):
+        raise ConfigError(
+            f"backbone: {method} needs an image and a text tower, not {type(backbone).__name__}; use the backbones "
+            "glyph_clip, clip_vit_b16 or open_clip"
+        )
+    if joint is None:
         raise ConfigError(
             f"backbone: {method} needs names of classes as text, which {type(backbone).__name__} cannot encode; use a "
             "backbone with an image and a text tower (glyph_clip, clip_vit_b16, open_clip), or an encoder of texts "
