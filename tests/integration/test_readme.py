@@ -78,6 +78,8 @@ MACHINE, DATA, HOURS, CHANGES = (
     "changes the environment",
 )
 NOT_RUN = {
+    "clrun dataset=hpo_linking_3 scenario=fixed_groups scenario.groups=branch backbone=minilm_adapter "
+    "backbone.head=fixed method=finetune budget=adamw": DATA,
     "clrun dataset=cifar100 dataset.root=/data scenario.n_tasks=10 backbone=resnet32 "
     "budget.epochs=50 hardware=gpu": DATA,
     "clrun -m experiment=cifar100_superclass task_order.order=A,B,C,D,E method=finetune,ewc": DATA,

@@ -115,7 +115,10 @@ MTIL_I = ["aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers", "fo
 MTIL_II = ["cars", "food", "mnist", "pets", "flowers", "sun397", "aircraft", "caltech101", "dtd", "eurosat", "cifar100"]
 MTIL = {"i": list(range(11)), "ii": [MTIL_I.index(name) for name in MTIL_II]}
 
+REGISTERS = {"technical_to_lay": [0, 1, 2, 3, 4], "lay_to_technical": [4, 3, 2, 1, 0], "mixed": [3, 0, 4, 1, 2]}
+
 PRESETS = {
+    "body_systems": REGISTERS,
     "cifar100_split": CIFAR100_SPLIT,
     "cifar100_superclass": CIFAR100_SUPERCLASS,
     "five_datasets": FIVE_DATASETS,
@@ -138,6 +141,10 @@ def test_presets_are_the_published_orders(name: str) -> None:
 def test_every_preset_is_tested() -> None:
     files = {file.stem for file in (CONF / "task_order").glob("*.yaml") if "orders:" in file.read_text()}
     assert files == PRESETS.keys()
+
+
+def test_the_mixed_order_of_registers_is_a_random_one() -> None:
+    assert orders.random(5, seed=3) == REGISTERS["mixed"]
 
 
 @pytest.mark.parametrize(

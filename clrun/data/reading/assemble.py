@@ -130,7 +130,7 @@ def assemble(
         groups=groups or {},
         group_names=group_names or {},
         seed=reading.seed,
-        captions=captions(name, class_names, templates=reading.templates, words=reading.class_names),
+        captions=captions(name, class_names, templates=_templates(reading, modality), words=reading.class_names),
         modality=modality,
     )
     if domains is None:
@@ -155,6 +155,12 @@ def _refuse_second_validation(given: bool, reading: Reading, class_names: Sequen
             "dataset.val_fraction: the data set has a validation part already; set dataset.val_fraction=0, or leave "
             "the part out of dataset.splits, as in dataset.splits={train: train, test: test}"
         )
+
+
+def _templates(reading: Reading, modality: Modality | None) -> Sequence[str] | None:
+    """Return the templates of the captions; a text is compared with the name of a class itself, not with a caption."""
+    plain = ("{}",) if modality is not None and modality.unit == "text" else None
+    return plain if reading.templates is None else reading.templates
 
 
 def _domain_parts(whole: Dataset, domains: Domains, trained: Tensor, validated: Tensor | None) -> tuple[Dataset, ...]:

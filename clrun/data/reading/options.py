@@ -102,6 +102,25 @@ class DownloadReading(ImageReading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackageReading(Reading):
+    """The options of a published data set of texts that is read from an installed Python package.
+
+    Attributes:
+        root: the published file, or a folder that holds it; None for the one in the package.
+
+    Raises:
+        ConfigError: `augment` names an augmentation of images.
+    """
+
+    root: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse augmentations of images before any file is read."""
+        super().__post_init__()
+        parse_augmentations(self.augment, "text")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OwnReading(Reading):
     """The options of the user's own images.
 
