@@ -85,7 +85,8 @@ class Entry:
         """Accuracies on digits in the measured tables, with glyph_vit where there are any."""
         found = [part["result"] for table in ledger().values() for part in table["sweeps"].values()]
         shown = {}
-        for r in sorted(found, key=lambda r: (r["backbone"] == "glyph_vit", r["orders"])):
+        # The last one stands: default options before chosen ones, as one method may have several rows.
+        for r in sorted(found, key=lambda r: (r["backbone"] == "glyph_vit", not r.get("words"), r["orders"])):
             if r["method"] == self.name and r["data"] == "digits" and r["backbone"] in ("cnn", "glyph_vit"):
                 shown[r["setting"]] = f"{r['setting']} {r['accuracy']:.1f}" + " (cnn)" * (r["backbone"] == "cnn")
         return ", ".join(shown[setting] for setting in ("til", "cil") if setting in shown)
