@@ -23,7 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 LEDGER = ROOT / "docs" / "results.json"
-NEEDS = {"the task id": "needs_task_id", "a vision transformer": "needs_vit"}
+NEEDS = {"the task id": "needs_task_id", "a vision transformer": "needs_vit", "an encoder-decoder": "needs_decoder"}
 SECTIONS = ("Args", "Attributes", "Raises", "Returns")
 
 HEAD = """\

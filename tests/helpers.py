@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from running import member
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from clrun.data.features import frozen_features
 from clrun.data.modality import modality_of
-from clrun.data.split import TensorSplit
+from clrun.data.split import Plain, Split, TensorSplit
 from clrun.data.stream import Dataset, Setting, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
@@ -83,6 +85,24 @@ def tiny_towers() -> Any:
                 nn.init.normal_(parameter, std=0.2)
     towers.mean = towers.std = None
     return towers
+
+
+def tiny_writer() -> nn.Module:
+    """Return an encoder-decoder for `as_texts`."""
+    writer: nn.Module = configured("backbone", "t5_tiny", width=16, depth=1, heads=2)((9,))
+    return writer
+
+
+def as_texts(stream: Stream) -> Stream:
+    """Return the stream with a text in place of each image: a byte for the first pixel of each row, the end mark."""
+
+    def read(split: Split) -> Split:
+        raw = next(split.batches(len(split), view="raw"))
+        ids = F.pad(raw.x.flatten(1)[:, ::8].long() + 3, (0, 1), value=1)
+        return TensorSplit(ids, raw.y, positions=raw.t)
+
+    tasks = [replace(t, train=read(t.train), test=read(t.test), val=t.val and read(t.val)) for t in stream.tasks]
+    return replace(stream, tasks=tuple(tasks), transform=Plain())
 
 
 class Linear(nn.Module):
@@ -214,7 +234,10 @@ def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple
     """
     seed_all(seed, "init")
     target: Any = make.func if isinstance(make, partial) else make
-    backbone: nn.Module = tiny_towers() if target.needs_text else tiny_vit() if target.needs_vit else Net()
+    if target.needs_decoder:
+        stream, backbone = as_texts(stream), tiny_writer()
+    else:
+        backbone = tiny_towers() if target.needs_text else tiny_vit() if target.needs_vit else Net()
     cpu().place(backbone)
     if target.reads_features(make.keywords if isinstance(make, partial) else {}):
         stream, backbone = frozen_features(stream, backbone, cpu(), text=target.needs_text)

@@ -79,6 +79,8 @@ def fitting(method: str) -> tuple[str, ...]:
     """
     cls = learner(method)
     setting = "cil" if "cil" in cls.settings else min(cls.settings)
+    if cls.needs_decoder:
+        return (f"scenario.setting={setting}", "dataset=text_synthetic", "backbone=t5_tiny", *CHEAP.get(method, ()))
     backbone = "glyph_clip" if cls.needs_text else "glyph_vit" if cls.needs_vit else None
     few = (f"backbone={backbone}", "job.max_eval_rows=8") if backbone else ()
     return (f"scenario.setting={setting}", *few, *CHEAP.get(method, ()))

@@ -37,6 +37,7 @@ class Method(nn.Module):
     needs_vit: ClassVar[bool] = False  # the backbone must be a timm vision transformer
     needs_text: ClassVar[bool] = False  # the backbone must have a text tower, which encodes names of classes
     needs_towers: ClassVar[bool] = False  # with `needs_text`: beside an image tower, so that text backbones are refused
+    needs_decoder: ClassVar[bool] = False  # the backbone must be an encoder-decoder, which reads and writes texts
     needs_task_id: bool = False  # predictions need the task id: class-incremental cells stay empty
     hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
     depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json

@@ -298,6 +298,7 @@ WITHOUT_COMPETE = {
     "rail",
     "ranpac",
     "simplecil",
+    "text_to_text",
     "zero_shot",
 }
 DEFAULTS = {name: OmegaConf.load(CONF / "method" / f"{name}.yaml") for name in METHODS}
@@ -335,7 +336,8 @@ def test_every_value_of_compete_trains_resumes_and_evaluates(name: str, compete:
 def test_prediction_depends_on_the_sample_alone(name: str) -> None:
     method, stream = life(name).method, life(name).stream
     x = eval_rows(stream)
-    mates = torch.cat([x[:8], x[8:16].flip(0) * 3 + 1])
+    others = x[8:16].flip(0)
+    mates = torch.cat([x[:8], others * 3 + 1 if others.is_floating_point() else others])
     together, apart = logits(method, x[:16])[:8], logits(method, mates)[:8]
     torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
     alone = torch.cat([logits(method, row[None]) for row in x[:8]])
@@ -352,7 +354,7 @@ def final(name: str, options: dict[str, Any], setting: Any, order: Sequence[int]
     method, stream = born(small(name, **options), image_stream(setting, order))
     journal = live(method, stream)
     counts = {r["task"]: (r["correct"], r["nll"]) for r in journal.recorded if r["position"] == 3}
-    x = eval_rows(stream if method.uses_frozen_features else image_stream(setting))
+    x = eval_rows(stream if method.uses_frozen_features or method.needs_decoder else image_stream(setting))
     return logits(method, x, stream.order.index(0)), counts
 
 

@@ -15,6 +15,7 @@ REASONS = (
     "needs a vision transformer, not Bert; use the backbones",
     "needs an image and a text tower, not Bert; use the backbones",
     "torch.fx cannot trace the layers of Bert",
+    "needs an encoder-decoder that writes texts, not Bert; use the backbones t5_tiny or t5",
 )
 # Nothing in these is about images.
 # fmt: off
