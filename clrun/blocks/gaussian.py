@@ -174,12 +174,13 @@ class Sampler:
             rows: N.
             generator: on the CPU, so that the normal numbers behind the draws are the same on all devices.
         """
-        width = self.means.shape[1]
-        drawn = self.means.new_empty(len(self.means), rows, width, dtype=torch.float32)
-        for place, (mean, factor) in enumerate(zip(self.means, self.factors, strict=True)):
-            noise = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(mean.device)
-            drawn[place] = mean + (noise * factor if factor.dim() == 1 else noise @ factor.t())
-        return drawn
+        shape = (len(self.means), rows, self.means.shape[1])
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.means.device)
+        drawn = [
+            torch.addcmul(mean, own, factor) if factor.dim() == 1 else torch.addmm(mean, own, factor.t())
+            for own, mean, factor in zip(noise, self.means, self.factors, strict=True)
+        ]
+        return torch.stack(drawn).float()
 
 
 # --- alignment of a classifier

@@ -46,6 +46,8 @@ class Er(Method):
         self.memory.capacity = per_process(self.capacity, rank=ctx.hardware.rank, world=ctx.hardware.world)
 
     def mix(self, batch: Batch, ctx: Context) -> Batch:
+        if not self.capacity:
+            return batch
         rank, world = ctx.hardware.rank, ctx.hardware.world
         size = ctx.budget.batch_size if self.replay_size is None else self.replay_size
         old = self.memory.sample(per_process(size, rank=rank, world=world), ctx.generator("replay", rank))
