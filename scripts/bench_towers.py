@@ -1,7 +1,7 @@
 """What methods on an image and a text tower cost beside the passes that they are made of.
 
     python scripts/bench_towers.py [--methods coop clip_finetune ...] [--rounds 5] [--steps 60] [--orders 24]
-        [--sweeps zero_shot ...]
+        [--sweeps zero_shot ...] [--towers backbone=glyph_clip ...]
 
 CPU time on one thread, glyph_clip, and the ten classes of digits as one task; for rapf the second of two tasks, because
 it replays nothing in the first one.
@@ -12,8 +12,12 @@ over the sequence of each image. A step of rapf takes a millisecond, and the dem
 in bench_families; it has 8 near pairs.
 bytes: what a method without network and head has in memory after the last task, beside the formula of its definition.
 sweep: wall time of `clrun -m` over random orders of a method, features and texts included, over that of one run, both
-from an empty cache. The features of digits cost a second, so that a sweep of methods that train (rapf, proof) or solve
-(rail) shows what these take per order; features are what it saves with larger towers and images.
+from an empty cache. The features of digits cost a second with glyph_clip, so that a sweep of methods that train (rapf,
+proof) or solve (rail) shows what these take per order; features are what it saves with towers of a published size:
+
+    python scripts/bench_towers.py --methods --sweeps proof rapf rail zero_shot --towers backbone=open_clip \\
+        backbone.model=ViT-B-32 backbone.pretrained=false backbone.quick_gelu=true backbone.mean=[0.5,0.5,0.5] \\
+        backbone.std=[0.25,0.25,0.25] backbone.interpolation=bicubic
 """
 
 import argparse
@@ -241,9 +245,15 @@ def stored(name: str, **options: Any) -> Figure:
     return Figure(f"bytes of {about} off its formula", abs(found - expected) / expected, BYTES, less=True, form=".2%")
 
 
-def sweep(name: str, orders: int) -> Figure:
-    """Return how many single runs a sweep over orders of a method takes, by wall time."""
-    words = ["backbone=glyph_clip", f"method={name}", "dataset=digits", "scenario.n_tasks=5", "hardware.threads=1"]
+def sweep(name: str, orders: int, towers: list[str]) -> Figure:
+    """Return how many single runs a sweep over orders of a method takes, by wall time.
+
+    Args:
+        name: of the method.
+        orders: how many.
+        towers: overrides that choose the backbone.
+    """
+    words = [*towers, f"method={name}", "dataset=digits", "scenario.n_tasks=5", "hardware.threads=1"]
     words += ["job.progress=false", "job.picture=false"]
     several = ["-m", *words, "task_order=random", f"task_order.seed=range({orders})"]
     costs = [_process(words), _process(several)]
@@ -263,15 +273,16 @@ def _process(words: list[str]) -> float:
 def main(words: list[str] | None = None) -> list[Figure]:
     """Measure, print a line per figure and return the figures."""
     parser = argparse.ArgumentParser(description="What methods on two towers cost.")
-    parser.add_argument("--methods", nargs="+", default=["coop", "clip_finetune", "zscl", "proof", "rapf"])
+    parser.add_argument("--methods", nargs="*", default=["coop", "clip_finetune", "zscl", "proof", "rapf"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="of a fit")
     parser.add_argument("--orders", type=int, default=24, help="of the sweep; 0 for none")
     parser.add_argument("--sweeps", nargs="+", default=["zero_shot"], help="methods")
+    parser.add_argument("--towers", nargs="+", default=["backbone=glyph_clip"], help="of the sweeps")
     args = parser.parse_args(words)
     figures = [speed(name, args.rounds, args.steps) for name in args.methods]
     figures += [stored("proof"), stored("rapf"), stored("rail"), stored("rail", form="dual")]
-    figures += [sweep(name, args.orders) for name in args.sweeps] if args.orders else []
+    figures += [sweep(name, args.orders, args.towers) for name in args.sweeps] if args.orders else []
     for figure in figures:
         print(f"{figure.name}: {figure}", flush=True)
     return figures

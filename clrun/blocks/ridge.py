@@ -125,12 +125,20 @@ def _within_range(gram: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return basis.t() @ (gram @ basis), basis
 
 
-def ridge(strength: float, *parts: ClassStats) -> Tensor:
-    """Return W [M, C] float64 for all rows of several statistics with pooled moments, by a Cholesky factor."""
+def ridge(strength: float, *parts: ClassStats, ratio: int = 2) -> Tensor:
+    """Return W [M, C] float64 for all rows of several statistics with pooled moments, by a Cholesky factor.
+
+    Args:
+        strength: added to the diagonal of G.
+        *parts: the statistics.
+        ratio: with less than M / `ratio` rows a matrix of the size n is factorised instead of one of the size M. With 2
+            the smaller one is exact for every strength. Finding it takes longer than the larger factor unless n is
+            below M / 12, so that 12 is the better choice where the strength makes G + strength I well-conditioned.
+    """
     rows, sums = sum(part.total() for part in parts), parts[0].sums.value().t()
     for part in parts[1:]:
         sums = sums + part.sums.value().t()
-    basis, few = None, 2 * rows < sums.shape[0]
+    basis, few = None, ratio * rows < sums.shape[0]
     grams = [part.gram() if few else part.lower_gram() for part in parts]
     gram = torch.stack(grams).sum(dim=0) if len(grams) > 1 else grams[0].clone()
     if few:

@@ -19,6 +19,11 @@ to the error on the task's own rows, because the published 0.0655 belongs to Ale
 part; predictions have no noise (published class-incremental ones have). By causality the router of the text tower sees
 the same token for every text.
 
+The multi-domain form is published for streams that give the classes of the task at test (scenario.setting=til). Without
+them all classes compete under the router that an image gets, which was trained among the classes of its own task
+(`compete=current`) and has moved the texts of the others freely: even where the selector is right, classes of other
+tasks may win. For class-incremental streams there is the other form.
+
 Verified: with new experts it is the plain model; frozen experts and both towers stay bit for bit; gates sum to 1, and
 predictions do not depend on the batch; one expert is AdaptFormer; the plain model's choice is zero_shot; experts that
 are not chosen get no gradient; counts of choices (test_methods_moe_adapters).

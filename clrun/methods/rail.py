@@ -37,6 +37,7 @@ from clrun.methods.closed_form import ClosedForm
 from clrun.system.errors import ConfigError, Count, Fraction, Positive
 
 GAMMA = {"primal": 0.1, "dual": 0.001}  # of the public code
+WELL_POSED = 1e-6  # gamma over the trace of H'H, which bounds the condition of the matrix
 LARGEST_KERNEL = 32768  # rows; its matrix takes 8.6 GB
 
 
@@ -199,7 +200,9 @@ class Rail(ClosedForm):
         if isinstance(self.regression, KernelRidge):
             self.regression.solve(self.gamma)
         else:
-            self.regression.weight.copy_(ridge(self.gamma, self.stats("features")).t())
+            stats = self.stats("features")
+            well_posed = self.gamma >= WELL_POSED * float(stats.lower_gram().diagonal().sum())
+            self.regression.weight.copy_(ridge(self.gamma, stats, ratio=12 if well_posed else 2).t())
 
     def _forget(self, ctx: Context) -> None:
         """Unlearn the tasks, and the names of classes of which no row remains."""

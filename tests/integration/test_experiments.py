@@ -139,7 +139,7 @@ CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the fir
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
 ADAPTED = ("mos", "tuna", "cl_lora", "sema", "hide_prompt")  # LoRA and adapters of each task
-ON_CLIP = ("zero_shot", "proof", "rapf", "rail")  # on features of image and text towers
+ON_CLIP = ("zero_shot", "proof", "rapf", "rail", "coop")  # on features of image and text towers
 ON_TOWERS = ("zscl", "promptfusion", "promptfusion_lite", "moe_adapters")  # both towers read images and names
 PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993, *ADAPTED) for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
@@ -179,6 +179,8 @@ EXPECTED = {
     **{f"{method}_cifar224": Expected("cil", (10,) * 10) for method in ON_TOWERS},
     **{f"{method}_imagenet_r": Expected("cil", (20,) * 10) for method in ("promptfusion", "promptfusion_lite")},
     **{f"{m}_mtil": Expected("til", tuple(MTIL.values()), names=tuple(MTIL)) for m in ("zscl", "moe_adapters")},
+    "clip_finetune_cifar224": Expected("cil", (10,) * 10),
+    "clip_finetune_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "cub200": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "vtab": Expected("cil", (10,) * 5),
     "core50_ni": Expected("dil", (50,) * 8, names=SESSIONS),
@@ -382,6 +384,7 @@ def test_methods_on_features_of_clip_are_as_published() -> None:
         "proof": "clip_vit_b16_laion400m",
         "rapf": "clip_vit_b16",
         "rail": "clip_vit_b16",
+        "coop": "clip_vit_b16",
     }
     for method, tag in tags.items():
         for data in ("cifar224", "imagenet_r"):
@@ -415,6 +418,10 @@ def test_methods_on_features_of_clip_are_as_published() -> None:
 
 # Learning rate, weight decay, passes over the data (or steps), batch size.
 TOWERS = {
+    "coop_cifar224": (2e-3, 5e-4, 10, 32),
+    "coop_imagenet_r": (2e-3, 5e-4, 10, 32),
+    "clip_finetune_cifar224": (7.1e-6, 0.0, 1, 64),
+    "clip_finetune_imagenet_r": (7e-6, 0.0, 1, 128),
     "zscl_cifar224": (7.1e-6, 0.0, 1, 64),
     "zscl_mtil": (1e-5, 0.0, 1000, 64),
     "moe_adapters_cifar224": (1e-3, 0.0, 1, 128),
@@ -433,7 +440,11 @@ def test_methods_on_two_towers_are_as_published(name: str) -> None:
     optimizer, length = budget["optimizer"], budget["epochs"] or budget["steps"]
     assert (optimizer["lr"], optimizer["weight_decay"], length, budget["batch_size"]) == TOWERS[name]
     assert config["backbone"]["quick_gelu"] and config["job"]["eval_unseen"] == name.endswith("mtil")
-    if name.startswith("promptfusion"):
+    if name.startswith("coop"):
+        assert (method["length"], method["context"], method["capacity"]) == (16, "shared", 0)
+    elif name.startswith("clip_finetune"):
+        assert (method["text"], method["label_smoothing"]) == (True, 0.2)
+    elif name.startswith("promptfusion"):
         assert method["second_backbone"]["name"] == "vit_base_patch16_224.orig_in21k"
         assert method["capacity"] == 5000 and method["prompts"]["text"] == 30 and budget["clip_norm"] == 1.0
     elif name.startswith("zscl"):

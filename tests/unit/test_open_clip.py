@@ -1,9 +1,11 @@
 """CLIP models in open_clip's format: folders and named models, nothing guessed, and the same numbers as open_clip's."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import configured
@@ -133,6 +135,30 @@ class TestNamedModels:
         ]
         run(tmp_path / "r", *options)
         assert "the weights of ViT-B-16 are wanted" in capsys.readouterr().out
+
+    @pytest.mark.filterwarnings("ignore::clrun.system.errors.DataWarning")
+    def test_a_dry_run_of_proof_on_the_files_of_cifar100_needs_neither_weights_nor_network(
+        self, package, tmp_path, capsys, monkeypatch
+    ):
+        utils = pytest.importorskip("torchvision.datasets.utils")
+        monkeypatch.setattr(utils, "check_integrity", lambda path, md5=None: Path(path).is_file())
+        monkeypatch.setattr("socket.socket.connect", lambda *address: pytest.fail("a dry run reaches for the network"))
+        home = tmp_path / "cifar-100-python"
+        home.mkdir()
+        for part in ("train", "test"):
+            rows = {"data": np.zeros((100, 3072), dtype=np.uint8), "fine_labels": list(range(100))}
+            (home / part).write_bytes(pickle.dumps(rows))
+        (home / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"name {k}" for k in range(100)]}))
+        options = ("backbone=clip_vit_b16", "method=proof", "dataset=cifar100", f"dataset.root={tmp_path}")
+        options += ("job=dry_run", "scenario.n_tasks=10", "backbone.weights=FILE.safetensors")
+        run(tmp_path / "r", *options)
+        said = capsys.readouterr().out.splitlines()
+        assert [line for line in said if line.startswith("weights: ")] == [
+            "weights: random in this dry run, and a run needs them: backbone.weights: there is no file "
+            "FILE.safetensors, which has the weights of ViT-B-16"
+        ]
+        assert any("10 tasks, 100 classes" in line for line in said) and said[-1].startswith("estimated time: ")
+        assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
