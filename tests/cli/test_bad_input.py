@@ -146,6 +146,10 @@ FOUND_IN_DATA = {
     ),
     "no augmentation": (["dataset.augment=[flop]"], "dataset.augment..."),
     "no class order": (["scenario.class_order=[0,1]"], "scenario.class_order: must name each of the classes 0 ..."),
+    "no table of texts": (
+        ["dataset=text_table", "dataset.file=rows.csv"],
+        "dataset.file: there is no file rows.csv; set it to a table of texts (text,label)",
+    ),
     "no domains": (["dataset=folder_domains", "dataset.root=nowhere"], "dataset.root: there is no folder nowhere; ..."),
     "unknown domain": (
         ["dataset=domainnet", "dataset.domains=[reel]"],
@@ -653,3 +657,11 @@ def test_folder_of_another_or_a_damaged_run(clrun, folder):
         assert (run / "run.json").read_bytes() == damage
     assert {path for path in run.rglob("*") if path.is_file()} == left.keys()
     assert all(path.read_bytes() == content for path, content in left.items() if path.name != "run.json")
+
+
+def test_a_bad_row_of_a_table_of_texts_is_named_and_nothing_is_written(clrun, folder):
+    (folder / "rows.csv").write_text("text,label\nx,a\n,b\n")
+    done = clrun("dataset=text_table", "dataset.file=rows.csv", "backbone=bert_tiny", "scenario.n_tasks=2")
+    assert done.code == 2
+    assert done.lines == ["clrun: rows.csv, line 3: the text is empty; remove the row or set dataset.empty=skip"]
+    assert [path.name for path in folder.iterdir()] == ["rows.csv"]

@@ -18,6 +18,7 @@ from clrun.data.orders import canonical
 from clrun.data.reading.text_rows import fold
 from clrun.data.scenarios import dataset_sequence, domain_shift, fixed_groups
 from clrun.data.sources.digits import digits
+from clrun.data.sources.hf_text import hf_text
 from clrun.data.sources.text_folder import text_folder
 from clrun.data.sources.text_synthetic import text_synthetic
 from clrun.data.sources.text_table import text_table
@@ -415,3 +416,49 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     write(tmp_path / "parts", "train/a/1.txt", "test/a/1.txt", "test/b/1.txt")
     with pytest.raises(ConfigError, match=r"only test/ has the classes b; add training texts or remove them$"):
         folder(tmp_path / "parts")
+
+
+# --- tables of the library `datasets`
+
+
+class Table(list[dict[str, Any]]):
+    """Rows with features, as the library has them."""
+
+    def __init__(self, rows: list[dict[str, Any]], **features: Any) -> None:
+        super().__init__(rows)
+        self.features = features
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, tables: dict[str, Table], **options: Any) -> Dataset:
+    monkeypatch.setattr("clrun.data.sources.hf_text.hub_tables", lambda *_: tables)
+    common = {key: value for key, value in COMMON.items() if key != "splits"} | {"config": None, "revision": None}
+    columns = {"text": None, "text_b": None, "label": None, "train": "train", "test": "test", "val": None}
+    return hf_text(**(common | columns | {"path": "owner/name"} | options))
+
+
+def test_tables_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    string, classes = (
+        SimpleNamespace(dtype="string"),
+        type("ClassLabel", (), {"names": ["yes", "no"], "dtype": "int64"})(),
+    )
+    rows_of = {part: [{"line": f"{part} {k}", "y": k % 2} for k in range(12)] for part in ("train", "test")}
+    tables = {part: Table(own, line=string, y=classes) for part, own in rows_of.items()}
+    dataset = hub(monkeypatch, tables)
+    assert dataset.class_names == ("yes", "no"), "the order of the ClassLabel"
+    assert rows(dataset)[1] == ("train", "train 1", "no") and len(rows(dataset)) == 24
+    alone = hub(monkeypatch, tables, test=None, test_fraction=0.5)
+    assert 0 < len(alone.test) < 12 == len(rows(alone))
+    pairs = hub(monkeypatch, tables, text="line", text_b="line")
+    assert rows(pairs)[0][1] == pair("train 0", "train 0")
+    for row, expected in (
+        ({"line": None, "y": 1}, "owner/name, split train, row 2: the text is empty; remove the row or set dataset"),
+        ({"line": "x", "y": None}, "owner/name, split train, row 2: no label"),
+        ({"line": 3, "y": 1}, "owner/name, split train, row 2: the text is no string (3)"),
+        ({"line": "x", "y": -1}, "owner/name, split train, row 2: no label"),
+    ):
+        broken = Table([*rows_of["train"][:2], row], line=string, y=classes)
+        with pytest.raises(ConfigError) as error:
+            hub(monkeypatch, tables | {"train": broken})
+        assert str(error.value).startswith(expected)
+    with pytest.raises(ConfigError, match="^dataset.text: there is no column 'text'"):
+        hub(monkeypatch, tables, text="text")
