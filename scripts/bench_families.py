@@ -190,6 +190,12 @@ def sema_bytes(n: Sizes) -> float:
     return 4 * (2 * adapter + 2 * n.tasks * (adapter + descriptor + width + 1)) + 24 * 2 * n.tasks
 
 
+def inflora_bytes(n: Sizes) -> float:
+    """Return the bytes of the folded weights of `qkv`, of the bases, and of the position of each class's task."""
+    folded = 4 * 4 * 3 * n.features**2
+    return folded + sum(8 * s.basis.numel() for s in n.method.spaces) + 8 * n.method.num_classes
+
+
 PENALTY = 3  # differences, their product with the importance, the sum with the gradient
 KEPT = {"capacity": M}
 CASES: dict[str, Case] = {
@@ -237,6 +243,30 @@ CASES: dict[str, Case] = {
     ),  # LoRA of rank 4 on qkv in 4 blocks, and a factor per row of the head
     "coma": Case(state=lambda n: replay_bytes(n) + 4 * n.p, options=SLOW, grows=ALIGNED),
     "cofima": Case(state=lambda n: replay_bytes(n) + 8 * n.p, options=SLOW, grows=ALIGNED),
+    # 4 blocks of width D: pairs of rank r for two parts of `qkv` take 4 D r numbers in each of them.
+    "lora": Case(state=lambda n: 4 * 4 * 4 * n.features * 8, vit=True, frozen=True),
+    "inc_lora": Case(
+        state=lambda n: 4 * 4 * 4 * n.features * 8 * n.tasks,
+        method="lora",
+        options={"growth": "per_task"},
+        grows="the rank of the sum is that of all tasks together",
+        vit=True,
+        frozen=True,
+    ),
+    "o_lora": Case(
+        state=lambda n: 4 * 4 * 4 * n.features * 8 * n.tasks,
+        grows="the rank of the sum is that of all tasks together, and so are the maps that the penalty compares",
+        vit=True,
+        frozen=True,
+    ),
+    "inflora": Case(state=inflora_bytes, vit=True, frozen=True),
+    "sd_lora": Case(
+        state=lambda n: 4 * (4 * (4 * n.features * 10 * n.tasks + 2 * n.tasks**2 + 2 * n.tasks) + n.tasks),
+        grows="the rank of the sum is that of all tasks together",
+        vit=True,
+        frozen=True,
+    ),
+    "gpm": Case(products=1, state=lambda n: sum(8 * s.basis.numel() for s in n.method.spaces)),
     "mos": Case(
         state=lambda n: adapter_bytes(n, sets=n.tasks + 1) + prototype_bytes(n),  # the mean of the sets is one more
         options=SLOW,

@@ -2,8 +2,8 @@
 
 The public code is liangyanshuo/InfLoRA (MIT). Memory between tasks, for T tasks and n fused layers of width D with g of
 the parts q, k, v: with fold=true the folded weights, 12 n D^2 bytes, else 4 T n (1 + g) D r; and the basis of protected
-directions, at most 4 n D^2 bytes (8 n D^2 with basis=keep). With an alignment also its Gaussians, as in `slca`. Task
-id: not needed.
+directions, at most 4 n D^2 bytes (8 n D^2 with basis=keep); and 8 C bytes that say which task a class belongs to. With
+an alignment also its Gaussians, as in `slca`. Task id: not needed.
 
 Deviations: the schedule of epsilon in the public code reaches eps + (eps_final - eps) (T - 1) / T, as here; directions
 whose singular values are rounding are 0 instead of arbitrary ones, which may be protected; with basis=dual a first task
@@ -105,16 +105,19 @@ class Inflora(Updated):
         self.rank, self.eps, self.eps_final, self.fold = rank, eps, eps_final, fold
         self.depends_on_task_count = eps != eps_final
         self.moment_view: Literal["train", "eval"] = moment_view
-        self.layers = {path: linear_at(backbone, path, type(self).__name__) for path in self.sites}
         spaces = (
             InputSpace(layer.in_features, energy=energy, dual=basis == "dual", at_least=1)
-            for layer in self.layers.values()
+            for layer in self.layers().values()
         )
         self.spaces = nn.ModuleList(spaces)
         self.folded = nn.ParameterList()  # W and all finished updates, of each layer; empty before there is one
         self.alignment, self.mean_shrink = alignment, mean_shrink
         self.replay = None if alignment is None else alignment.replay(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
         self.register_buffer("latest", torch.full((num_classes,), -1))  # position of the task of each class
+
+    def layers(self) -> dict[str, nn.Linear]:
+        """Return the layers with updates, by their paths; the state of the method does not contain them."""
+        return {path: linear_at(self.backbone, path, type(self).__name__) for path in self.sites}
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
@@ -139,7 +142,7 @@ class Inflora(Updated):
                 yield ctx.hardware.layout(batch.x)
 
         with eval_mode(self):
-            found = second_moments(self.backbone, self.layers, images(), bias=False, forward=self.features)
+            found = second_moments(self.backbone, self.layers(), images(), bias=False, forward=self.features)
         return {path: found[path].mean() for path in self.sites}
 
     def plan(self) -> Plan:
@@ -167,7 +170,7 @@ class Inflora(Updated):
     @torch.no_grad()
     def _fold(self) -> None:
         """Add the newest update of each layer to its folded weight, and drop it."""
-        before = list(self.folded) or [layer.weight for layer in self.layers.values()]
+        before = list(self.folded) or [layer.weight for layer in self.layers().values()]
         deltas = [total.delta() for total in self.by_path().values()]
         self.folded = nn.ParameterList(
             nn.Parameter(weight + delta.to(weight), requires_grad=False)
