@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import context, row_stream, tiny_towers
+from helpers import configured, context, row_stream, tiny_towers
 from matrices import as_dense
 from torch import Tensor, nn
 
@@ -97,6 +97,18 @@ def test_padding_changes_no_factor(kind: str) -> None:
     for name, pair in short.items():
         for ours, other in zip(pair, long[name], strict=True):
             torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-12)
+
+
+def test_padding_changes_no_factor_of_a_bert() -> None:
+    backbone = configured("backbone", "bert_tiny", width=16, depth=1, max_tokens=40)((40,))
+    method = Method(backbone.double(), 3)
+    method.head.double().grow(torch.arange(3))
+    ids = backbone.tokenize(["a", "seizure", "long words"])
+    found_in = [F.pad(ids, (0, padding)).repeat(4, 1) for padding in (0, 20)]
+    short, long = (factors(found(method, x, tables=True)) for x in found_in)
+    assert len(short) == 7 and "word.weight" in short
+    for name, pair in short.items():
+        torch.testing.assert_close(pair, long[name], rtol=1e-6, atol=1e-9)
 
 
 def test_padding_would_change_the_factor_of_inputs_if_it_counted() -> None:
