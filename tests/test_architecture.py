@@ -89,22 +89,25 @@ def of_clrun_in(file: Path) -> set[str]:
     return of_clrun(imports(TREES[file], nested=True, typing=True))
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_modules_import_only_their_room_and_those_below(file):
+def strangers(file: Path) -> set[str]:
+    """The modules that a file imports and must not."""
     module = module_of(file)
     if module == "__init__":
-        assert not of_clrun_in(file)
-        return
+        return of_clrun_in(file)
     room = module.partition(".")[0]
     assert room in ROOMS, f"{module}: clrun/{room} is no room; add it to ROOMS"
     below = NARROW.get(room, ROOMS[: ROOMS.index(room)])
     allowed = (*below, "system") if room == "methods" else (*below, room, "system")
-    strangers = {name for name in of_clrun_in(file) if not within(name, allowed)}
+    found = {name for name in of_clrun_in(file) if not within(name, allowed)}
     if room == "methods":
-        others = {name for name in strangers if name.startswith("methods.")}
+        others = {name for name in found if name.startswith("methods.")}
         assert len(others) <= 1, f"{module} is built on several methods: {others}"
-        strangers -= others  # one direct base
-    assert not strangers
+        found -= others  # one direct base
+    return found
+
+
+def test_modules_import_only_their_room_and_those_below():
+    assert not {module_of(file): found for file in FILES if (found := strangers(file))}
 
 
 def test_no_modules_import_each_other_in_a_circle():
@@ -116,11 +119,13 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not left, "these import each other, or what does"
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_slow_libraries_are_imported_inside_functions(file):
-    heavy = SLOW + (("torch",) if within(module_of(file), LIGHT) else ())
-    if module_of(file) != "backbones.two_towers":  # a class of timm's is its base; others import it inside functions
-        assert not {name for name in imports(TREES[file], nested=False) if within(name, heavy)}
+def test_slow_libraries_are_imported_inside_functions():
+    found = {}
+    for file in FILES:
+        heavy = SLOW + (("torch",) if within(module_of(file), LIGHT) else ())
+        found[module_of(file)] = {name for name in imports(TREES[file], nested=False) if within(name, heavy)}
+    # A class of timm's is the base of one in two_towers; others import it inside functions.
+    assert not {module: names for module, names in found.items() if names and module != "backbones.two_towers"}
 
 
 def test_command_line_and_reports_leave_torch_alone():
@@ -135,12 +140,14 @@ FORBIDDEN_NAMES = {"print", "random", "np.random", "numpy.random"}
 FORBIDDEN_ENDS = ("F.cross_entropy", "functional.cross_entropy", "manual_seed", "optimizer.step", ".cuda")
 
 
-@pytest.mark.parametrize("file", sorted((PACKAGE / "methods").glob("*.py")), ids=module_of)
-def test_methods_leave_seeding_printing_and_stepping_to_others(file):
-    assert not {n for n in imports(TREES[file], nested=True) if n in ("random", "numpy.random")}
-    calls = {ast.unparse(node.func) for node in ast.walk(TREES[file]) if isinstance(node, ast.Call)}
-    found = {c for c in calls if within(c, tuple(FORBIDDEN_NAMES)) or c.endswith(FORBIDDEN_ENDS)}
-    assert not found
+def test_methods_leave_seeding_printing_and_stepping_to_others():
+    found = {}
+    for file in (PACKAGE / "methods").glob("*.py"):
+        drawn = {n for n in imports(TREES[file], nested=True) if n in ("random", "numpy.random")}
+        calls = {ast.unparse(node.func) for node in ast.walk(TREES[file]) if isinstance(node, ast.Call)}
+        called = {c for c in calls if within(c, tuple(FORBIDDEN_NAMES)) or c.endswith(FORBIDDEN_ENDS)}
+        found[file.stem] = drawn | called
+    assert not {method: names for method, names in found.items() if names}
 
 
 def nodes(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,55 +163,63 @@ def nodes(value: Any, where: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 YAMLS = sorted((ROOT / "conf").rglob("*.yaml"))
-OPTIONS = [
-    pytest.param(node, id=f"{file.parent.name}/{file.stem}{where}")
+OPTIONS = {
+    f"{file.parent.name}/{file.stem}{where}": node
     for file in YAMLS
     for where, node in nodes(
         member(file) if file.parent.name in ("dataset", "backbone") else yaml.safe_load(file.read_text())
     )
-]
+}
 
 
-@pytest.mark.parametrize("node", OPTIONS)
-def test_yaml_lists_exactly_the_options_of_its_target(node):
+def differing(node: dict[str, Any]) -> set[str]:
+    """The options that a node of a YAML file lacks or has too many."""
     takes = parameters(locate(node["_target_"]))
     given = {key for key in node if key not in ("_target_", "_partial_", "_convert_")}
     if not node["_target_"].startswith("clrun."):
-        assert given <= set(takes)  # the options of other people's code are theirs
-        return
+        return given - set(takes)  # the options of other people's code are theirs
     partial = node.get("_partial_", False)
-    assert given == {name for name, p in takes.items() if not partial or p.kind is p.KEYWORD_ONLY}
+    return given ^ {name for name, p in takes.items() if not partial or p.kind is p.KEYWORD_ONLY}
 
 
-@pytest.mark.parametrize("node", OPTIONS)
-def test_defaults_of_options_live_in_yaml_alone(node):
-    takes = parameters(locate(node["_target_"]))
+def test_yaml_lists_exactly_the_options_of_its_target():
+    assert not {place: found for place, node in OPTIONS.items() if (found := differing(node))}
+
+
+def test_defaults_of_options_live_in_yaml_alone():
     budgets = ("clrun.learning.budget.Budget", "clrun.learning.budget.TaskBudget")  # methods and tests make them, too
-    if node["_target_"].startswith("clrun.") and node["_target_"] not in budgets:
-        assert not {name for name, p in takes.items() if name in node and p.default is not p.empty}
+    found = {}
+    for place, node in OPTIONS.items():
+        if node["_target_"].startswith("clrun.") and node["_target_"] not in budgets:
+            takes = parameters(locate(node["_target_"]))
+            found[place] = {name for name, p in takes.items() if name in node and p.default is not p.empty}
+    assert not {place: names for place, names in found.items() if names}
 
 
-@pytest.mark.parametrize("file", YAMLS, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_choice_says_what_it_is(file):
-    if file.parent != ROOT / "conf":
+def test_every_choice_says_what_it_is():
+    silent = []
+    for file in YAMLS:
         comments = [x for x in file.read_text().splitlines() if x.startswith("#") and "@package" not in x]
-        assert comments and len(comments[0]) > 5
+        if file.parent != ROOT / "conf" and not (comments and len(comments[0]) > 5):
+            silent.append(f"{file.parent.name}/{file.stem}")
+    assert not silent
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "conf/method").glob("*.yaml")), ids=lambda file: file.stem)
-def test_method_class_is_named_as_its_file(file):
-    target = yaml.safe_load(file.read_text())["_target_"]
-    assert target.rpartition(".")[2].lower() == file.stem.replace("_", "")
+def test_method_classes_are_named_as_their_files():
+    for file in (ROOT / "conf/method").glob("*.yaml"):
+        target = yaml.safe_load(file.read_text())["_target_"]
+        assert target.rpartition(".")[2].lower() == file.stem.replace("_", "")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "conf/method").glob("*.yaml")), ids=lambda file: file.stem)
-def test_methods_say_what_verifies_them(file):
-    _, _, verified = ast.get_docstring(TREES[PACKAGE / f"methods/{file.stem}.py"]).partition("Verified: ")
-    words, _, tests = " ".join(verified.split()).removesuffix(").").rpartition(" (")
-    assert words
-    for name in tests.split(", "):
-        (test,) = (ROOT / "tests").rglob(f"{name}.py")
-        assert file.stem in test.read_text() or "methods" not in name  # blocks are tested apart
+def test_methods_say_what_verifies_them():
+    texts = {file.stem: file.read_text() for file in (ROOT / "tests").rglob("*.py")}
+    for file in (ROOT / "conf/method").glob("*.yaml"):
+        _, _, verified = ast.get_docstring(TREES[PACKAGE / f"methods/{file.stem}.py"]).partition("Verified: ")
+        words, _, tests = " ".join(verified.split()).removesuffix(").").rpartition(" (")
+        assert words, file.stem
+        for name in tests.split(", "):
+            assert name in texts, (file.stem, name)
+            assert file.stem in texts[name] or "methods" not in name, (file.stem, name)  # blocks are tested apart
 
 
 def code_lines(file: Path) -> list[int]:
@@ -227,10 +242,9 @@ def long_functions(tree: ast.AST) -> dict[str, int]:
     return {f.name: f.end_lineno - f.lineno + 1 for f in functions if f.end_lineno - f.lineno >= FUNCTION_LINES}
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_files_and_functions_are_short(file):
-    assert len(code_lines(file)) <= FILE_LINES
-    assert not long_functions(TREES[file])
+def test_files_and_functions_are_short():
+    assert not {module_of(file): n for file in FILES if (n := len(code_lines(file))) > FILE_LINES}
+    assert not {module_of(file): found for file in FILES if (found := long_functions(TREES[file]))}
 
 
 def test_functions_of_scripts_and_tests_are_short():
@@ -290,15 +304,9 @@ def writes(tree: ast.AST) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=module_of)
-def test_files_are_written_by_one_module_alone(file):
-    module = module_of(file)
-    if module != "system.files":
-        assert not {call for call in writes(TREES[file]) if (module, call) not in ELSEWHERE}
-
-
-def test_exceptions_from_writing_are_still_needed():
+def test_files_are_written_by_one_module_alone_and_exceptions_are_still_needed():
     found = {(module_of(file), call) for file in FILES for call in writes(TREES[file])}
+    assert not {(module, call) for module, call in found if module != "system.files"} - set(ELSEWHERE)
     assert set(ELSEWHERE) <= found
 
 

@@ -62,13 +62,17 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
 ]
 # Options under which a method claims that the order of the tasks does not matter; {} are those of its YAML file.
 INVARIANT: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in ("fecam", "lda", "ncm", "ncm_names", "rail", "ranpac", "simplecil", "stl", "zero_shot")),
+    *((name, {}) for name in ("acil", "fecam", "lda", "ncm", "ncm_names", "rail", "ranpac", "simplecil", "stl")),
+    ("zero_shot", {}),
     ("joint", {"mode": "once"}),
     ("simplecil", {"metric": "euclidean", "normalise_before_mean": True}),
     ("simplecil", {"keep_task_statistics": True}),
     ("ncm", {"normalise": True}),
     ("lda", {"shrinkage": 0.1, "priors": "empirical"}),
     ("ranpac", {"m": 100, "rule": "gcv"}),
+    ("acil", {"m": 0, "repeats": 3}),
+    ("acil", {"balance": "air", "m": 20}),
+    ("acil", {"projection": "normal", "keep_task_statistics": True}),
     ("ranpac", {"m": 0, "rule": "fixed", "strengths": [1.0]}),
     ("ranpac", {"m": 100, "keep_task_statistics": True}),
     ("rail", {"form": "dual"}),
@@ -85,6 +89,7 @@ INVARIANT: list[tuple[str, dict[str, Any]]] = [
 
 # Options that make a learner cheap enough for its many lives here; no promise depends on them.
 SMALL: dict[str, dict[str, Any]] = {"mer": {"draws": 1, "chunk": 5}, "ranpac": {"m": 100}, "rail": {"m": 100}}
+SMALL |= {"acil": {"m": 50}}
 SMALL |= {name: {"alignment": {"rows_per_class": 16}} for name in ("slca", "slca_pp", "coma", "cofima")}
 SMALL |= {name: {"alignment": {"rows_per_class": 8, "budget": {"epochs": 2}}} for name in ("mos", "tuna")}
 REPLAYED = {"rows_per_class": 4, "centroids": 2, "budget": {"epochs": 1}}
@@ -287,6 +292,7 @@ def test_goes_on_from_copies(name: str) -> None:
 
 # Closed forms, and temporary heads that are discarded; methods for task-incremental streams have a head per task.
 WITHOUT_COMPETE = {
+    "acil",
     "aper",
     "cl_lora",
     "ease",

@@ -256,11 +256,25 @@ def test_domains_are_shown_as_their_task_shows_them(tmp_path):
 
 # --- the page and the notebook
 
+# Runs before the page and the notebook: their runs end after a few steps per task and draw no picture.
+LIMITS = """
+import functools
+import clrun
+
+def limited(start):
+    @functools.wraps(start)
+    def call(*options, job=None, **keywords):
+        return start(*options, job={"max_steps": 5, "picture": False, **(job or {})}, **keywords)
+    return call
+
+clrun.run, clrun.sweep = limited(clrun.run), limited(clrun.sweep)
+"""
+
 
 def test_every_example_of_the_page_runs(tmp_path):
     text = (ROOT / "docs/api.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
-    (tmp_path / "page.py").write_text("\n".join(blocks))
+    (tmp_path / "page.py").write_text("\n".join([LIMITS, *blocks]))
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "no method named 'err'; did you mean 'er'?" in done.stdout and "4 runs, failed: ()" in done.stdout
@@ -284,6 +298,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert path.stat().st_size < 100_000
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(LIMITS))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     texts = [out["data"].get("text/plain", "") for c in notebook.cells for out in c.get("outputs", []) if "data" in out]
     assert any("aopd" in text for text in texts) and any("average_accuracy" in text for text in texts)

@@ -135,13 +135,18 @@ class Expected:
 
 TINY_20 = (10, 18, 16, 14, 0, 17, 11, 2, 3, 9, 5, 7, 4, 19, 6, 15, 8, 1, 13, 12)
 CIFAR_1993 = (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
+CIFAR_1994 = (72, 6, 33, 96, 60, 94, 29, 40, 45, 66)
+CLASSES_1995 = (146, 198, 169, 126, 142, 183, 108, 86, 79, 35, 112, 29)
 CLASSES_1993 = (168, 136, 51, 9, 183, 101, 171, 99, 42, 159, 191, 70)  # the first of 200
 AS_NUMBERED = ("l2p", "dualprompt", "coda_prompt", "dap", "lae", "esn")  # class orders of prompts and adapters
 OF_1993 = ("aper", "ease", "vpt", "slca", "slca_pp", "cofima")
 ADAPTED = ("mos", "tuna", "cl_lora", "sema", "hide_prompt")  # LoRA and adapters of each task
+LIKE_SD_LORA = ("sd_lora", "seq_lora", "inc_lora", "o_lora")  # low-rank updates with the recipe of one of them
+LOW_RANK = (*LIKE_SD_LORA, "inflora")
 ON_CLIP = ("zero_shot", "proof", "rapf", "rail", "coop")  # on features of image and text towers
 ON_TOWERS = ("zscl", "promptfusion", "promptfusion_lite", "moe_adapters")  # both towers read images and names
-PRESETS = [f"{m}_{d}" for m in (*AS_NUMBERED, *OF_1993, *ADAPTED) for d in ("cifar224", "imagenet_r")]
+ALL = (*AS_NUMBERED, *OF_1993, *ADAPTED, *LOW_RANK)
+PRESETS = [f"{m}_{d}" for m in ALL for d in ("cifar224", "imagenet_r")]
 EXPECTED = {
     "split_mnist": Expected("cil", (2,) * 5),
     "permuted_mnist": Expected("dil", (10,) * 20),
@@ -181,6 +186,10 @@ EXPECTED = {
     **{f"{m}_mtil": Expected("til", tuple(MTIL.values()), names=tuple(MTIL)) for m in ("zscl", "moe_adapters")},
     "clip_finetune_cifar224": Expected("cil", (10,) * 10),
     "clip_finetune_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1993),
+    "inflora_cifar224": Expected("cil", (10,) * 10),
+    "inflora_imagenet_r": Expected("cil", (20,) * 10),
+    **{f"{method}_cifar224": Expected("cil", (10,) * 10, first=CIFAR_1994) for method in LIKE_SD_LORA},
+    **{f"{method}_imagenet_r": Expected("cil", (20,) * 10, first=CLASSES_1995) for method in LIKE_SD_LORA},
     "cub200": Expected("cil", (20,) * 10, first=CLASSES_1993),
     "vtab": Expected("cil", (10,) * 5),
     "core50_ni": Expected("dil", (50,) * 8, names=SESSIONS),
@@ -246,6 +255,8 @@ PUBLISHED = {
     "slca": ((0.01, 20, 128), (0.01, 50, 128)),
     "slca_pp": ((0.01, 20, 128), (0.01, 50, 128)),
     "cofima": ((0.01, 20, 128), (0.01, 50, 128)),
+    "inflora": ((0.0005, 20, 128), (0.0005, 50, 128)),
+    **dict.fromkeys(LIKE_SD_LORA, ((0.008, 20, 128), (0.008, 20, 128))),
     "mos": ((0.03, 20, 48), (0.05, 10, 16)),
     "tuna": ((0.01, 15, 16), (0.02, 10, 32)),
     "cl_lora": ((0.03, 30, 64), (0.05, 20, 32)),
@@ -254,8 +265,8 @@ PUBLISHED = {
 }
 TAGS = {
     "orig_in21k": ("l2p", "dualprompt", "dap", "lae", "hide_prompt"),
-    "augreg2_in21k_ft_in1k": ("sema",),
-    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima", "mos", "tuna", "cl_lora_cifar224"),
+    "augreg2_in21k_ft_in1k": ("sema", *LIKE_SD_LORA),
+    "augreg_in21k": ("ease", "vpt", "aper_imagenet_r", "slca", "cofima", "mos", "tuna", "cl_lora_cifar224", "inflora"),
 }
 # Presets whose header names another one for what both have in common.
 BY_REFERENCE = {
@@ -286,10 +297,11 @@ def test_a_preset_says_which_classes_compete_how_schedules_step_and_how_heads_be
     header = " ".join(line.removeprefix("# ") for line in lines if line.startswith("#"))
     method = name.removesuffix("_cifar224").removesuffix("_imagenet_r")
     slow = ("slca", "slca_pp", "cofima")
-    if method in ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae", "mos", "tuna", "sema", "hide_prompt", *slow):
+    prompts = ("l2p", "dualprompt", "coda_prompt", "dap", "vpt", "lae")
+    if method in (*prompts, "mos", "tuna", "sema", "hide_prompt", *slow, *LOW_RANK):
         assert composed(name)["method"]["compete"] == "current"
         assert "Only the classes of the current task compete in the training loss (method.compete=current)" in header
-    stepped = ("aper", "ease", "lae", "coda_prompt", "ranpac", "slca", "slca_pp", "cofima", "esn", *ADAPTED[:4])
+    stepped = ("aper", "ease", "lae", "coda_prompt", "ranpac", *slow, "esn", *ADAPTED[:4], *LOW_RANK)
     if method in stepped and name not in BY_REFERENCE:
         assert "learning rate" in header and "short batch of an epoch is kept" in header and "nn.Linear" in header
     assert name not in BY_REFERENCE or BY_REFERENCE[name] in header

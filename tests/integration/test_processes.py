@@ -109,26 +109,45 @@ def _bug(rank: int, world: int) -> float:
     return 0.0
 
 
-def test_one_failing_process_ends_all_with_its_message() -> None:
+@pytest.mark.parametrize(
+    ("work", "error", "words"),
+    [
+        (_mistake, ConfigError, "rank 1 does not like this"),
+        pytest.param(_bug, RuntimeError, "a bug in rank 1", marks=pytest.mark.slow),
+    ],
+)
+def test_one_failing_process_ends_all_with_its_message(work: Any, error: type[Exception], words: str) -> None:
     start = time.monotonic()
-    with pytest.raises(ConfigError, match="rank 1 does not like this"):
-        launch(_mistake, (), processes=2, device="cpu")
-    with pytest.raises(RuntimeError, match="a bug in rank 1"):
-        launch(_bug, (), processes=2, device="cpu")
+    with pytest.raises(error, match=words):
+        launch(work, (), processes=2, device="cpu")
     assert time.monotonic() - start < WAIT / 2, "the other process was not waited for"
 
 
-def test_divergence_in_a_process_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverged(rank: int, world: int) -> float:
-        raise NumericalError("the loss is nan")
+@pytest.fixture
+def spawned_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `launch` work in this process, as rank 0 of one."""
 
-    def spawn_here(worker: Any, meeting: tuple[Any, ...], *, nprocs: int) -> None:
+    def spawn(worker: Any, meeting: tuple[Any, ...], *, nprocs: int) -> None:
         folder, work, arguments, _, backend = meeting
         worker(0, folder, work, arguments, 1, backend)
 
-    monkeypatch.setattr("clrun.system.hardware.spawn", spawn_here)
+    monkeypatch.setattr("clrun.system.hardware.spawn", spawn)
+
+
+def test_divergence_in_a_process_is_no_bug(spawned_here: None) -> None:
+    def diverged(rank: int, world: int) -> float:
+        raise NumericalError("the loss is nan")
+
     with pytest.raises(NumericalError, match="^the loss is nan$"):
         launch(diverged, (), processes=2, device="cpu")
+
+
+def test_a_bug_in_a_process_is_not_taken_for_a_mistake(spawned_here: None) -> None:
+    def broken(rank: int, world: int) -> float:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(RuntimeError, match="^a process of the run failed: a bug$"):
+        launch(broken, (), processes=2, device="cpu")
 
 
 def test_torchrun_starts_the_same_run(tmp_path: Path) -> None:

@@ -266,7 +266,8 @@ def test_heat_maps_keep_their_numbers_and_blanks():
 # --- files for papers
 
 
-def test_figures_and_tables_for_papers_are_the_same_for_the_same_runs(tmp_path):
+def test_figures_and_tables_for_papers_are_the_same_for_the_same_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("clrun.reporting.sweep.FEW", 0)  # draws no pictures of single runs
     full(tmp_path)
     report([tmp_path])
     names = {path.name for path in (tmp_path / "report").iterdir()}
@@ -294,7 +295,9 @@ def test_refresh_draws_nothing_for_papers(tmp_path):
 # --- LogME and searches
 
 
-def test_logme_is_a_column_only_where_runs_carry_it(tmp_path):
+def test_logme_is_a_column_only_where_runs_carry_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("clrun.reporting.sweep.FEW", 0)
+    monkeypatch.setattr("clrun.reporting.paper.FIGURES", {})
     sweep(tmp_path)
     assert "LogME" not in (refresh(tmp_path).page.read_text())
     write_run(tmp_path / "closed", config=config_of("simplecil"), logme={"all": -0.25}, order=ORDERS[0])

@@ -327,7 +327,13 @@ def test_report_rebuilds_one_folder_in_place(tmp_path):
     assert len(robustness_of(tmp_path)) == 1
 
 
-def test_report_joins_several_folders_and_writes_only_where_told(tmp_path):
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Let reports write no figures for papers, which have a test of their own: they take seconds."""
+    monkeypatch.setattr("clrun.reporting.paper.FIGURES", {})
+
+
+def test_report_joins_several_folders_and_writes_only_where_told(tmp_path, no_figures):
     sweep(tmp_path / "a", orders=[0, 1])
     sweep(tmp_path / "b", orders=[2])
     result = report([tmp_path / "a", tmp_path / "b", tmp_path / "b"], pictures=False)
@@ -340,7 +346,7 @@ def test_report_joins_several_folders_and_writes_only_where_told(tmp_path):
         report([tmp_path / "a", tmp_path / "b"], out=tmp_path / "joint" / "sweep.csv")
 
 
-def test_report_draws_the_pictures_that_are_missing(tmp_path):
+def test_report_draws_the_pictures_that_are_missing(tmp_path, no_figures):
     sweep(tmp_path, orders=[0, 1])
     write_run(tmp_path / "odd", accuracy_matrix={"cil": [[0.5, "x"]]})
     (tmp_path / "er-0-0" / "accuracy_matrix.png").write_bytes(b"kept")
@@ -350,7 +356,7 @@ def test_report_draws_the_pictures_that_are_missing(tmp_path):
     assert "figures that could not be drawn (1)" in result.text
 
 
-def test_many_missing_pictures_are_drawn_only_when_asked_for(tmp_path, monkeypatch):
+def test_many_missing_pictures_are_drawn_only_when_asked_for(tmp_path, no_figures, monkeypatch):
     monkeypatch.setattr("clrun.reporting.sweep.FEW", 1)
     sweep(tmp_path, orders=[0, 1])
     text = report([tmp_path]).text
