@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan, Prefix, require_depth
+from clrun.blocks.orthogonality import deviation, orthonormal
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
@@ -130,20 +131,3 @@ class CodaPrompt(Prompted):
             squares = torch.einsum("bd,pmd->bpm", query.square(), attention.square())
             cosines: Tensor = products / (squares.sqrt() * keys.norm(dim=2)).clamp_min(1e-12)
         return cosines
-
-
-def orthonormal(before: Tensor, count: int) -> Tensor:
-    """Return `count` random orthonormal rows orthogonal to the rows `before` [k, W]; k + count must not exceed W."""
-    basis = torch.linalg.qr(before.double().t()).Q
-    rows = torch.randn(before.shape[1], count, dtype=torch.float64)
-    for _ in range(2):  # once more for what rounding left
-        rows = torch.linalg.qr(rows - basis @ (basis.t() @ rows)).Q
-    return rows.t().float()
-
-
-def deviation(rows: Tensor) -> Tensor:
-    """Return the sum over blocks of the mean square [] of Z Z' - I, for rows Z [blocks, M, W]."""
-    gram = rows @ rows.transpose(1, 2)
-    identity = torch.eye(gram.shape[1], device=gram.device)
-    total: Tensor = (gram - identity).square().mean(dim=(1, 2)).sum()
-    return total

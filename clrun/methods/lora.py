@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clrun.blocks.lora import LinearLoRA, QkvLoRA, Summed
+from clrun.blocks.orthogonality import Penalty, overlap
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
@@ -28,8 +28,6 @@ from clrun.learning.losses import Compete
 from clrun.learning.method import freeze
 from clrun.methods.updated import Updated
 from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, PositiveInt
-
-Penalty = Literal["sum", "squares", "cosine"]
 
 
 class Lora(Updated):
@@ -127,23 +125,3 @@ def _downs(total: Summed) -> Iterator[list[Tensor]]:
     updates: list[LinearLoRA | QkvLoRA] = list(total)
     for part in range(len(updates[0].factors()[0])):
         yield [update.factors()[0][part] for update in updates]
-
-
-def overlap(downs: list[Tensor], penalty: Penalty) -> Tensor:
-    """Return the penalty [] of the products A_i A_t' [r_i, r_t] of older maps with the newest one.
-
-    "sum": the sum of their absolute values (public code of O-LoRA). "squares": the sum of their squares (paper).
-    "cosine": the mean of the absolute cosines of their rows. It is 0 without older maps.
-
-    Args:
-        downs: A_i [r_i, n] of one layer; the newest is last.
-        penalty: see above.
-    """
-    *older, newest = downs
-    if not older:
-        return newest.new_zeros(())
-    before = torch.cat(older).detach()
-    if penalty == "cosine":
-        return (F.normalize(before, dim=1) @ F.normalize(newest, dim=1).t()).abs().mean()
-    product = before @ newest.t()
-    return product.square().sum() if penalty == "squares" else product.abs().sum()

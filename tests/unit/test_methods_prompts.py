@@ -15,11 +15,11 @@ from running import run
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Plan
+from clrun.blocks.orthogonality import deviation, orthonormal
 from clrun.blocks.selection import choose, cosines
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
 from clrun.learning.method import Method
-from clrun.methods.coda_prompt import deviation, orthonormal
 from clrun.methods.ease import similarity
 from clrun.reporting.selection import draw_selection
 from clrun.running import checkpoint
