@@ -39,8 +39,7 @@ from soaklib import Ended, Result, Unavailable, end, forked, start
 
 sys.path.insert(0, str(lib.ROOT / "tests" / "integration"))
 
-from running import quiet, run, run_interrupted  # noqa: E402
-from test_resume import CHEAP, fitting  # noqa: E402
+from running import fitting, quiet, run, run_interrupted  # noqa: E402
 
 FAMILIES = ("finetune", "ewc", "er", "der", "a_gem", "icarl", "lwf", "packnet", "halrp", "l2p", "simplecil", "joint")
 # What a run imports when it needs it: imported once, before processes are forked.
@@ -70,7 +69,7 @@ class Method:
         self.name, self.work, self.log = name, work / name, work / f"{name}.log"
         self.work.mkdir()
         cache = f"job.feature_cache={self.work / 'features'}"
-        self.options = (f"method={name}", *fitting(name), *SHORT, *CHEAP.get(name, ()), cache)
+        self.options = (f"method={name}", *fitting(name), *SHORT, cache)
         quiet(*self.options)  # composed once, before processes are forked
         for module in (*LATE, *(("timm",) if name == "l2p" else ())):
             import_module(module)

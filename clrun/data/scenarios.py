@@ -354,8 +354,8 @@ def _stream(
         if not train or not test:
             which = "test" if train else "training"
             raise ConfigError(
-                f"dataset: there are no {which} rows of task {k} ({block.name}); add images of its classes, "
-                "or cut the tasks differently (scenario)"
+                f"dataset: there are no {which} rows of task {k} ({block.name}); add {modality_of(dataset).unit}s of "
+                "its classes, or cut the tasks differently (scenario)"
             )
         val = None if rows.val is None else _placed(rows.val, block, index, transform)
         tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))

@@ -57,8 +57,6 @@ class Lora(Updated):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
-    knobs = (Knob("orthogonality"),)
-
     def __init__(
         self,
         backbone: nn.Module,
@@ -90,6 +88,7 @@ class Lora(Updated):
             raise ConfigError(
                 "method.orthogonality: compares updates of different tasks; take method.growth=per_task, or set it to 0"
             )
+        self.knobs = (Knob("orthogonality"),) if growth == "per_task" else ()
         self.growth, self.rank, self.scale = growth, rank, scale
         self.orthogonality = float(orthogonality)
         self.penalty: Penalty = penalty

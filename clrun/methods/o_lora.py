@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clrun.data.split import Batch
 from clrun.learning.context import Context
+from clrun.learning.knobs import Knob
 from clrun.learning.losses import Compete
 from clrun.methods.lora import Lora
 from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, PositiveInt
@@ -52,6 +53,8 @@ class OLora(Lora):
         lr_scale: learning rate of the updates, relative to that of the budget, which is the head's.
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
+
+    knobs = (Knob("orthogonality"),)
 
     def __init__(
         self,

@@ -393,7 +393,7 @@ def _limited(stream: Stream, job: Job, hardware: Hardware | None) -> Stream:
     if job.tuning is not None and any(not task.val for task in tasks):
         raise ConfigError(
             "job.tuning: needs validation rows of every task; set dataset.val_fraction above 0, e.g. 0.1; a task whose "
-            "classes have one training image each has none and cannot be tuned"
+            "classes have one training row each has none and cannot be tuned"
         )
     if hardware is not None:
         tasks = _Placed(hardware.device, hardware.workers or 0).tasks(tasks)
@@ -412,7 +412,7 @@ def _refuse_without_validation(tasks: tuple[Task, ...]) -> None:
         if not task.val:
             raise ConfigError(
                 f"job.eval_split=val: task {task.id} ({task.name}) has no validation rows: its classes have one "
-                "training image each, or a fraction of 0; set job.eval_split=test, add images, or put these classes "
+                "training row each, or a fraction of 0; set job.eval_split=test, add rows, or put these classes "
                 "into a task with others"
             )
 

@@ -67,7 +67,7 @@ def given_parts(splits: Splits, names: Sequence[str], where: str) -> dict[str, s
     return chosen
 
 
-def found_parts(names: Sequence[str], where: str) -> dict[str, str]:
+def found_parts(names: Sequence[str], where: str, unit: str = "image") -> dict[str, str]:
     """Return the name of each part by what the names stand for; {} without a training part.
 
     A validation part is tested on where there is no test part; a warning says so.
@@ -75,6 +75,7 @@ def found_parts(names: Sequence[str], where: str) -> dict[str, str]:
     Args:
         names: the names that there are.
         where: folder or file, for messages.
+        unit: what one row is called, for messages.
 
     Raises:
         ConfigError: two names stand for one part, or there is only a training part.
@@ -92,13 +93,13 @@ def found_parts(names: Sequence[str], where: str) -> dict[str, str]:
     if "test" not in found and "val" not in found:
         raise ConfigError(
             f"{where}: contains {found['train']} but no test part; add one, or set dataset.splits={{train: "
-            f"{found['train']}}} to take dataset.test_fraction of it as test images"
+            f"{found['train']}}} to take dataset.test_fraction of it as test {unit}s"
         )
     if "test" not in found:
         found["test"] = found.pop("val")
         warn(
-            f"{where}: there is no test part, so that {found['test']} is tested on and there are no validation images; "
-            f"with dataset.splits={{train: {found['train']}}} a part of {found['train']} is tested on instead"
+            f"{where}: there is no test part, so that {found['test']} is tested on and there are no validation "
+            f"{unit}s; with dataset.splits={{train: {found['train']}}} a part of {found['train']} is tested on instead"
         )
     return found
 
@@ -219,7 +220,7 @@ def _found(home: Path, names: Sequence[str], files: FileKind) -> dict[str, str]:
     """
     named = [name for name in names if part_of(name) is not None]
     deep = [name for name in named if subfolders(home / name)]
-    found = found_parts(deep, str(home))
+    found = found_parts(deep, str(home), files.unit)
     if found or not named:
         return found
     listed = some(named)

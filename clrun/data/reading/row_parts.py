@@ -13,7 +13,12 @@ from clrun.system.errors import ConfigError, warn
 
 
 def row_parts(
-    file: str, splits: Sequence[str], names: Sequence[str], given: Mapping[str, str | None] | None, fraction: float
+    file: str,
+    splits: Sequence[str],
+    names: Sequence[str],
+    given: Mapping[str, str | None] | None,
+    fraction: float,
+    unit: str = "image",
 ) -> tuple[dict[str, list[int]], str]:
     """Return the numbers of the rows of each part, and a word on what is tested on where it is not simply a test part.
 
@@ -23,6 +28,7 @@ def row_parts(
         names: what decides by its hash whether a row is a test row, where there is no test part.
         given: names of the parts, as `dataset.splits`; None to find them.
         fraction: expected fraction of test rows then.
+        unit: what one row is called, for messages.
 
     Raises:
         ConfigError: it is unclear which rows are training rows.
@@ -30,7 +36,7 @@ def row_parts(
     known = tuple(dict.fromkeys(split for split in splits if split))
     if not known and given:
         raise ConfigError(f"dataset.splits: {file} has no column of splits; add one, or set dataset.splits=null")
-    chosen = found_parts(known, file) if given is None else given_parts(given, known, file)
+    chosen = found_parts(known, file, unit) if given is None else given_parts(given, known, file)
     if known and not chosen and given is None:
         raise ConfigError(
             f"{file}: the splits {some(known)} are unclear; name them, as in dataset.splits={{train: {known[0]}, "

@@ -150,7 +150,9 @@ def from_texts(
     """
     reading, where, rows = taken.reading, taken.where, taken.finish()
     _refuse_alike((row.label for row in rows), where)
-    parts, said = row_parts(where, [r.split for r in rows], [r.key for r in rows], splits, reading.test_fraction)
+    parts, said = row_parts(
+        where, [r.split for r in rows], [r.key for r in rows], splits, reading.test_fraction, "text"
+    )
     if classes is None:
         classes = in_order(distinct((rows[k].label for k in parts["train"]), where), reading.sort)
     classes = [composed(label.strip()) for label in classes]
