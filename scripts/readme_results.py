@@ -67,7 +67,6 @@ BACKBONES = {
     "lenet": ("backbone=lenet",),
     "resnet18_reduced": ("backbone=resnet18_reduced",),
     "resnet32": ("backbone=resnet32",),
-    "glyph_clip": ("backbone=glyph_clip",),
 }
 # All weights of glyph_vit move: a quarter of the default learning rate, the better one on a validation split of glyphs
 # (joint 92.8 against 91.2).
@@ -84,6 +83,7 @@ ORDER_KEY = {"random": "task_order.seed", "williams": "task_order.row"}
 CLOSED = ("simplecil", "ncm", "lda", "ranpac", "fecam")
 PROMPTS = ("vpt", "l2p", "dualprompt", "coda_prompt", "dap", "lae", "aper", "ease")
 FROZEN = (*CLOSED, "linear_probe")
+LORA = ("lora", "o_lora", "inflora", "sd_lora", "cl_lora", "mos", "tuna", "sema", "acil")
 VARIANTS = {"joint": ("method.mode=once",)}
 
 
@@ -112,7 +112,7 @@ class Sweep:
     @property
     def overrides(self):
         """What decides the numbers."""
-        tuned = self.method not in (*FROZEN, *PROMPTS, "esn") and self.backbone in ("glyph_vit", "random")
+        tuned = self.method not in (*FROZEN, *PROMPTS, *LORA, "esn") and self.backbone in ("glyph_vit", "random")
         return (
             *DATA[self.data],
             *BACKBONES[self.backbone],
@@ -247,7 +247,7 @@ class Frozen:
 class LogMe:
     """LogME of the features of a backbone against the accuracy of its prototypes (one order: nothing depends on it)."""
 
-    backbones = tuple(name for name in BACKBONES if name != "glyph_clip")
+    backbones = tuple(BACKBONES)
 
     def sweeps(self, data, orders):
         return [Sweep(d, b, "simplecil", 1) for d in data for b in self.backbones]
@@ -436,80 +436,39 @@ class Mixture:
         return lines(["method", *(f"{d}: {name}" for d in data for name in names)], rows)
 
 
-class Towers:
-    """Methods on an image and a text tower: digits, and the first four of the tasks of glyphs (three orders)."""
+class Lora:
+    """LoRA and adapters of each task on glyph_vit (three orders): digits, and the first four tasks of glyphs."""
 
-    adamw = ("budget=adamw",)
-    shared = ("experts=2", "routers=shared", "freeze_used=false", "selector=none", "label_smoothing=0")
-    rows = {  # name in the table: method and its options
-        "zero_shot": ("zero_shot", ()),
-        "coop": ("coop", ()),
-        "clip_finetune": ("clip_finetune", (*adamw, "budget.optimizer.lr=1e-4")),
-        "zscl": ("zscl", (*adamw, "budget.optimizer.lr=1e-4")),
-        "proof": ("proof", ()),
-        "rapf": ("rapf", ()),
-        "rail": ("rail", ()),
-        "promptfusion": ("promptfusion", (*adamw, "budget.optimizer.lr=2e-3")),
-        "promptfusion_lite": ("promptfusion_lite", (*adamw, "budget.optimizer.lr=2e-3")),
-        "moe_adapters (class-incremental)": ("moe_adapters", (*adamw, *(f"method.{word}" for word in shared))),
-        "moe_adapters (MTIL)": ("moe_adapters", adamw),
-        "joint": ("joint", ("budget.optimizer.lr=0.005",)),
+    # Options under which a method does what its public code does where that differs from its paper; on glyphs alone.
+    published = {
+        "inflora: energy=plain": ("method.energy=plain",),  # the other way round: the default is that of the code
+        "mos: pulls_per_step=13, stored=mean_of_earlier": ("method.pulls_per_step=13", "method.stored=mean_of_earlier"),
+        "tuna: universal=newest": ("method.universal=newest",),
+        "sema: detect=batch": ("method.detect=batch",),
     }
-    length = {"digits": ("budget.epochs=2",), "glyphs": ("budget.epochs=null", "budget.steps=30", "job.max_tasks=4")}
-    # The longest names of glyphs leave the text tower room for two vectors.
-    two_vectors = {"coop": ("method.length=2",)} | {
-        name: ("method.prompts.text=2",) for name in ("promptfusion", "promptfusion_lite")
-    }
-    names = {"digits": ("job.eval_unseen=true",), "glyphs": ("job.eval_extra=[digits]",)}  # methods that read names
+    variants = {"lora: growth=per_task": ("method.growth=per_task",)}
+    rows = ("ease", "lora", *variants, *LORA[1:])
 
     def sweep(self, d, row, orders):
-        method, words = self.rows[row]
-        words += self.length[d] if method == "joint" else (*self.length[d], *self.names[d])
-        if d == "glyphs":
-            words += self.two_vectors.get(method, ())
-        if method == "zscl" and d == "glyphs":  # its reference data are neither learned nor evaluated
-            words += ("method.reference=[synthetic]",)
-        return Sweep(d, "glyph_clip", method, orders or 3, words=words)
+        words = (self.variants | self.published).get(row, ())
+        method = row.partition(":")[0]
+        words += ("job.max_tasks=4",) if d == "glyphs" else ()
+        return Sweep(d, "glyph_vit", method, orders or 3, words=words)
 
     def sweeps(self, data, orders):
-        return [self.sweep(d, row, orders) for d in data for row in self.rows]
+        every = [self.sweep(d, row, orders) for d in data for row in self.rows]
+        return every + [self.sweep("glyphs", row, orders) for row in self.published if "glyphs" in data]
 
     def draw(self, data, orders):
-        found = {(d, row): self.sweep(d, row, orders).group() for d in data for row in self.rows}
+        names = ("accuracy", "forgetting", "aopd")
         rows = []
-        for row in self.rows:
-            line = [row]
-            for d in data:
-                values = numbers(found[d, row], "cil")
-                line += [cell(values, name) for name in ("accuracy", "forgetting", "aopd")]
-                line.append(cell(numbers(found[d, row], "til"), "accuracy"))
-            rows.append(line)
-        names = ("accuracy", "forgetting", "AOPD", "with the task id")
-        table = lines(["method", *(f"{d}: {name}" for d in data for name in names)], rows)
-        return f"{table}\n\n{self.unseen(data, found)}"
-
-    def unseen(self, data, found):
-        """Return the table of accuracies on tasks and data sets that have not been learned."""
-        rows = []
-        for row in self.rows:
-            if row == "joint":
-                continue
-            line = [row]
-            for name in ("transfer", "matrix_average", "average_accuracy"):
-                values = [run.metrics["til"][name] for run in found["digits", row].runs]
-                line.append(f"{100 * np.mean(values):.1f}")
-            if "glyphs" in data:
-                counts = [held_out(run) for run in found["glyphs", row].runs]
-                line.append(" to ".join(f"{100 * np.mean([c[k] for c in counts]):.1f}" for k in (0, 1)))
-            rows.append(line)
-        names = [f"digits: {name}" for name in ("transfer", "matrix average", "last")]
-        return lines(["method", *names, *["digits while glyphs are learned"] * ("glyphs" in data)], rows)
-
-
-def held_out(run):
-    """Return the accuracy on the digits that are never learned, before the first task and after the last one."""
-    counts = json.loads((run.folder / "run.json").read_text())["held_out"]
-    return [counts[k]["digits"][0] / counts[k]["digits"][1] for k in (0, -1)]
+        for row in (*self.rows, *(self.published if "glyphs" in data else ())):
+            groups = [
+                None if row in self.published and d != "glyphs" else self.sweep(d, row, orders).group(3) for d in data
+            ]
+            cells = [cell(numbers(g, "cil"), name) if g else "" for g in groups for name in names]
+            rows.append([row, *cells])
+        return lines(["method", *(f"{d}: {name}" for d in data for name in ("accuracy", "forgetting", "AOPD"))], rows)
 
 
 TABLES = {
@@ -519,7 +478,7 @@ TABLES = {
     "orders": Orders(),
     "families": Families(),
     "mixture": Mixture(),
-    "towers": Towers(),
+    "lora": Lora(),
 }
 
 
