@@ -58,12 +58,6 @@ DATA = {
     "digits": ("dataset=digits", "scenario.n_tasks=5"),
     "glyphs": ("dataset=glyphs", "scenario.n_tasks=12"),
 }
-TEXTS = {  # of the tables about texts, which need the packages that these data sets and minilm are read from
-    "hpo_linking_3": ("dataset=hpo_linking_3", "scenario=fixed_groups", "scenario.groups=branch"),
-    "hpo_linking": ("dataset=hpo_linking", "scenario=fixed_groups", "scenario.groups=branch"),
-    "icd10_chapters": ("dataset=icd10_chapters", "scenario=fixed_groups", "scenario.groups=three"),
-    "body_systems": ("dataset=body_systems", "scenario=dataset_sequence"),
-}
 BACKBONES = {
     "glyph_vit": ("backbone=glyph_vit",),
     "cnn": ("backbone=cnn",),
@@ -73,10 +67,7 @@ BACKBONES = {
     "lenet": ("backbone=lenet",),
     "resnet18_reduced": ("backbone=resnet18_reduced",),
     "resnet32": ("backbone=resnet32",),
-    "minilm": ("backbone=minilm", "backbone.train=none"),
-    "minilm_names": ("backbone=minilm", "backbone.train=none", "backbone.head=fixed"),
-    "minilm_residual": ("backbone=minilm_adapter", "backbone.head=fixed"),
-    "minilm_layer": ("backbone=minilm_adapter", "backbone.form=layer"),
+    "glyph_clip": ("backbone=glyph_clip",),
 }
 # All weights of glyph_vit move: a quarter of the default learning rate, the better one on a validation split of glyphs
 # (joint 92.8 against 91.2).
@@ -88,17 +79,8 @@ OWN_BUDGETS = {  # of further phases that move all weights
 ORDERS = {
     "random": lambda n: ("task_order=random", f"task_order.seed=range({n})"),
     "williams": lambda n: ("task_order=williams", f"task_order.row=range({n})"),
-    "exhaustive": lambda n: ("task_order=exhaustive", f"task_order.index=range({n})"),
-    "registers": lambda n: ("task_order=body_systems", f"task_order.order={','.join(REGISTERS[:n])}"),
 }
-REGISTERS = ("technical_to_lay", "lay_to_technical", "mixed")
-ORDER_KEY = {
-    "random": "task_order.seed",
-    "williams": "task_order.row",
-    "exhaustive": "task_order.index",
-    "registers": "task_order.order",
-}
-FIRST_ORDER = {"registers": REGISTERS[0]}  # 0 for the other designs
+ORDER_KEY = {"random": "task_order.seed", "williams": "task_order.row"}
 CLOSED = ("simplecil", "ncm", "lda", "ranpac", "fecam")
 PROMPTS = ("vpt", "l2p", "dualprompt", "coda_prompt", "dap", "lae", "aper", "ease")
 FROZEN = (*CLOSED, "linear_probe")
@@ -110,7 +92,7 @@ class Sweep:
     """One method over task orders.
 
     Attributes:
-        data: key of DATA or TEXTS.
+        data: key of DATA.
         backbone: key of BACKBONES.
         method: configuration of that name.
         orders: how many.
@@ -132,7 +114,7 @@ class Sweep:
         """What decides the numbers."""
         tuned = self.method not in (*FROZEN, *PROMPTS, "esn") and self.backbone in ("glyph_vit", "random")
         return (
-            *(DATA | TEXTS)[self.data],
+            *DATA[self.data],
             *BACKBONES[self.backbone],
             f"method={self.method}",
             *VARIANTS.get(self.method, ()),
@@ -204,8 +186,7 @@ class Sweep:
 
     def outcome(self):
         """Return the fingerprint of what its first order gave: every count of every evaluation."""
-        key, first = ORDER_KEY[self.design], FIRST_ORDER.get(self.design, 0)
-        run = min((run for run in self.runs() if run.config[key] == first), key=lambda run: run.config["seed"])
+        (run,) = (run for run in self.runs() if run.config[ORDER_KEY[self.design]] == 0)
         return hashlib.sha256((run.folder / "accuracy.csv").read_bytes()).hexdigest()[:12]
 
 
@@ -266,7 +247,7 @@ class Frozen:
 class LogMe:
     """LogME of the features of a backbone against the accuracy of its prototypes (one order: nothing depends on it)."""
 
-    backbones = tuple(BACKBONES)
+    backbones = tuple(name for name in BACKBONES if name != "glyph_clip")
 
     def sweeps(self, data, orders):
         return [Sweep(d, b, "simplecil", 1) for d in data for b in self.backbones]
@@ -455,154 +436,80 @@ class Mixture:
         return lines(["method", *(f"{d}: {name}" for d in data for name in names)], rows)
 
 
-class Linking:
-    """Forgetting of entity linking: three organ systems in all six orders, three seeds each."""
+class Towers:
+    """Methods on an image and a text tower: digits, and the first four of the tasks of glyphs (three orders)."""
 
-    budget = ("budget=adamw", "budget.epochs=10", "seed=range(3)")
-    # Strengths chosen on validation rows of the canonical order, see docs/results.md.
-    learners = {
-        "finetune": (),
-        "er": ("method.capacity=400",),
-        "ewc": ("method.strength=100",),
-        "kfac_ewc": ("method.solver=grad", "method.strength=100"),
-        "joint": (),
+    adamw = ("budget=adamw",)
+    shared = ("experts=2", "routers=shared", "freeze_used=false", "selector=none", "label_smoothing=0")
+    rows = {  # name in the table: method and its options
+        "zero_shot": ("zero_shot", ()),
+        "coop": ("coop", ()),
+        "clip_finetune": ("clip_finetune", (*adamw, "budget.optimizer.lr=1e-4")),
+        "zscl": ("zscl", (*adamw, "budget.optimizer.lr=1e-4")),
+        "proof": ("proof", ()),
+        "rapf": ("rapf", ()),
+        "rail": ("rail", ()),
+        "promptfusion": ("promptfusion", (*adamw, "budget.optimizer.lr=2e-3")),
+        "promptfusion_lite": ("promptfusion_lite", (*adamw, "budget.optimizer.lr=2e-3")),
+        "moe_adapters (class-incremental)": ("moe_adapters", (*adamw, *(f"method.{word}" for word in shared))),
+        "moe_adapters (MTIL)": ("moe_adapters", adamw),
+        "joint": ("joint", ("budget.optimizer.lr=0.005",)),
     }
-    frozen = ("zero_shot", "ncm_names")
+    length = {"digits": ("budget.epochs=2",), "glyphs": ("budget.epochs=null", "budget.steps=30", "job.max_tasks=4")}
+    # The longest names of glyphs leave the text tower room for two vectors.
+    two_vectors = {"coop": ("method.length=2",)} | {
+        name: ("method.prompts.text=2",) for name in ("promptfusion", "promptfusion_lite")
+    }
+    names = {"digits": ("job.eval_unseen=true",), "glyphs": ("job.eval_extra=[digits]",)}  # methods that read names
 
-    def sweep(self, m, orders):
-        count = orders or 6
-        if m in self.frozen:
-            return Sweep("hpo_linking_3", "minilm_names", m, count, design="exhaustive")
-        return Sweep(
-            "hpo_linking_3", "minilm_residual", m, count, design="exhaustive", words=(*self.budget, *self.learners[m])
-        )
+    def sweep(self, d, row, orders):
+        method, words = self.rows[row]
+        words += self.length[d] if method == "joint" else (*self.length[d], *self.names[d])
+        if d == "glyphs":
+            words += self.two_vectors.get(method, ())
+        if method == "zscl" and d == "glyphs":  # its reference data are neither learned nor evaluated
+            words += ("method.reference=[synthetic]",)
+        return Sweep(d, "glyph_clip", method, orders or 3, words=words)
 
     def sweeps(self, data, orders):
-        return [] if list(data) != list(DATA) else [self.sweep(m, orders) for m in (*self.frozen, *self.learners)]
+        return [self.sweep(d, row, orders) for d in data for row in self.rows]
 
     def draw(self, data, orders):
-        if not self.sweeps(data, orders):
-            return ""
-        cil, til = tfidf(self.sweep("zero_shot", orders))
-        rows = [["tfidf", f"{cil:.1f}", "", "", "0.0", f"{til:.1f}", "", "", "0.0"]]
-        base = {s: numbers(self.sweep("finetune", orders).group(), s)["forgetting"] for s in ("cil", "til")}
-        for m in (*self.frozen, *self.learners):
-            group, row = self.sweep(m, orders).group(), [m]
-            for s in ("cil", "til"):
-                values = numbers(group, s)
-                row += [cell(values, "accuracy"), cell(values, "forgetting")]
-                saved = 100 * (1 - values["forgetting"] / base[s])
-                row.append(f"{saved:.0f} %" if m in ("er", "ewc", "kfac_ewc") else "")
-                row.append(cell(values, "aopd"))
-            rows.append(row)
-        names = ("accuracy", "forgetting", "less than finetune", "AOPD")
-        return lines(["hpo_linking_3", *(f"{s}: {name}" for s in ("cil", "til") for name in names)], rows)
-
-
-class Texts:
-    """Entity linking on eight organ systems, chapters of ICD-10 and registers of language: three orders each."""
-
-    # Strengths of icd10_chapters and body_systems were chosen on validation rows of the canonical order; those of
-    # hpo_linking are those of hpo_linking_3.
-    learners = {
-        "hpo_linking": {
-            "finetune": (),
-            "er": ("method.capacity=800",),
-            "lwf": (),
-            "ewc": Linking.learners["ewc"],
-            "kfac_ewc": Linking.learners["kfac_ewc"],
-            "joint": (),
-        },
-        "icd10_chapters": {
-            "finetune": (),
-            "er": ("method.capacity=200",),
-            "lwf": (),
-            "ewc": ("method.strength=1000",),
-            "kfac_ewc": ("method.solver=grad", "method.strength=1000"),
-            "joint": (),
-        },
-        "body_systems": {
-            "finetune": (),
-            "er": ("method.capacity=200",),
-            "lwf": (),
-            "ewc": ("method.strength=100",),
-            "kfac_ewc": ("method.solver=grad", "method.strength=10"),
-            "joint": (),
-        },
-    }
-    frozen = {
-        "hpo_linking": ("zero_shot", "ncm_names"),
-        "icd10_chapters": ("zero_shot", "ncm_names", "simplecil", "ranpac"),
-        "body_systems": ("zero_shot", "ncm_names", "simplecil", "ranpac"),
-    }
-
-    def sweep(self, d, m, orders):
-        setting, design = ("dil", "registers") if d == "body_systems" else ("cil", "random")
-        if m in self.frozen[d]:
-            backbone = "minilm_names" if m in Linking.frozen else "minilm"
-            return Sweep(d, backbone, m, orders or 3, setting, design)
-        backbone, budget = ("minilm_layer", ("budget=adam",))
-        if d == "hpo_linking":
-            backbone, budget = "minilm_residual", ("budget=adamw", "budget.epochs=10")
-        return Sweep(d, backbone, m, orders or 3, setting, design, (*budget, *self.learners[d][m]))
-
-    def sweeps(self, data, orders):
-        if list(data) != list(DATA):
-            return []
-        return [self.sweep(d, m, orders) for d in self.frozen for m in (*self.frozen[d], *self.learners[d])]
-
-    def draw(self, data, orders):
-        if not self.sweeps(data, orders):
-            return ""
-        return "\n\n".join(self.block(d, orders) for d in self.frozen)
-
-    def block(self, d, orders):
-        """Return the table of one data set."""
-        settings = ("dil",) if d == "body_systems" else ("cil", "til")
-        cil, til = tfidf(self.sweep(d, "zero_shot", orders))
+        found = {(d, row): self.sweep(d, row, orders).group() for d in data for row in self.rows}
         rows = []
-        for m in ("tfidf", *self.frozen[d], *self.learners[d]):
-            row = [m]
-            for s in settings:
-                if m == "tfidf":
-                    row += [f"{til if s == 'til' else cil:.1f}", "", "0.0"]
-                    continue
-                values = numbers(self.sweep(d, m, orders).group(), s)
-                row += [cell(values, name) for name in ("accuracy", "forgetting", "aopd")]
-            rows.append(row)
-        names = ("accuracy", "forgetting", "AOPD")
-        return lines([d, *(f"{s}: {name}" for s in settings for name in names)], rows)
+        for row in self.rows:
+            line = [row]
+            for d in data:
+                values = numbers(found[d, row], "cil")
+                line += [cell(values, name) for name in ("accuracy", "forgetting", "aopd")]
+                line.append(cell(numbers(found[d, row], "til"), "accuracy"))
+            rows.append(line)
+        names = ("accuracy", "forgetting", "AOPD", "with the task id")
+        table = lines(["method", *(f"{d}: {name}" for d in data for name in names)], rows)
+        return f"{table}\n\n{self.unseen(data, found)}"
+
+    def unseen(self, data, found):
+        """Return the table of accuracies on tasks and data sets that have not been learned."""
+        rows = []
+        for row in self.rows:
+            if row == "joint":
+                continue
+            line = [row]
+            for name in ("transfer", "matrix_average", "average_accuracy"):
+                values = [run.metrics["til"][name] for run in found["digits", row].runs]
+                line.append(f"{100 * np.mean(values):.1f}")
+            if "glyphs" in data:
+                counts = [held_out(run) for run in found["glyphs", row].runs]
+                line.append(" to ".join(f"{100 * np.mean([c[k] for c in counts]):.1f}" for k in (0, 1)))
+            rows.append(line)
+        names = [f"digits: {name}" for name in ("transfer", "matrix average", "last")]
+        return lines(["method", *names, *["digits while glyphs are learned"] * ("glyphs" in data)], rows)
 
 
-def tfidf(sweep):
-    """Return the accuracies in points of TF-IDF against the names of the classes: all of them compete, the task's.
-
-    Characters of words, two to four at a time, by scikit-learn; the vocabulary and its weights are those of the names.
-    Nothing is learned, and the order of the tasks does not matter.
-
-    Args:
-        sweep: one on the same data.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    from clrun.data.orders import canonical
-    from clrun.data.split import Plain
-    from clrun.data.texts import to_texts
-    from clrun.running.build import build_stream
-    from clrun.running.parts import Parts
-
-    parts = Parts(json.loads((sweep.runs()[0].folder / "run.json").read_text())["config"])
-    dataset = parts.load_dataset()
-    stream = build_stream(parts, dataset, canonical, Plain())
-    reader = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
-    names = reader.fit_transform(dataset.class_names)
-    found = []
-    for task in stream.tasks:
-        batch = next(task.test.batches(len(task.test), view="raw"))
-        scores = (reader.transform(to_texts(batch.x)) @ names.T).toarray()
-        own = np.where(stream.members[task.index].numpy(), scores, -1)
-        found.append([np.mean(s.argmax(axis=1) == batch.y.numpy()) for s in (scores, own)])
-    return [100 * value for value in np.mean(found, axis=0)]
+def held_out(run):
+    """Return the accuracy on the digits that are never learned, before the first task and after the last one."""
+    counts = json.loads((run.folder / "run.json").read_text())["held_out"]
+    return [counts[k]["digits"][0] / counts[k]["digits"][1] for k in (0, -1)]
 
 
 TABLES = {
@@ -612,8 +519,7 @@ TABLES = {
     "orders": Orders(),
     "families": Families(),
     "mixture": Mixture(),
-    "linking": Linking(),
-    "texts": Texts(),
+    "towers": Towers(),
 }
 
 
