@@ -316,11 +316,12 @@ CASES: dict[str, Case] = {
         state=lambda n: 2 * 4 * (n.p + n.head) + 8 * n.p,  # variances and a deviation; importance and anchor
         options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 4.0},
     ),
-    # The value and the derivative by input and weight of each layer are three forward passes, of which the first
-    # one has a backward pass, and the product rule adds two tensors per layer (one operation on its output, as a gate).
+    # The value and the derivative by input and weight of each layer are three forward passes, of which the first one has
+    # a backward pass. The product rule adds two tensors per convolution and per normalisation of it: each is one
+    # operation on the outputs of the convolution, as a gate is.
     "dlcft": Case(
         read=(BATCH, BATCH),
-        gated=("read 0",),
+        gated=("read 0", "read 1"),
         vector=PENALTY,
         products=1,
         state=lambda n: 4 * (2 * n.p + n.kronecker + n.method.num_classes * (n.features + 2) + (n.features + 1) ** 2),
