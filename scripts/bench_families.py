@@ -316,8 +316,8 @@ CASES: dict[str, Case] = {
         state=lambda n: 2 * 4 * (n.p + n.head) + 8 * n.p,  # variances and a deviation; importance and anchor
         options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 4.0},
     ),
-    # The value and the derivative by input and weight of each layer are three forward passes, of which the first one has
-    # a backward pass. The product rule adds two tensors per convolution and per normalisation of it: each is one
+    # The value and the derivative by input and weight of each layer are three forward passes, of which the first one
+    # has a backward pass. The product rule adds two tensors per convolution and per normalisation of it: each is one
     # operation on the outputs of the convolution, as a gate is.
     "dlcft": Case(
         read=(BATCH, BATCH),
