@@ -6,6 +6,8 @@ rows of bytes, and later those of ids, like any other tensor.
 Shapes: `M` stored rows, `W` bytes of the longest stored text, `L` tokens of the longest text, `B` batch.
 """
 
+import re
+import unicodedata
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from clrun.data.tokens import SEPARATOR, Tokenizer
+
+APART = re.compile(r"[\W_]+")  # runs of characters that are neither letters nor digits
 
 
 class TextTransform:
@@ -80,6 +84,11 @@ def cut(text: str, max_bytes: int) -> str:
     """Return the beginning of a text that has at most `max_bytes` bytes in UTF-8; no character is cut in two."""
     encoded = text[:max_bytes].encode()
     return encoded[:max_bytes].decode(errors="ignore") if len(encoded) > max_bytes else text[:max_bytes]
+
+
+def fold(text: str) -> str:
+    """Return a text as it is compared with others: NFKC, case folded, words of letters and digits, single spaces."""
+    return APART.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> Tensor:

@@ -13,12 +13,12 @@ import pytest
 from helpers import configured
 
 from clrun.data.reading import hpo, icd10
-from clrun.data.reading.recipe import Source, fold, key
+from clrun.data.reading.recipe import Source, key
 from clrun.data.sources.body_systems import DOMAINS, SYSTEMS, body_systems, system_rows
 from clrun.data.sources.hpo_linking import SELECTIONS, Linking, linking
 from clrun.data.sources.icd10_chapters import chapter_rows, classes
 from clrun.data.split import Plain
-from clrun.data.texts import to_texts
+from clrun.data.texts import fold, to_texts
 from clrun.system.errors import ConfigError
 
 OBO = """format-version: 1.2

@@ -15,7 +15,7 @@ import torch
 from clrun.data.features import described
 from clrun.data.modality import Images, Texts, Vectors, modality_of
 from clrun.data.orders import canonical
-from clrun.data.reading.text_rows import fold
+from clrun.data.reading.text_rows import text_key
 from clrun.data.scenarios import dataset_sequence, domain_shift, fixed_groups
 from clrun.data.sources.digits import digits
 from clrun.data.sources.hf_text import hf_text
@@ -77,8 +77,8 @@ def test_a_cut_never_divides_a_character() -> None:
 
 
 def test_folding_leaves_words_of_letters_and_digits() -> None:
-    assert fold("  Ünder_Score, (2nd) LINE\n") == "ünder score 2nd line" and fold("ﬁn") == "fin"
-    assert fold("!?") != fold("??"), "texts without words are told apart"
+    assert text_key("  Ünder_Score, (2nd) LINE\n") == "ünder score 2nd line" and text_key("ﬁn") == "fin"
+    assert text_key("!?") != text_key("??"), "texts without words are told apart"
 
 
 # --- tokenised
@@ -228,7 +228,7 @@ def test_the_hash_of_the_folded_text_decides(tmp_path: Path) -> None:
     again = [f"T{k}!,{k % 2}" for k in range(40)]
     parts: dict[str, set[str]] = {}
     for part, text, _ in rows(table(tmp_path / "rows.csv", "\n".join(["text,label", *once, *again]))):
-        parts.setdefault(fold(text), set()).add(part)
+        parts.setdefault(text_key(text), set()).add(part)
     assert all(len(own) == 1 for own in parts.values()) and {"train", "test"} == set.union(*parts.values())
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from clrun.data.reading.recipe import Source, fold
+from clrun.data.reading.recipe import Source
+from clrun.data.texts import fold
 from clrun.system.errors import ConfigError
 
 SOURCE = Source(

@@ -6,8 +6,6 @@ so that the data set is the same on every machine, for every seed, and for every
 
 import hashlib
 import importlib.util
-import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +23,12 @@ from clrun.system.libraries import install_files
 from clrun.system.reading import MB
 
 LIMIT = 256 * MB  # bytes of a file; the largest of them has 11 million
-APART = re.compile(r"[\W_]+")  # runs of characters that are neither letters nor digits
 
 
 def key(*parts: object) -> int:
     """Return the first 8 bytes, big endian, of the SHA-256 of the parts as text, joined by the character U+001F."""
     joined = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(joined).digest()[:8], "big")
-
-
-def fold(text: str) -> str:
-    """Return a text as it is compared with others: NFKC, case folded, words of letters and digits, single spaces."""
-    return APART.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 @dataclass(frozen=True)
@@ -144,4 +136,4 @@ def from_recipe(
     )
 
 
-__all__ = ["Source", "fold", "from_recipe", "key"]
+__all__ = ["Source", "from_recipe", "key"]

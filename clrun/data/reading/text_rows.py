@@ -3,7 +3,6 @@
 Shapes: `N` rows.
 """
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from clrun.data.reading.row_parts import class_groups, row_domains, row_parts
 from clrun.data.reading.text import printable
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
-from clrun.data.texts import cut, to_bytes
+from clrun.data.texts import cut, fold, to_bytes
 from clrun.system.errors import ConfigError, warn
 
 PARTS = ("train", "test", "val")
@@ -49,15 +48,6 @@ class TextRow:
     split: str = ""
     domain: str = ""
     group: str = ""
-
-
-def fold(text: str) -> str:
-    """Return a text without case and punctuation: NFKC, casefold, one blank for what is neither letter nor digit.
-
-    A text without letters and digits is only normalised, so that such texts stay apart.
-    """
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.sub(r"[\W_]+", " ", plain).split()) or plain.strip()
 
 
 class Intake:
@@ -106,7 +96,7 @@ class Intake:
         if size > self.reading.max_bytes:
             self.long.append(size)
         kept = cut(text, self.reading.max_bytes)
-        self.rows.append(TextRow(line, kept, fold(text[:FOLDED]), composed(label), split, domain, group))
+        self.rows.append(TextRow(line, kept, text_key(text[:FOLDED]), composed(label), split, domain, group))
 
     def finish(self) -> list[TextRow]:
         """Return the rows; warn of texts that were cut or left out.
@@ -182,6 +172,11 @@ def from_texts(
         modality=Texts(),
     )
     return with_note(replace(dataset, sort=reading.sort), said)
+
+
+def text_key(text: str) -> str:
+    """Return the folded text; one without letters and digits is only normalised, so that such texts stay apart."""
+    return fold(text) or unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 def _refuse_alike(labels: Iterable[str], where: str) -> None:

@@ -8,8 +8,9 @@ from typing import Literal
 from clrun.data.reading.hpo import Ontology, ontology
 from clrun.data.reading.icd10 import Chapter, chapters
 from clrun.data.reading.options import PackageReading, loader
-from clrun.data.reading.recipe import fold, from_recipe, key
+from clrun.data.reading.recipe import from_recipe, key
 from clrun.data.stream import Dataset
+from clrun.data.texts import fold
 
 DOMAINS = ("icd_title", "icd_inclusion", "hpo_name", "hpo_synonym", "hpo_layperson")
 ROWS = 80  # of each class of each domain

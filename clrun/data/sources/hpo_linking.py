@@ -7,8 +7,9 @@ from typing import Literal
 
 from clrun.data.reading.hpo import Ontology, Term, ontology
 from clrun.data.reading.options import PackageReading, loader
-from clrun.data.reading.recipe import fold, from_recipe, key
+from clrun.data.reading.recipe import from_recipe, key
 from clrun.data.stream import Dataset
+from clrun.data.texts import fold
 
 TASKS: Mapping[str, str] = {
     "HP:0000707": "nervous system",

@@ -6,8 +6,9 @@ from typing import Literal
 
 from clrun.data.reading.icd10 import Chapter, Entry, chapters
 from clrun.data.reading.options import PackageReading, loader
-from clrun.data.reading.recipe import fold, from_recipe, key
+from clrun.data.reading.recipe import from_recipe, key
 from clrun.data.stream import Dataset
+from clrun.data.texts import fold
 
 LEFT_OUT = 22  # codes for special purposes, five of them
 LENGTH = 4  # characters without the point of the longest code whose title counts
