@@ -246,6 +246,23 @@ def born(make: Callable[..., Method], stream: Stream, *, seed: int = 0) -> tuple
     return method, stream
 
 
+def rows(stream: Stream) -> Tensor:
+    """Return the test rows of all tasks, as the network sees them."""
+    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
+
+
+def answers(method: Method, x: Tensor) -> Tensor:
+    """Return what a method says of prepared rows x, in evaluation mode."""
+    method.eval()
+    with torch.inference_mode():
+        return method(x)
+
+
+def copies(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters by their names."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
 def state(method: nn.Module) -> dict[str, Any]:
     """Return copies of weights, buffers and the tensors in plain attributes (replay memories, importances)."""
     found = dict(method.state_dict())

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, assert_same, born, context, factory, image_stream, live, sgd, state, trace
+from helpers import Net, answers, assert_same, born, context, factory, image_stream, live, rows, sgd, state, trace
 from torch import Tensor, nn
 
 from clrun.blocks.lora import QkvLoRA
 from clrun.data.stream import Stream
-from clrun.learning.method import Method
 from clrun.methods.cl_lora import Specific, Weighted, distillation, importances, overlap, rescaled
 from clrun.running.accounting import parameter_counts
 from clrun.system.errors import ConfigError
@@ -38,16 +37,6 @@ def _lived() -> tuple[Any, Stream, list[Any]]:
 def lived() -> tuple[Any, Stream]:
     method, stream, _ = _lived()
     return copy.deepcopy(method), stream
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
-
-
-def answers(method: Method, x: Tensor) -> Tensor:
-    method.eval()
-    with torch.inference_mode():
-        return method(x)
 
 
 def test_shared_maps_and_what_belongs_to_old_tasks_stand_still() -> None:

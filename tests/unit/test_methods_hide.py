@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, born, context, factory, image_stream, live, sgd, state, trace
-from torch import Tensor, nn
+from helpers import answers, assert_same, born, context, factory, image_stream, live, rows, sgd, state, trace
+from torch import nn
 
 from clrun.blocks.contrast import contrast
 from clrun.data.stream import Stream
-from clrun.learning.method import Method
 from clrun.methods.hide_prompt import TaskIdentity
 from clrun.running.accounting import parameter_counts
 from clrun.system.errors import ConfigError
@@ -42,16 +41,6 @@ def _lived(setting: str) -> tuple[Any, Stream, list[Any]]:
 def lived(setting: str = "cil") -> tuple[Any, Stream]:
     method, stream, _ = _lived(setting)
     return copy.deepcopy(method), stream
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
-
-
-def answers(method: Method, x: Tensor) -> Tensor:
-    method.eval()
-    with torch.inference_mode():
-        return method(x)
 
 
 def test_prompts_of_earlier_tasks_stand_still_and_evaluation_changes_nothing() -> None:

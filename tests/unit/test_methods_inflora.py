@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, born, context, factory, image_stream, live, node, sgd, state
+from helpers import assert_same, born, context, factory, image_stream, live, node, rows, sgd, state
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -32,10 +32,6 @@ def begun(learned: int, **options: Any) -> tuple[Any, Context]:
     seed_all(0, "task", learned)
     method.begin_task(stream.tasks[learned], ctx)
     return method, ctx
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
 
 
 @pytest.mark.parametrize("learned", [0, 1, 2])

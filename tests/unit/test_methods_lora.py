@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, born, context, factory, image_stream, live, sgd, state, tiny_vit
+from helpers import assert_same, born, context, factory, image_stream, live, rows, sgd, state, tiny_vit
 from torch import Tensor, nn
 
 from clrun.blocks.lora import LinearLoRA, merged
@@ -64,10 +64,6 @@ def lived(way: tuple[str, dict[str, Any]]) -> tuple[Any, Stream]:
     """Return a copy of a method after three tasks, and its stream."""
     method, stream = _lived(WAYS.index(way))
     return copy.deepcopy(method), stream
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
 
 
 def logits(method: Any, x: Tensor) -> Tensor:

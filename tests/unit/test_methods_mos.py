@@ -7,13 +7,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, assert_same, born, context, factory, image_stream, live, sgd, state, trace
+from helpers import (
+    Net,
+    answers,
+    assert_same,
+    born,
+    context,
+    copies,
+    factory,
+    image_stream,
+    live,
+    rows,
+    sgd,
+    state,
+    trace,
+)
 from torch import Tensor, nn
 
 from clrun.blocks.contrast import contrast
 from clrun.blocks.inject import mlp_adapters
 from clrun.data.stream import Stream
-from clrun.learning.method import Method
 from clrun.methods.mos import pull
 from clrun.running.accounting import parameter_counts
 from clrun.system.errors import ConfigError
@@ -42,20 +55,6 @@ def _lived() -> tuple[Any, Stream]:
 def lived() -> tuple[Any, Stream]:
     method, stream = _lived()
     return copy.deepcopy(method), stream
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
-
-
-def answers(method: Method, x: Tensor) -> Tensor:
-    method.eval()
-    with torch.inference_mode():
-        return method(x)
-
-
-def copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def test_stored_adapters_and_the_backbone_stand_still_and_evaluation_changes_nothing() -> None:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same, born, context, factory, image_stream, live, sgd, state, trace
+from helpers import answers, assert_same, born, context, copies, factory, image_stream, live, rows, sgd, state, trace
 from running import run
 from torch import Tensor, nn
 
 from clrun.blocks.inject import Adapter
 from clrun.data.stream import Stream
-from clrun.learning.method import Method
 from clrun.methods.sema import Descriptor, MixtureOfAdapters
 from clrun.running.accounting import parameter_counts
 from clrun.system.errors import ConfigError
@@ -37,20 +36,6 @@ def _lived() -> tuple[Any, Stream, list[Any]]:
     method, stream = sema(threshold=0.0)
     found = trace(lambda m: (copies(m), m.expansion()), method, stream, budget=budget())
     return method, stream, found
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
-
-
-def answers(method: Method, x: Tensor) -> Tensor:
-    method.eval()
-    with torch.inference_mode():
-        return method(x)
-
-
-def copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def adapter(seed: int) -> Adapter:

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, born, context, factory, image_stream, live, sgd, state, trace
-from torch import Tensor, nn
+from helpers import answers, assert_same, born, context, copies, factory, image_stream, live, rows, sgd, state, trace
+from torch import Tensor
 
 from clrun.data.stream import Stream
-from clrun.learning.method import Method
 from clrun.methods.tuna import apart, direction, fuse, inverted_factors, shares, surest
 from clrun.running.accounting import parameter_counts
 from clrun.system.errors import ConfigError
@@ -41,20 +40,6 @@ def _lived(setting: str) -> tuple[Any, Stream]:
 def lived(setting: str = "cil") -> tuple[Any, Stream]:
     method, stream = _lived(setting)
     return copy.deepcopy(method), stream
-
-
-def rows(stream: Stream) -> Tensor:
-    return torch.cat([batch.x for task in stream.tasks for batch in task.test.batches(100)])
-
-
-def answers(method: Method, x: Tensor) -> Tensor:
-    method.eval()
-    with torch.inference_mode():
-        return method(x)
-
-
-def copies(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 GOLDEN = ((0.9, -0.1, 0.5, 0, -0.7), (0.2, 0.8, -0.6, 0.1, -0.3), (-0.4, 0.6, 0.3, -0.2, -0.9))
