@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clrun.blocks.params import Carrier
 from clrun.blocks.statistics import ClassStats, Moments, cholesky, shrunk
-from clrun.data.split import Batch, TensorSplit
+from clrun.data.split import Batch, Split, TensorSplit
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.losses import masked_cross_entropy
@@ -23,6 +23,8 @@ from clrun.learning.training import fit
 from clrun.system.errors import NonNegative, Positive, PositiveInt
 
 Covariance = Literal["full", "diagonal", "shared"]
+Features = Callable[[Tensor], Tensor]
+Target = Callable[[Batch], Tensor]
 MOMENTS: dict[Covariance, Moments] = {"full": "class", "diagonal": "diagonal", "shared": "pooled"}
 
 
@@ -77,6 +79,20 @@ class GaussianReplay(Carrier):
     def classes(self) -> Tensor:
         """[k] long, the ids of the classes with rows, ascending."""
         return self.rows.nonzero()[:, 0]
+
+    def measured(self, features: Features, split: Split, target: Target = lambda batch: batch.y) -> ClassStats:
+        """Return the statistics of the rows of a split, without augmentation, in the form that `add` takes.
+
+        Args:
+            features: returns the features [B, D] of prepared images; the caller has switched off gradients and training
+                mode.
+            split: the rows.
+            target: returns the class [B] of each row of a batch.
+        """
+        found = self.empty()
+        for batch in split.batches(256):
+            found.update(features(batch.x).float(), target(batch))
+        return found
 
     def add(self, stats: ClassStats) -> None:
         """Add the rows of `stats`, whose moments are those of `empty`."""
@@ -137,6 +153,19 @@ class GaussianReplay(Carrier):
         if self.covariance == "shared":
             return Sampler(means, [self._factor(self.covariances[0])] * len(means))
         return Sampler(means, [self._factor(self.covariance_of(int(label))) for label in classes])
+
+    def aged(self, classes: Tensor, ages: Tensor, ctx: Context, *, shrink: float) -> Callable[[int], Tensor]:
+        """Return a function of N that draws features [k, N, D] of `classes` [k], whose means shrink with their age.
+
+        Args:
+            classes: their ids.
+            ages: [k] float64, how many tasks ago the task of each class was; 0 for the current one.
+            ctx: of the current task, which names the random numbers.
+            shrink: the mean of a class of age a is multiplied by 1 - shrink a / T in the T-th task.
+        """
+        factors = 1 - shrink * ages / (ctx.task.index + 1)
+        sampler, generator = self.sampler(classes, mean_factors=factors), ctx.generator("replay")
+        return lambda rows: sampler(rows, generator)
 
     def _factor(self, covariance: Tensor) -> Tensor:
         """Return F with covariance + jitter I = F F', lower triangular [D, D], or the square root of a diagonal [D]."""
@@ -291,4 +320,4 @@ def normalised_logits(logits: Tensor, groups: Tensor, temperature: float) -> Ten
     return normalised
 
 
-__all__ = ["Alignment", "Covariance", "Drawn", "GaussianReplay", "Sampler", "normalised_logits"]
+__all__ = ["Alignment", "Covariance", "Drawn", "Features", "GaussianReplay", "Sampler", "Target", "normalised_logits"]

@@ -6,7 +6,6 @@ single Gaussians and the loop of the alignment.
 Shapes: `D` feature width, `C` classes, `E` Gaussians, `N` rows, `B` rows of a batch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,17 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.additive import cluster
-from clrun.blocks.gaussian import Alignment, Covariance, GaussianReplay, Sampler
+from clrun.blocks.gaussian import Alignment, Covariance, Features, GaussianReplay, Sampler, Target
 from clrun.blocks.params import Carrier
-from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.system.errors import PositiveInt
 
 Replay = Literal["full", "diagonal", "centroids"]
-Features = Callable[[Tensor], Tensor]
-Target = Callable[[Batch], Tensor]
 
 
 @dataclass(frozen=True)
@@ -165,9 +161,7 @@ class TaskGaussians(Carrier):
     def _measure(self, covariance: Covariance, features: Features, task: Task, target: Target) -> list[int]:
         """Add one Gaussian per class, and return their labels."""
         replay = GaussianReplay(self.num_features, self.num_classes, covariance=covariance, jitter=self.jitter)
-        own = replay.empty()
-        for batch in task.train.batches(256):
-            own.update(features(batch.x).float(), target(batch))
+        own = replay.measured(features, task.train, target)
         labels: list[int] = own.counts().nonzero()[:, 0].tolist()
         if not self.known or set(self.known[-1]) & set(labels):
             self.parts.append(replay.to(own.rows.device))

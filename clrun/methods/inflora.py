@@ -182,18 +182,15 @@ class Inflora(Updated):
     def _align(self, task: Task, ctx: Context) -> None:
         """Add the Gaussians of the classes of the task and, from the second task on, align the head to all of them."""
         assert self.replay is not None and self.alignment is not None
-        own = self.replay.empty()
         with torch.no_grad(), eval_mode(self):
-            for batch in task.train.batches(256):
-                own.update(self.features(batch.x).float(), batch.y)
-        self.replay.add(own)
+            self.replay.add(self.replay.measured(self.features, task.train))
         if task.index:
             self.alignment.fit(self, self.head, ctx, draw=self._replayed(ctx), groups=self.latest)
 
     def _replayed(self, ctx: Context) -> Callable[[], Tensor]:
         """Return a function that draws features [k, N, D] of all classes so far."""
         assert self.replay is not None and self.alignment is not None
-        classes, rows, generator = self.replay.classes, self.alignment.rows_per_class, ctx.generator("replay")
+        classes, rows = self.replay.classes, self.alignment.rows_per_class
         ages = (ctx.task.index - self.latest[classes]).double()
-        sampler = self.replay.sampler(classes, mean_factors=1 - self.mean_shrink * ages / (ctx.task.index + 1))
-        return lambda: sampler(rows, generator)
+        draw = self.replay.aged(classes, ages, ctx, shrink=self.mean_shrink)
+        return lambda: draw(rows)

@@ -130,11 +130,8 @@ class Slca(Method):
 
     def measure(self, task: Task) -> None:
         """Store the Gaussians of the classes of the task, from the features of its rows without augmentation."""
-        own = self.replay.empty()
         with torch.no_grad(), eval_mode(self):
-            for batch in task.train.batches(256):
-                own.update(self.features(batch.x).float(), batch.y)
-        self.replay.add(own)
+            self.replay.add(self.replay.measured(self.features, task.train))
 
     def align_head(self, task: Task, ctx: Context) -> None:
         """Train the head on replayed features of all classes so far."""
@@ -143,9 +140,8 @@ class Slca(Method):
 
     def replayed(self, classes: Tensor, ctx: Context) -> Callable[[], Tensor]:
         """Return a function that draws features [k, N, D] of `classes` [k]."""
-        factors = 1 - self.mean_shrink * self.ages(classes, ctx) / (ctx.task.index + 1)
-        sampler, generator = self.replay.sampler(classes, mean_factors=factors), ctx.generator("replay")
-        return lambda: sampler(self.alignment.rows_per_class, generator)
+        draw = self.replay.aged(classes, self.ages(classes, ctx), ctx, shrink=self.mean_shrink)
+        return lambda: draw(self.alignment.rows_per_class)
 
     def ages(self, classes: Tensor, ctx: Context) -> Tensor:
         """Return [k] float64, how many tasks ago the task of each of `classes` [k] was; 0 for the current one."""
