@@ -1,7 +1,10 @@
 """The handwritten digits that come with scikit-learn: no download, no folder."""
 
+import importlib.util
 from functools import cache
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from clrun.data.reading.arrays import DIGIT_GROUPS
@@ -35,13 +38,31 @@ def digits(reading: Reading) -> Dataset:
 @cache
 def _digits() -> tuple[Rows, Rows]:
     """Return training and test rows, read once per process."""
-    bunch = libraries.load("sklearn.datasets").load_digits()
-    levels = torch.from_numpy(bunch.images).float()
-    images = (levels * 255 / 16).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).long()
+    table = _table()  # [1797, 65]: 64 grey levels, then the label
+    levels = torch.from_numpy(table[:, :-1]).float().view(-1, 1, 8, 8)
+    images = (levels * 255 / 16).round().to(torch.uint8)
+    labels = torch.from_numpy(table[:, -1]).long()
     rank = torch.empty_like(labels)  # how many rows of the same class come before
     for label in range(10):
         rows = labels == label
         rank[rows] = torch.arange(int(rows.sum()))
     test = rank % 5 == 4
     return (images[~test], labels[~test]), (images[test], labels[test])
+
+
+def _table() -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
+    """Return scikit-learn's table of digits, one row per image.
+
+    Its file is read without importing scikit-learn, which takes a second. A release that keeps the file elsewhere is
+    asked for its content.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    bunch = libraries.load("sklearn.datasets").load_digits()
+    return np.column_stack([bunch.data, bunch.target]).astype(np.uint8)
