@@ -19,12 +19,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from clrun import __version__
-from clrun.config.compose import Composer
+from clrun.config.choices import groups, help_page, members
 from clrun.config.environment import masked
 from clrun.config.plugins import use_working_folder
-from clrun.reporting.tables import printable
-from clrun.running.jobs import run, task
-from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line
+from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line, printable
 from clrun.system.failures import failure_lines
 from clrun.system.yaml_files import conf_dir, description
 
@@ -95,6 +93,14 @@ def _command(argv: list[str]) -> int:
         raise ConfigError("--experimental-rerun is not supported; continue a run with hydra.run.dir=FOLDER")
     if args.shell_completion:
         return _hydra(args, parser)
+    if args.help and not (args.overrides or args.config_path or args.config_name or args.cfg):
+        folders = _folders(args.config_dir and _folder(args.config_dir))
+        if not any((folder / "config.yaml").is_file() for folder in folders[:-1]):  # else its help may be another one
+            print(help_page(folders))
+            return 0
+    from clrun.config.compose import Composer
+    from clrun.running.jobs import run
+
     places = {key: getattr(args, key) for key in ("config_path", "config_name", "config_dir")}
     with Composer.of(**places) as composer:
         showing = args.help or args.hydra_help or args.cfg or args.info or args.resolve
@@ -133,8 +139,15 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def _folders(own: Path | None) -> list[Path]:
+    """Return the folders of configurations: the user's, if there is one, before clrun's."""
+    return [folder for folder in (own, conf_dir()) if folder]
+
+
 def _hydra(args: Namespace, parser: ArgumentParser) -> int:
     """Run the features that Hydra has itself: help, shell completion, printing configurations."""
+    from clrun.running.jobs import task
+
     try:
         with env_override({"HYDRA_FULL_ERROR": "1"}):  # otherwise Hydra prints the error and exits
             _run_hydra(args, parser, task, str(conf_dir()), "config")
@@ -151,17 +164,15 @@ def _list(words: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", type=_folder)
     parser.add_argument("group", nargs="?", default="")
     args = parser.parse_intermixed_args(words)
-    folders = [folder for folder in (args.config_dir, conf_dir()) if folder is not None]
-    groups = {f.name for d in folders for f in d.iterdir() if f.is_dir() and f.name != "hydra"}
-    group = next((g for g in groups if args.group in (g, f"{g}s")), None)
+    folders = _folders(args.config_dir)
+    known = groups(folders)
+    group = next((g for g in known if args.group in (g, f"{g}s")), None)
     if group is None:
-        close = did_you_mean(args.group, groups)
+        close = did_you_mean(args.group, known)
         wrong = f"there is no group '{args.group}'{close}" if args.group else "name a group"
-        raise ConfigError(f"list: {wrong} (available: {', '.join(sorted(groups))})")
-    files = {f.relative_to(d / group): f for d in folders for f in (d / group).rglob("*.yaml")}
-    files = {member: file for member, file in files.items() if not member.as_posix().startswith("_")}  # only included
-    for member, file in sorted(files.items()):
-        print(f"{member.with_suffix('').as_posix():24} {description(file)}".rstrip())
+        raise ConfigError(f"list: {wrong} (available: {', '.join(known)})")
+    for member, file in members(folders, group).items():
+        print(f"{member:24} {description(file)}".rstrip())
     return 0
 
 

@@ -11,8 +11,8 @@ from html import escape
 
 import numpy as np
 
-from clrun.reporting.tables import printable
 from clrun.results.metrics import Floats
+from clrun.system.errors import printable
 
 WIDTH = 380  # of a chart, in units that are pixels on a phone
 ROW = 22  # height of one row of `ranges`

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from clrun.reporting.tables import cost_totals, printable
+from clrun.reporting.tables import cost_totals
 from clrun.results.data_record import data_digest
 from clrun.results.identity import with_digests
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
 from clrun.results.records import CELLS_PER_ROW, RunRecord
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, printable
 from clrun.system.locks import lock_holder
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clrun.reporting.tables import EVALUATED, points, printable, settings_of
+from clrun.reporting.tables import EVALUATED, points, settings_of
 from clrun.results.metrics import Floats
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, printable
 from clrun.system.files import replacing
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ import numpy as np
 
 from clrun.reporting.groups import Group
 from clrun.reporting.panels import Standings
-from clrun.reporting.tables import SETTINGS, interval_points, points, printable
+from clrun.reporting.tables import SETTINGS, interval_points, points
 from clrun.results import order_effects, robustness
+from clrun.system.errors import printable
 from clrun.system.files import csv_text, make_folder, replacing
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from clrun.reporting.tables import printable
+from clrun.system.errors import printable
 from clrun.system.files import replacing
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import Any
 
 from clrun.reporting.charts import path_of_search, text
 from clrun.reporting.markup import Cell, details, figure, number, order_text, section, table
-from clrun.reporting.tables import SETTINGS, WIDTH, command, points, printable
+from clrun.reporting.tables import SETTINGS, WIDTH, command, points
 from clrun.results.schema import search_problem
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, printable
 from clrun.system.reading import MB, read_json
 
 RECORD = "order_search.json"

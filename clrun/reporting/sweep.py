@@ -15,10 +15,10 @@ from clrun.reporting.compare import compare
 from clrun.reporting.data_groups import DataOfRuns
 from clrun.reporting.groups import SEARCHED, Group, differing, group_runs, labels
 from clrun.reporting.page import Page, render
-from clrun.reporting.tables import EVALUATED, WIDTH, Line, Standing, comparison_table, listing, printable
+from clrun.reporting.tables import EVALUATED, WIDTH, Line, Standing, comparison_table, listing
 from clrun.results.metrics import METRICS, UNSEEN
 from clrun.results.records import read_run
-from clrun.system.errors import ConfigError
+from clrun.system.errors import ConfigError, printable
 from clrun.system.files import csv_text, json_text, make_folder, remove_leftovers, replace_text
 from clrun.system.locks import exclusive
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clrun.results.metrics import UNSEEN, zero_shot_degradation
+from clrun.system.errors import printable
 
 OVERRIDE = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w./@-]*(=|$)")
 WIDTH = 100
@@ -39,11 +40,6 @@ FINAL = {
 def settings_of(present: Mapping[str, Any]) -> list[str]:
     """Return the settings among the keys of `present`, class-incremental first."""
     return [setting for setting in EVALUATED if setting in present]
-
-
-def printable(text: str) -> str:
-    """Return `text` on one line; control characters, which a terminal would execute, are written as escapes."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 def command(words: Sequence[str]) -> str | None:

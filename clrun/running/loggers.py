@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
-from clrun.reporting.tables import final_table, matrix_header, matrix_row, points, printable
-from clrun.system.errors import ConfigError
+from clrun.reporting.tables import final_table, matrix_header, matrix_row, points
+from clrun.system.errors import ConfigError, printable
 from clrun.system.files import append_text, make_folder
 from clrun.system.libraries import not_installed
 

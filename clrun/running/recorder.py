@@ -16,7 +16,6 @@ from clrun.data.stream import Stream, Task
 from clrun.learning.context import Progress
 from clrun.learning.method import Method
 from clrun.learning.names import has_names
-from clrun.reporting.tables import printable
 from clrun.results.identity import config_hash
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import SCHEMA, RunFolder
@@ -44,7 +43,7 @@ from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
 from clrun.running.start_from import copy_log, start_from
 from clrun.running.start_from import note as note_on_start
-from clrun.system.errors import ConfigError, warn
+from clrun.system.errors import ConfigError, printable, warn
 from clrun.system.files import append_text, json_value, replace_text
 
 KEPT_NOTES = (

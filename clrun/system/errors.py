@@ -1,4 +1,4 @@
-"""Exceptions for user mistakes and diverged training, the warning about data, ranges of options, spelling hints."""
+"""Exceptions for user mistakes and diverged training, the warning about data, ranges of options, texts of messages."""
 
 import difflib
 import warnings
@@ -35,6 +35,11 @@ def first_line(error: BaseException) -> str:
     """
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+
+
+def printable(text: str) -> str:
+    """Return `text` on one line; control characters, which a terminal would execute, are written as escapes."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
 
 
 class DataWarning(UserWarning):
