@@ -25,7 +25,7 @@ from clrun.data.texts import TextTransform, to_texts
 from clrun.learning.method import Method
 from clrun.results.identity import config_hash
 from clrun.results.records import read_run
-from clrun.running.evaluation import Evaluation
+from clrun.running.evaluation import NONE, Evaluation
 from clrun.running.parts import Parts, make
 from clrun.running.restoring import Restored, restore
 from clrun.running.trusted import refuse_strangers, with_environment
@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
     """The prediction for N images or texts.
 
     Attributes:
-        labels: [N] int64, class ids of the data set.
+        labels: [N] int64, class ids of the data set; -1 where a method that writes texts wrote the string of no class.
         probabilities: [N, C] float32, softmax of the logits of the competing classes; 0 for the other classes.
     """
 
@@ -149,7 +149,7 @@ class Learner:
             hardware.setup()
             allowed = self.stream.candidates(self._restored.learned, setting)[owner.index].to(hardware.device)
             shift = owner.test.shift if task is not None else None
-            for x in self._reader.batches(images, self.batch_size):
+            for x in self._read(images, None if task is None else owner):
                 labels = torch.zeros(len(x), dtype=torch.long)
                 split = TensorSplit(x, labels, None, owner.index, owner.test.transform, shift).to(hardware.device)
                 alone = Task(owner.index, owner.id, owner.name, owner.classes, split, split)
@@ -157,6 +157,22 @@ class Learner:
                 with torch.inference_mode():
                     for logits, _ in evaluation.logits(self.method.eval(), alone):
                         yield logits, allowed
+
+    def _read(self, images: Any, task: Task | None) -> Iterator[Tensor]:
+        """Return batches of images or texts as the run stores them; `task` is that of the texts, as far as known.
+
+        Raises:
+            ConfigError: the prefix of texts depends on their part of the data set, and it is not known.
+        """
+        if not isinstance(self._reader, TextReader):
+            return self._reader.batches(images, self.batch_size)
+        parts = self._reader.parts
+        if parts and (task is None or task.id >= len(parts) or not parts[task.id].startswith(task.name)):
+            raise ConfigError(
+                f"texts: their prefix depends on their part of the data set ({', '.join(parts)}); name the task with "
+                "task=... in a run whose tasks are these parts"
+            )
+        return self._reader.batches(images, self.batch_size, parts[task.id] if parts and task is not None else "")
 
     def _owner(self, task: int | str | None) -> Task:
         """Return the task that says how images are prepared and which classes compete.
@@ -234,6 +250,9 @@ def _range(stream: Stream, decoding: Decoding) -> Any:
 
 
 def _prediction(logits: Tensor, allowed: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return labels [n] and probabilities [n, C] of one batch."""
+    """Return labels [n] and probabilities [n, C] of one batch; -1 and 0 for a row without an answer."""
     competing = logits.masked_fill(~allowed, float("-inf"))
-    return competing.argmax(dim=1).cpu().numpy(), competing.softmax(dim=1).cpu().numpy()
+    highest, labels = competing.max(dim=1)
+    silent = highest == float("-inf")
+    probabilities = competing.softmax(dim=1).masked_fill(silent[:, None], 0.0)
+    return labels.masked_fill(silent, NONE).cpu().numpy(), probabilities.cpu().numpy()

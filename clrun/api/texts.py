@@ -23,12 +23,19 @@ class TextReader:
 
     transform: TextTransform
 
-    def batches(self, texts: Any, size: int) -> Iterator[Tensor]:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the data set on which the prefix of a text depends; () where all texts have the same."""
+        stated = self.transform.stated
+        return stated.parts if stated is not None and stated.schema.by_part else ()
+
+    def batches(self, texts: Any, size: int, part: str = "") -> Iterator[Tensor]:
         """Yield token ids [at most `size`, L] int32, in order; L is at least that of the run.
 
         Args:
             texts: a text, or a list of texts; pairs of texts are joined by U+001F.
             size: texts per batch.
+            part: of the data set, to which the texts belong; "" where nothing depends on it.
 
         Raises:
             ConfigError: something else, or a text without any character.
@@ -43,4 +50,4 @@ class TextReader:
             if not item.strip():
                 raise ConfigError(f"texts[{number}]: is empty")
         for start in range(0, len(items), size):
-            yield self.transform.rows(items[start : start + size])
+            yield self.transform.rows(items[start : start + size], part)

@@ -1,5 +1,4 @@
 """The configuration groups of a run, and the keys of a node that Hydra reads itself."""
 
-GROUPS = ("dataset", "scenario", "task_order", "backbone", "method", "compress", "budget", "hardware", "logger", "job")
-OPTIONAL = ("compress",)  # groups with a choice that adds no node to the configuration
+GROUPS = ("dataset", "scenario", "task_order", "backbone", "method", "budget", "hardware", "logger", "job")
 RESERVED = frozenset({"_target_", "_partial_", "_convert_", "_recursive_"})

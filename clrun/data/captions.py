@@ -195,15 +195,17 @@ class Captions:
     Attributes:
         classes: C names as the data set has them, or words that replace them.
         templates: C tuples of templates, each with one "{}" for the name.
+        exact: whether `classes` are strings that the user has chosen, which stay as they are.
     """
 
     classes: tuple[str, ...]
     templates: tuple[tuple[str, ...], ...]
+    exact: bool = False
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """C names in words: underscores are spaces, and WordNet ids are looked up in the table of timm."""
-        return tuple(map(in_words, self.classes))
+        return self.classes if self.exact else tuple(map(in_words, self.classes))
 
     def of(self, label: int) -> list[str]:
         """Return the captions of the class with this id, one for each of its templates."""
@@ -211,11 +213,11 @@ class Captions:
 
     def repeated(self, times: int) -> "Captions":
         """Return the captions of `times` copies of the classes, one after the other."""
-        return Captions(self.classes * times, self.templates * times)
+        return Captions(self.classes * times, self.templates * times, self.exact)
 
     def first(self, number: int) -> "Captions":
         """Return the captions of the first `number` classes."""
-        return Captions(self.classes[:number], self.templates[:number])
+        return Captions(self.classes[:number], self.templates[:number], self.exact)
 
     def record(self) -> dict[str, Any]:
         """Return names and templates for run.json; the templates as one list if all classes have the same."""
@@ -225,7 +227,12 @@ class Captions:
 
 
 def captions(
-    dataset: str, class_names: Sequence[str], *, templates: Sequence[str] | None = None, words: str | None = None
+    dataset: str,
+    class_names: Sequence[str],
+    *,
+    templates: Sequence[str] | None = None,
+    words: str | None = None,
+    strings: Mapping[str, str] | None = None,
 ) -> Captions:
     """Return the captions of a data set's classes.
 
@@ -234,10 +241,14 @@ def captions(
         class_names: C names by class id.
         templates: templates of all classes; None for the published ones of the data set, or `PLAIN` without any.
         words: file with the words of classes, see `read_words`; None for the published ones, or the names themselves.
+        strings: the string of each class by its name, which is used as it is; None without.
 
     Raises:
         ConfigError: the file cannot be read or has no words of a class.
     """
+    if strings is not None:
+        own = tuple(templates) if templates is not None else PLAIN
+        return Captions(tuple(strings[name] for name in class_names), (own,) * len(class_names), exact=True)
     known = WORDS.get(dataset, {}) if words is None else read_words(Path(words).expanduser(), class_names)
     own = tuple(templates) if templates is not None else TEMPLATES.get(dataset, PLAIN)
     return Captions(tuple(known.get(name, name) for name in class_names), (own,) * len(class_names))

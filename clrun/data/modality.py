@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clrun.data.augment import parse_augmentations
 from clrun.data.reading.options import constants_problem
+from clrun.data.schema import Stated
 from clrun.data.shifts import Rotation, pixel_permutation, random_angle
 from clrun.data.split import Batch, Plain, Split, TensorSplit, Transform
 from clrun.data.stream import Dataset, Fitted, Modality, Samples, Shift, ShiftKind, ShownText
@@ -92,13 +93,15 @@ class Texts:
         """Return the data set of token ids [N, L] int32, where L is at most `backbone.max_tokens`, and its transform.
 
         Raises:
-            ConfigError: the backbone has no tokenizer, or `dataset.augment` names augmentations of images.
+            ConfigError: the backbone has no tokenizer, `dataset.augment` names augmentations of images, or a text does
+                not suit the template of the schema.
         """
         tokenizer, limit = _tokenizer(dataset, backbone)
         parse_augmentations(dataset.augment, self.unit)
+        stated = _stated(dataset)
         whole = (dataset, *dataset.parts)
         splits = [split for part in whole for split in (part.train, part.test, part.val) if split is not None]
-        found = {id(split.images): tokenised(split.images, tokenizer, limit) for split in splits}
+        found = {id(split.images): tokenised(split.images, tokenizer, limit, stated) for split in splits}
         width = max(rows.ids.shape[1] for rows in found.values())
         ids = {key: F.pad(r.ids, (0, width - r.ids.shape[1]), value=tokenizer.pad) for key, r in found.items()}
 
@@ -113,7 +116,9 @@ class Texts:
             f"{sum(rows.cut for rows in found.values())} rows cut at {limit}), {tokenizer.name}"
         )
         line = f"{line}: {dataset.reading}" if dataset.reading else line
-        return Fitted(read(dataset), TextTransform(tokenizer, width, limit), line, f"text of {width} tokens")
+        line = f"{line}; {dataset.schema.line}" if dataset.schema is not None and dataset.schema.line else line
+        transform = TextTransform(tokenizer, width, limit, stated)
+        return Fitted(read(dataset), transform, line, f"text of {width} tokens")
 
     def blank(self, dataset: Dataset, backbone: nn.Module) -> Tensor:
         """Return the ids [1, L] of a text of one letter; a row of padding alone is no legal text."""
@@ -145,13 +150,17 @@ class Texts:
         )
 
     def samples(self, split: Split, rows: Tensor, transform: Transform, generator: torch.Generator) -> Samples | None:
-        """Return the texts and their tokens; the split has the rows as stored."""
+        """Return the texts in the words of the schema and their tokens; the split has the rows as stored."""
         tokenizer = transform.tokenizer if isinstance(transform, TextTransform) else None
         if tokenizer is None or not isinstance(transform, TextTransform):
             return None
-        raw: Batch = next(split.select(rows).batches(len(rows), view="raw"))
+        chosen = split.select(rows)
+        raw: Batch = next(chosen.batches(len(rows), view="raw"))
+        texts = to_texts(raw.x)
+        if transform.stated is not None and isinstance(chosen, TensorSplit) and chosen.rows is not None:
+            texts = transform.stated.texts(texts, chosen.images, chosen.rows)
         shown = []
-        for text in to_texts(raw.x):
+        for text in texts:
             ids = tokenizer.encode(text, transform.max_tokens)
             missing = len(tokenizer.encode(text, UNLIMITED)) - len(ids)
             shown.append(ShownText(text, tuple(tokenizer.tokens(ids)), missing))
@@ -220,6 +229,19 @@ def _tokenizer(dataset: Dataset, backbone: nn.Module) -> tuple[Tokenizer, int]:
             "backbone with a tokenizer, such as bert_tiny"
         )
     return tokenizer, int(backbone.max_tokens)  # type: ignore[arg-type]
+
+
+def _stated(dataset: Dataset) -> Stated | None:
+    """Return what puts the rows of a data set into the words of its schema; None where they stay as they are."""
+    if dataset.schema is None or dataset.schema.plain:
+        return None
+    part_of: dict[int, Tensor] = {}
+    for k, part in enumerate(dataset.parts if dataset.schema.by_part else ()):
+        for split in (part.train, part.test, part.val):
+            if isinstance(split, TensorSplit) and split.rows is not None:
+                own = part_of.setdefault(id(split.images), torch.full((len(split.images),), -1))
+                own[split.rows] = k
+    return Stated(dataset.schema, tuple(part.name for part in dataset.parts), part_of)
 
 
 def _refuse_text_backbone(dataset: Dataset, backbone: nn.Module) -> None:

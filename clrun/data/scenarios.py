@@ -360,7 +360,8 @@ def _stream(
         val = None if rows.val is None else _placed(rows.val, block, index, transform)
         tasks.append(Task(index, k, block.name, torch.tensor(block.classes), train, test, val))
     names, texts = dataset.class_names, dataset.texts
-    return Stream(tuple(tasks), dataset.num_classes, setting, names, tuple(class_order), transform, texts)
+    metric = "accuracy" if dataset.schema is None else dataset.schema.metric
+    return Stream(tuple(tasks), dataset.num_classes, setting, names, tuple(class_order), transform, texts, metric)
 
 
 def _placed(split: Split, block: _Block, index: int, transform: Transform) -> Split:

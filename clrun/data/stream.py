@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clrun.data.captions import Captions, captions
+from clrun.data.schema import Metric, Schema
 from clrun.data.split import Plain, Split, Transform
 
 Setting = Literal["til", "cil", "dil", "open"]  # "open" only for evaluations
@@ -44,6 +45,7 @@ class Dataset:
         reading: what a user should know about how the images were read, such as the range of 16-bit files; "" for none.
         captions: names and templates of the classes as text; None for the names alone, in `clrun.data.captions.PLAIN`.
         modality: what kind of data the rows are; None for what `clrun.data.modality.modality_of` finds by `shape`.
+        schema: how a task on texts is put into words; None for texts and names of classes as they are.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Dataset:
     reading: str = ""
     captions: Captions | None = None
     modality: "Modality | None" = None
+    schema: Schema | None = None
 
     @property
     def texts(self) -> Captions:
@@ -199,6 +202,7 @@ class Stream:
         class_order: class ids in the order in which the scenario dealt them to tasks.
         transform: how stored images become network input, shared by all splits.
         captions: names and templates of the classes as text, by class id; None for a stream made without a data set.
+        metric: what counts as a correct answer of a method that writes texts (`clrun.data.schema`).
     """
 
     tasks: tuple[Task, ...]
@@ -208,6 +212,7 @@ class Stream:
     class_order: tuple[int, ...] = ()
     transform: Transform = field(default_factory=Plain)
     captions: Captions | None = None
+    metric: Metric = "accuracy"
 
     @property
     def order(self) -> tuple[int, ...]:

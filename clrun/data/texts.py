@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clrun.data.schema import Stated
 from clrun.data.tokens import SEPARATOR, Tokenizer
 
 APART = re.compile(r"[\W_]+")  # runs of characters that are neither letters nor digits
@@ -29,15 +30,19 @@ class TextTransform:
         tokenizer: of the backbone; a pickled transform keeps its digest alone.
         length: L, the width of the stored rows.
         max_tokens: the longest input of the backbone.
+        stated: puts texts into the words of the data set's schema; None for texts as they are. A pickled transform
+            does not keep it.
 
     Attributes:
         digest: identifies the tokenizer, also where features of the rows are stored.
     """
 
     augments = False
+    stated: Stated | None = None
 
-    def __init__(self, tokenizer: Tokenizer, length: int, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, length: int, max_tokens: int, stated: Stated | None = None) -> None:
         self.tokenizer: Tokenizer | None = tokenizer
+        self.stated = stated
         self.digest, self.pad = tokenizer.digest, tokenizer.pad
         self.length, self.max_tokens = length, max_tokens
 
@@ -49,18 +54,27 @@ class TextTransform:
         """Return what `eval` does: texts are not augmented."""
         return x.long()
 
-    def rows(self, texts: Sequence[str]) -> Tensor:
+    def rows(self, texts: Sequence[str], part: str = "") -> Tensor:
         """Return new texts as ids [N, at least L] int32, as the rows of the run are stored.
 
         A text that is longer than all texts of the run makes all rows of this tensor wider.
+
+        Args:
+            texts: as a data set stores them; the words of its schema are added here.
+            part: name of the part of the data set to which they belong, where their prefix depends on it.
+
+        Raises:
+            ConfigError: a text does not suit the template of the schema.
         """
         assert self.tokenizer is not None, "the transform was pickled"
-        found = [self.tokenizer.encode(text, self.max_tokens) for text in texts]
+        stated = texts if self.stated is None else [self.stated.schema.state(text, part) for text in texts]
+        found = [self.tokenizer.encode(text, self.max_tokens) for text in stated]
         return padded(found, max([self.length, *map(len, found)]), self.pad)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the tokenizer, which belongs to the backbone."""
-        return {**vars(self), "tokenizer": None}
+        kept = {name: value for name, value in vars(self).items() if name != "stated"}
+        return {**kept, "tokenizer": None}
 
 
 def pair(first: str, second: str) -> str:
@@ -91,6 +105,11 @@ def fold(text: str) -> str:
     return APART.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
+def text_key(text: str) -> str:
+    """Return the folded text; one without letters and digits is only normalised, so that such texts stay apart."""
+    return fold(text) or unicodedata.normalize("NFKC", text).casefold().strip()
+
+
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> Tensor:
     """Return rows of ids as one tensor [M, length] int32, with `pad` behind each."""
     table = np.full((len(rows), length), pad, dtype=np.int32)
@@ -114,22 +133,27 @@ class Tokenised:
     cut: int
 
 
-_known: dict[tuple[int, str, int], tuple[Callable[[], Tensor | None], Tokenised]] = {}
+_known: dict[tuple[int, str, int, str], tuple[Callable[[], Tensor | None], Tokenised]] = {}
 
 
-def tokenised(stored: Tensor, tokenizer: Tokenizer, max_tokens: int) -> Tokenised:
+def tokenised(stored: Tensor, tokenizer: Tokenizer, max_tokens: int, stated: Stated | None = None) -> Tokenised:
     """Return the token ids of stored texts [M, W] uint8, computed once per process.
 
     Args:
         stored: rows of bytes.
         tokenizer: of the backbone.
         max_tokens: rows are cut there.
+        stated: puts them into words; None for texts as they are.
+
+    Raises:
+        ConfigError: a text does not suit the template of the schema.
     """
-    key = id(stored), tokenizer.digest, max_tokens
+    key = id(stored), tokenizer.digest, max_tokens, repr(stated)
     known = _known.get(key)
     if known is None or known[0]() is not stored:
         rows, many = [], 0
-        for text in to_texts(stored):
+        texts = to_texts(stored)
+        for text in texts if stated is None else stated.texts(texts, stored, torch.arange(len(texts))):
             found = tokenizer.encode(text, max_tokens + 1)
             if len(found) > max_tokens:
                 many, found = many + 1, tokenizer.encode(text, max_tokens)

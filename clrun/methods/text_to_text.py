@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from clrun.data.schema import Metric
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
@@ -30,8 +31,15 @@ class TextToText(Method):
     """Train log p(s_y | x) of the string s_y of the label; predict the string with the largest mean log-likelihood.
 
     L = -1/|s_y| sum_t log p(s_{y,t} | s_{y,<t}, x), averaged over rows; |s| counts the end mark. The score of class k
-    is 1/|s_k| sum_t log p(s_{k,t} | s_{k,<t}, x), or the sum alone. Strings are the names of the classes of the stream,
-    which `dataset.class_names` may change; classes without names are numbered.
+    is 1/|s_k| sum_t log p(s_{k,t} | s_{k,<t}, x), or the sum alone. Strings are those of
+    `dataset.schema.verbaliser`, else the names of the classes in the words of `dataset.class_names`; classes without
+    names are numbered.
+
+    With `dataset.schema.metric=exact_match` a prediction is the class whose string greedy decoding writes. Then til and
+    cil agree, because nothing restricts what is written; another text than the string of a class is no answer.
+
+    Tasks of a task-incremental stream may have classes of the same string, as domains have. Their class-incremental
+    reading counts the first of them.
 
     Args:
         backbone: an encoder-decoder that writes texts, such as t5_tiny.
@@ -62,6 +70,7 @@ class TextToText(Method):
             )
         super().__init__(backbone, num_classes)
         self.head = nn.Identity()  # the output is the vocabulary
+        self.metric: Metric = "accuracy"
         self.normalise, self.chunk, self.exact_match = normalise, chunk, exact_match
         self.register_buffer("strings", torch.zeros(num_classes, 0, dtype=torch.long))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
@@ -77,19 +86,21 @@ class TextToText(Method):
                 f"method: TextToText ranks the strings of {stream.num_classes} classes, more than {LARGEST}; choose "
                 "another method, such as method=finetune, or fewer classes"
             )
-        first: dict[tuple[int, ...], int] = {}
-        for label, ids in enumerate(self.tokenised(_names(stream)).tolist()):
-            other = first.setdefault(tuple(ids), label)
-            if other != label:
-                names = f"{_names(stream)[other]!r} and {_names(stream)[label]!r}"
-                raise ConfigError(
-                    f"dataset.class_names: {names} have the same tokens, so that the classes {other} and {label} "
-                    "cannot be told apart; name them differently"
-                )
+        names, strings = _names(stream), self.tokenised(_names(stream)).tolist()
+        for members in stream.members if stream.setting == "til" else stream.members.any(dim=0)[None]:
+            first: dict[tuple[int, ...], int] = {}
+            for label in members.nonzero()[:, 0].tolist():
+                other = first.setdefault(tuple(strings[label]), label)
+                if other != label:
+                    raise ConfigError(
+                        f"dataset.schema.verbaliser: {names[other]!r} and {names[label]!r} have the same tokens, so "
+                        f"that the classes {other} and {label} cannot be told apart; give them other strings"
+                    )
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         """Learn the strings of the classes."""
         self.check_budget(ctx.budget)
+        self.metric = ctx.stream.metric
         if not self.strings.shape[1]:
             self.strings = self.tokenised(_names(ctx.stream)).to(self.seen.device)
         self.seen[task.classes.to(self.seen.device)] = True
@@ -125,7 +136,12 @@ class TextToText(Method):
         return total / real.sum(dim=1) if mean else total
 
     def forward(self, x: Tensor, task: int | None = None) -> Tensor:
-        """Return the scores [B, C] of the strings of the classes seen so far; those of other classes are 0."""
+        """Return the scores [B, C] of the strings of the classes seen so far; those of other classes are 0.
+
+        With the metric exact_match, 0 for the class whose string is written, and minus infinity for every other one.
+        """
+        if self.metric == "exact_match":
+            return self.matches(x, task)
         states, mask = self.encode(x, task)
         scores = states.new_zeros(len(x), self.num_classes, dtype=torch.float32)
         for classes in torch.split(self.seen.nonzero()[:, 0], self.chunk):
@@ -135,6 +151,17 @@ class TextToText(Method):
             own = self.likelihood(pairs, seen, strings, mean=self.normalise == "mean")
             scores = scores.index_copy(1, classes, own.view(len(x), count))
         return scores
+
+    def matches(self, x: Tensor, task: int | None = None) -> Tensor:
+        """Return [B, C]: 0 for seen classes whose string is written for a row, minus infinity elsewhere."""
+        texts, names = self.write(x, task), self.spelt()
+        written = torch.tensor([[text == name for name in names] for text in texts], device=x.device)
+        return torch.zeros(written.shape, device=x.device).masked_fill(~(written & self.seen), -torch.inf)
+
+    def spelt(self) -> list[str]:
+        """Return the C strings as the tokenizer reads them back."""
+        speller: Any = self.backbone.speller
+        return [speller.decode(ids) for ids in self.strings.tolist()]
 
     @torch.no_grad()
     def write(self, x: Tensor, task: int | None = None) -> list[str]:
@@ -153,7 +180,7 @@ class TextToText(Method):
         if not self.exact_match or not task.val:
             return
         self.eval()
-        names, right = _names(ctx.stream), 0
+        names, right = self.spelt(), 0
         for batch in task.val.batches(DECODED):
             texts = self.write(ctx.hardware.layout(batch.x), task.index)
             right += sum(text == names[y] for text, y in zip(texts, batch.y.tolist(), strict=True))
@@ -162,4 +189,5 @@ class TextToText(Method):
 
 def _names(stream: Stream) -> list[str]:
     """Return the strings of all classes."""
-    return [name.strip() for name in stream.class_names] or [str(label) for label in range(stream.num_classes)]
+    names = stream.class_names if stream.captions is None else stream.captions.names
+    return [name.strip() for name in names] or [str(label) for label in range(stream.num_classes)]

@@ -21,6 +21,7 @@ PREPARED = 2**23  # bytes of prepared rows that are stored from one evaluation t
 COUNTED_AT_ONCE = 2**20  # logits that are collected before they are counted: fewer counts are faster
 FLOOR = math.log(1e-12)  # lower bound of the log-likelihood of one sample
 AT = 5  # of the accuracy at 5
+NONE = -1  # stands for the class of a row without an answer
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ class Evaluation:
     def _count(self, method: Method, task: Task, masks: Tensor, own: Tensor, *, ranks: bool = False) -> Tensor:
         """Return [S, 4] sums over the task's rows.
 
-        They are: correct, argmax in the true task, negative log-likelihood, label among the first five.
+        They are: correct, argmax in the true task, negative log-likelihood, label among the first five. A row in which
+        every competing class has the score minus infinity has no answer: it is wrong in all of them.
 
         Args:
             method: the learner in eval mode.
@@ -181,9 +183,12 @@ class Evaluation:
         for logits, y in self.logits(method, task):
             # [S, C, n]: reductions over classes run several times faster when samples lie side by side.
             allowed = logits.t().contiguous().masked_fill(~masks[:, :, None], float("-inf"))
-            choice = allowed.max(dim=1).indices
+            highest, choice = allowed.max(dim=1)
+            silent = highest == float("-inf")
             nll = -allowed.log_softmax(dim=1).gather(1, y.expand(len(masks), 1, -1))[:, 0].clamp_min_(FLOOR)
-            found = [choice == y, own[choice], nll, _among_first(allowed, y) if ranks else torch.zeros_like(nll)]
+            nll = nll.masked_fill(silent, -FLOOR)
+            first = _among_first(allowed, y) if ranks else torch.zeros_like(nll)
+            found = [(choice == y) & ~silent, own[choice] & ~silent, nll, first]
             counts += torch.stack(found, dim=2).sum(dim=1, dtype=torch.float64)
         return self.hardware.sum(counts)
 
@@ -201,7 +206,7 @@ class Evaluation:
 
         Returns:
             One mapping per row with `position` (= `learned`), `task` (id), `row` (number within the task), `label`, and
-            the predicted class in each setting; and the logits in the same order.
+            the predicted class in each setting, -1 for none (see `_count`); and the logits in the same order.
         """
         training = method.training
         method.eval()
@@ -214,7 +219,8 @@ class Evaluation:
                 first = len(rows)
                 for logits, y in self.logits(method, task):
                     outputs.append(logits.cpu())
-                    choices = logits.masked_fill(~masks[:, task.index, None], float("-inf")).argmax(dim=2)
+                    highest, choices = logits.masked_fill(~masks[:, task.index, None], float("-inf")).max(dim=2)
+                    choices = choices.masked_fill(highest == float("-inf"), NONE)
                     for label, *chosen in zip(y.tolist(), *choices.tolist(), strict=True):
                         row: Row = {"position": learned, "task": task.id, "row": len(rows) - first, "label": label}
                         rows.append(row | dict(zip(settings, chosen, strict=True)))
@@ -225,13 +231,16 @@ class Evaluation:
 def _among_first(logits: Tensor, y: Tensor) -> Tensor:
     """Return [S, n] bool: whether fewer than five classes come before the label; of equal logits the lower id does.
 
+    A label with the score minus infinity is not among them.
+
     Args:
         logits: [S, C, n].
         y: [n] long, labels.
     """
     true = logits.gather(1, y.expand(len(logits), 1, -1))
     lower = torch.arange(logits.shape[1], device=y.device)[:, None] < y
-    return ((logits > true) | ((logits == true) & lower)).sum(dim=1) < AT
+    before = ((logits > true) | ((logits == true) & lower)).sum(dim=1)
+    return (before < AT) & (true[:, 0] > float("-inf"))
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

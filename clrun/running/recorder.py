@@ -234,7 +234,8 @@ class Recorder:
             },
         }
         self.run["notes"] += weights["notes"] if weights else []
-        if stream.captions is not None and (built.method.needs_text or has_names(built.backbone)):
+        reads_text = built.method.needs_text or built.method.needs_decoder or has_names(built.backbone)
+        if stream.captions is not None and reads_text:
             self.run["captions"] = stream.captions.record()
         self.run |= network_record(built.networks)
         self.run["notes"] += network_notes(built.networks)

@@ -38,6 +38,33 @@ def test_a_learner_predicts_texts_as_the_run_did(tmp_path: Path, method: str) ->
         learner.test_images(0)
 
 
+def test_texts_are_predicted_in_the_words_of_their_part(tmp_path: Path) -> None:
+    domains = ("dataset.num_classes=2", "dataset.domains=2", "scenario=dataset_sequence", "scenario.setting=dil")
+    kept = [word for word in TINY if not word.startswith(("scenario", "dataset.num_classes"))]
+    words = ("dataset.schema.prefix={domain 0: 'in x:', domain 1: 'in y:'}", "job.save_predictions=final")
+    run(tmp_path, *kept, *domains, *words, "job.keep_checkpoint=true")
+    learner = load(tmp_path).learner()
+    assert learner.input.endswith("prefix by part: domain 0 'in x:', domain 1 'in y:'")
+    with (tmp_path / "predictions.csv").open() as file:
+        lines = [{key: int(value) for key, value in line.items()} for line in csv.DictReader(file)]
+    for task in range(2):
+        texts, _ = learner.test_texts(task)
+        assert not any(text.startswith("in ") for text in texts), "texts are stored as they were read"
+        expected = [line["dil"] for line in lines if line["task"] == task]
+        assert learner.predict(texts, task=task).labels.tolist() == expected
+    assert not (learner.logits(texts, task=0) == learner.logits(texts, task=1)).all(), "the prefix is read"
+    with pytest.raises(
+        ConfigError, match="^texts: their prefix depends on their part of the data set .domain 0, domain"
+    ):
+        learner.predict(texts)
+
+
+def test_exactly_written_strings_are_for_methods_that_write(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="^dataset.schema.metric: exact_match needs a method that writes texts, such"):
+        run(tmp_path / "run", *TINY, "dataset.schema.metric=exact_match")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_page_shows_texts_of_every_task(tmp_path: Path) -> None:
     config, choices = quiet(*TINY, "job=preview", "backbone.max_tokens=8")
     run_config(config, tmp_path / "page", job=JobInfo(None, 1, choices, False, [], {}))

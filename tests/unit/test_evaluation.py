@@ -41,6 +41,29 @@ def test_counts_by_setting(size: int) -> None:
     assert counts(2, size) == later
 
 
+def test_a_row_without_an_answer_is_wrong_in_every_column() -> None:
+    none = float("-inf")
+    x, y = torch.tensor([[none] * 4, [none, 0.0, none, none], [none, none, 0.0, none]]), torch.tensor([0, 1, 1])
+    tasks = row_stream([(x, y), (torch.zeros(1, 4), torch.tensor([2]))], num_classes=4)
+    evaluation, method = Evaluation(cpu(), "test", 64, None), Given(Identity(4), 4)
+    rows = {(r["task"], r["setting"]): r for r in evaluation(method, tasks, 2)}
+    assert [rows[0, s]["correct"] for s in ("cil", "til")] == [1, 1], "the first row is not of the first class"
+    assert [rows[0, s]["task_correct"] for s in ("cil", "til")] == [1, 1]
+    floor = -2 * math.log(1e-12) / 3  # two of three rows give their label no probability
+    assert [rows[0, s]["nll"] for s in ("cil", "til")] == pytest.approx([floor, floor])
+    predicted, _ = evaluation.predictions(method, tasks, 2)
+    assert [(r["cil"], r["til"]) for r in predicted[:3]] == [(-1, -1), (1, 1), (2, -1)]
+
+
+def test_a_label_without_a_score_is_not_among_the_first_five() -> None:
+    none = float("-inf")
+    x = torch.tensor([[0.0, *[none] * 6], [0.0, *[none] * 6]])
+    tasks = row_stream([(x, torch.tensor([0, 1])), (torch.zeros(5, 7), torch.arange(2, 7))], num_classes=7)
+    evaluation = Evaluation(cpu(), "test", 64, None)
+    evaluation(Given(Identity(7), 7), tasks, 2)
+    assert evaluation.at_five["cil"] == pytest.approx((1 / 2 + 3 / 5) / 2)
+
+
 def test_rows_are_evenly_spaced() -> None:
     assert counts(2, rows=2)[1, "cil"] == [1, 2, 2], "the first and the last row"
 

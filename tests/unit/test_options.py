@@ -17,8 +17,7 @@ from clrun.config.signature import locate, parameters
 from clrun.system.errors import ConfigError, Range
 
 CONF = Path(__file__).parents[2] / "conf"
-EVERY = [file for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
-FILES = [file for file in EVERY if "_target_" in member(file)]  # `none` of an optional group has no node
+FILES = [file for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 NONSENSE = {"no": ["sense"]}  # fits no option
 
 

@@ -3,25 +3,36 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_texts, assert_same, born, context, factory, image_stream, live, tiny_writer
+from helpers import as_texts, assert_same, born, context, cpu, factory, image_stream, live, tiny_writer
 from torch import Tensor, nn
 
-from clrun.data.split import Batch
+from clrun.data.captions import Captions
+from clrun.data.schema import Metric
+from clrun.data.split import Batch, TensorSplit
 from clrun.data.stream import Stream
 from clrun.methods.progressive_prompts import ProgressivePrompts
 from clrun.methods.text_to_text import TextToText
+from clrun.running.evaluation import Evaluation
 from clrun.system.errors import ConfigError
 
 NAMES = ("cat", "dog", "cat owl", "fish", "ox", "bee")
 
 
 def named(names: tuple[str, ...] = NAMES, **options: Any) -> Stream:
-    return replace(image_stream(), class_names=names, **options)
+    captions = Captions(names, (("{}",),) * 6, exact=True)
+    return replace(image_stream(), class_names=names, captions=captions, **options)
 
 
-def begun(name: str = "text_to_text", *, tasks: int = 2, names: tuple[str, ...] = NAMES, **options: Any) -> Any:
+def begun(
+    name: str = "text_to_text",
+    *,
+    tasks: int = 2,
+    names: tuple[str, ...] = NAMES,
+    metric: Metric = "accuracy",
+    **options: Any,
+) -> Any:
     """Return a method that has begun some tasks without learning them, in eval mode, and the stream of texts."""
-    method, stream = born(factory(name, **options), named(names))
+    method, stream = born(factory(name, **options), named(names, metric=metric))
     for task in stream.tasks[:tasks]:
         method.begin_task(task, context(stream, task.index))
     return method.eval(), stream
@@ -85,6 +96,7 @@ def test_a_string_is_learned_and_written() -> None:
     method, stream = begun(tasks=1)
     batch = next(stream.tasks[0].train.batches(6))
     batch = replace(batch, x=torch.where(batch.y[:, None] == 0, torch.tensor([70, 1]), torch.tensor([90, 1])))
+    assert not method.matches(batch.x).isfinite().any(), "an untrained network writes no name"
     optimizer = torch.optim.Adam(method.parameters(), lr=0.01)
     for _ in range(80):
         optimizer.zero_grad()
@@ -92,6 +104,7 @@ def test_a_string_is_learned_and_written() -> None:
         optimizer.step()
     assert method.write(batch.x) == [NAMES[k] for k in batch.y.tolist()]
     assert method(batch.x)[:, :2].argmax(dim=1).equal(batch.y)
+    assert method.matches(batch.x).isfinite().equal(nn.functional.one_hot(batch.y, 6).bool())
 
 
 def test_exact_matches_of_validation_rows_are_logged() -> None:
@@ -107,6 +120,29 @@ def test_exact_matches_of_validation_rows_are_logged() -> None:
     method.write = lambda x, task=None: names[: len(x)]
     method.end_task(task, ctx)
     assert found[-1] == {"exact_match": 1.0}
+
+
+def test_exact_match_counts_what_is_written() -> None:
+    method, stream = begun(metric="exact_match")
+    x = some_rows(stream)
+    method.write = lambda x, task=None: ["dog", "owl", "cat owl", "ox", "dog "][: len(x)]
+    expected = torch.full((5, 6), -torch.inf)
+    expected[0, 1] = expected[2, 2] = 0.0  # "ox" is of a task to come, and "owl" and "dog " are no names
+    assert torch.equal(method(x), expected)
+    task = replace(stream.tasks[0], test=TensorSplit(x, torch.tensor([1, 0, 0, 1, 1])))
+    short = replace(stream, tasks=(task, *stream.tasks[1:]))
+    found = Evaluation(cpu(), "test", 64, None)(method, short, 2, tasks=1)
+    assert [(row["setting"], row["correct"], row["task_correct"]) for row in found] == [("cil", 1, 1), ("til", 1, 1)]
+
+
+def test_tasks_may_share_strings_where_the_task_is_known() -> None:
+    shared = ("good", "bad") * 3
+    method = factory("text_to_text")(tiny_writer(), 6)
+    method.check(named(shared, setting="til"))
+    with pytest.raises(ConfigError, match="'good' and 'good' have the same tokens, so that the classes 0 and 2 cannot"):
+        method.check(named(shared))
+    with pytest.raises(ConfigError, match="'good' and 'good' have the same tokens, so that the classes 0 and 1 cannot"):
+        method.check(named(("good", "good", *NAMES[2:]), setting="til"))
 
 
 def test_til_and_cil_differ_in_the_admissible_strings_alone() -> None:
@@ -151,7 +187,7 @@ def test_what_cannot_be_written_is_refused() -> None:
         factory("text_to_text")(nn.Linear(2, 2), 6)
     method = factory("text_to_text")(tiny_writer(), 6)
     with pytest.raises(
-        ConfigError, match="dataset.class_names: 'cat' and 'cat' have the same tokens, .* 0 and 1 cannot"
+        ConfigError, match="dataset.schema.verbaliser: 'cat' and 'cat' have the same tokens, .* 0 and 1 cannot"
     ):
         method.check(named(("cat", " cat", *NAMES[2:])))
     assert isinstance(method, TextToText)

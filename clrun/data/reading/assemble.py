@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clrun.data.captions import captions
+from clrun.data.captions import Captions, captions
 from clrun.data.reading.class_names import composed
-from clrun.data.reading.options import Reading
+from clrun.data.reading.options import Reading, TextReading
+from clrun.data.reading.task_schema import check_parts, class_strings
 from clrun.data.reading.text import some
+from clrun.data.schema import Schema
 from clrun.data.split import Split, TensorSplit
 from clrun.data.stream import Dataset, Modality
 from clrun.system.errors import ConfigError, did_you_mean, warn
@@ -109,9 +111,11 @@ def assemble(
         modality: what kind of data the rows are; None for images [N, C, H, W], and for rows of numbers [N, D].
 
     Raises:
-        ConfigError: `reading.val_fraction` leaves a class without training rows, or there is a validation part already.
+        ConfigError: `reading.val_fraction` leaves a class without training rows, there is a validation part already, or
+            the schema of the task does not suit the classes or the domains.
     """
     _refuse_second_validation(val is not None, reading, class_names)
+    check_parts(_schema(reading), () if domains is None else domains.names)
     rows = _stored(train)
     strata = rows.y if domains is None else domains.train * len(class_names) + rows.y
     kept, held_out = cut_validation(strata, reading.val_fraction, reading.seed, class_names=class_names)
@@ -130,13 +134,11 @@ def assemble(
         groups=groups or {},
         group_names=group_names or {},
         seed=reading.seed,
-        captions=captions(name, class_names, templates=_templates(reading, modality), words=reading.class_names),
+        captions=_captions(name, class_names, reading, modality),
         modality=modality,
+        schema=_schema(reading),
     )
-    if domains is None:
-        return whole
-    held_domains = domains.val if held_out is None else domains.train[held_out]
-    return replace(whole, parts=_domain_parts(whole, domains, domains.train[kept], held_domains))
+    return whole if domains is None else replace(whole, parts=_domain_parts(whole, domains, kept, held_out))
 
 
 def _stored(part: Rows | Split) -> Split:
@@ -157,21 +159,33 @@ def _refuse_second_validation(given: bool, reading: Reading, class_names: Sequen
         )
 
 
-def _templates(reading: Reading, modality: Modality | None) -> Sequence[str] | None:
-    """Return the templates of the captions; a text is compared with the name of a class itself, not with a caption."""
+def _schema(reading: Reading) -> Schema | None:
+    """Return the schema of a data set of texts; None for other data."""
+    return reading.schema if isinstance(reading, TextReading) else None
+
+
+def _captions(name: str, class_names: Sequence[str], reading: Reading, modality: Modality | None) -> Captions:
+    """Return the captions of the classes; a text is compared with the name of a class itself, not with a caption.
+
+    Raises:
+        ConfigError: the words of the classes do not suit their names.
+    """
     plain = ("{}",) if modality is not None and modality.unit == "text" else None
-    return plain if reading.templates is None else reading.templates
+    templates = plain if reading.templates is None else reading.templates
+    strings = class_strings(_schema(reading), class_names)
+    return captions(name, class_names, templates=templates, words=reading.class_names, strings=strings)
 
 
-def _domain_parts(whole: Dataset, domains: Domains, trained: Tensor, validated: Tensor | None) -> tuple[Dataset, ...]:
+def _domain_parts(whole: Dataset, domains: Domains, kept: Tensor, held_out: Tensor | None) -> tuple[Dataset, ...]:
     """Return each domain of a data set as a data set.
 
     Args:
         whole: the data set.
         domains: its domains.
-        trained: [N] long, the domain of each training row that is left after the validation rows were taken.
-        validated: likewise for the validation rows; None without any.
+        kept: [k] long, the training rows that are left after the validation rows were taken.
+        held_out: likewise the validation rows that were taken; None without any.
     """
+    trained, validated = domains.train[kept], domains.val if held_out is None else domains.train[held_out]
     parts = []
     for k, domain in enumerate(domains.names):
         test = whole.test if domains.test is None else whole.test.select(_of(k, domains.test))

@@ -17,6 +17,7 @@ from clrun.data.augment import parse_augmentations
 from clrun.data.captions import check_templates
 from clrun.data.decode import Decoding
 from clrun.data.reading.class_names import Sort
+from clrun.data.schema import Schema
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, Fraction, PositiveInt
 
@@ -102,22 +103,38 @@ class DownloadReading(ImageReading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackageReading(Reading):
+class TextReading(Reading):
+    """The options of every data set of texts.
+
+    Attributes:
+        schema: how the task is put into words; None for texts and names of classes as they are.
+
+    Raises:
+        ConfigError: `augment` names an augmentation of images, or both `class_names` and the schema name the classes.
+    """
+
+    schema: Schema | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what does not suit texts before any file is read."""
+        super().__post_init__()
+        parse_augmentations(self.augment, "text")
+        if self.schema is not None and self.schema.verbaliser is not None and self.class_names is not None:
+            raise ConfigError(
+                "dataset.class_names: conflicts with dataset.schema.verbaliser (both put the classes into words); set "
+                "one of them to null"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageReading(TextReading):
     """The options of a published data set of texts that is read from an installed Python package.
 
     Attributes:
         root: the published file, or a folder that holds it; None for the one in the package.
-
-    Raises:
-        ConfigError: `augment` names an augmentation of images.
     """
 
     root: str | None
-
-    def __post_init__(self) -> None:
-        """Refuse augmentations of images before any file is read."""
-        super().__post_init__()
-        parse_augmentations(self.augment, "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +174,7 @@ class OwnReading(Reading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextReading(Reading):
+class OwnTextReading(TextReading):
     """The options of the user's own texts.
 
     Attributes:
@@ -170,7 +187,7 @@ class TextReading(Reading):
         sort: order of the names of classes: "text" by code point, "natural" with numbers in names as numbers.
 
     Raises:
-        ConfigError: `augment` names an augmentation of images, or there is no such encoding.
+        ConfigError: there is no such encoding.
     """
 
     test_fraction: Fraction
@@ -181,9 +198,8 @@ class TextReading(Reading):
     sort: Sort
 
     def __post_init__(self) -> None:
-        """Refuse what does not suit texts before any file is read."""
+        """Refuse an unknown encoding before any file is read."""
         super().__post_init__()
-        parse_augmentations(self.augment, "text")
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError) as error:

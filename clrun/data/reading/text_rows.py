@@ -13,12 +13,12 @@ from clrun.data.modality import Texts
 from clrun.data.reading.assemble import assemble
 from clrun.data.reading.class_names import composed, distinct, in_order, match
 from clrun.data.reading.image_files import check_classes, renumbered, with_note
-from clrun.data.reading.options import TextReading
+from clrun.data.reading.options import OwnTextReading
 from clrun.data.reading.row_parts import class_groups, row_domains, row_parts
 from clrun.data.reading.text import printable
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
-from clrun.data.texts import cut, fold, to_bytes
+from clrun.data.texts import cut, text_key, to_bytes
 from clrun.system.errors import ConfigError, warn
 
 PARTS = ("train", "test", "val")
@@ -59,7 +59,7 @@ class Intake:
         place: names the place of a row in messages, such as "rows.csv, line 14".
     """
 
-    def __init__(self, reading: TextReading, where: str, place: Callable[[int], str]) -> None:
+    def __init__(self, reading: OwnTextReading, where: str, place: Callable[[int], str]) -> None:
         self.reading, self.where, self.place = reading, where, place
         self.rows: list[TextRow] = []
         self.empty: list[int] = []
@@ -172,11 +172,6 @@ def from_texts(
         modality=Texts(),
     )
     return with_note(replace(dataset, sort=reading.sort), said)
-
-
-def text_key(text: str) -> str:
-    """Return the folded text; one without letters and digits is only normalised, so that such texts stay apart."""
-    return fold(text) or unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 def _refuse_alike(labels: Iterable[str], where: str) -> None:

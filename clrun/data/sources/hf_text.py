@@ -3,7 +3,7 @@
 from typing import Any
 
 from clrun.data.reading.hub import hub_tables, label_column, listed, pick
-from clrun.data.reading.options import TextReading, loader, user_path
+from clrun.data.reading.options import OwnTextReading, loader, user_path
 from clrun.data.reading.text_rows import Intake, from_texts
 from clrun.data.stream import Dataset
 from clrun.data.texts import pair
@@ -12,7 +12,7 @@ from clrun.system.errors import ConfigError, did_you_mean
 
 @loader
 def hf_text(
-    reading: TextReading,
+    reading: OwnTextReading,
     *,
     path: str,
     config: str | None,

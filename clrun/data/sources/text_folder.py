@@ -6,14 +6,14 @@ from clrun.data.reading.class_names import in_order
 from clrun.data.reading.image_files import say_left_out, with_note
 from clrun.data.reading.layout import tree
 from clrun.data.reading.listing import TEXTS, list_classes
-from clrun.data.reading.options import TextReading, loader, user_path
+from clrun.data.reading.options import OwnTextReading, loader, user_path
 from clrun.data.reading.text_files import read_text
 from clrun.data.reading.text_rows import Intake, from_texts
 from clrun.data.stream import Dataset
 
 
 @loader
-def text_folder(reading: TextReading, *, name: str, root: str, splits: dict[str, str | None] | None) -> Dataset:
+def text_folder(reading: OwnTextReading, *, name: str, root: str, splits: dict[str, str | None] | None) -> Dataset:
     """Return the texts of a folder: train/ and test/ with one folder per class each, or only one folder per class.
 
     Each file with the suffix .txt is one text; blanks and line ends around it are dropped. The parts are found by their

@@ -5,10 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from clrun.data.augment import parse_augmentations
 from clrun.data.modality import Texts
 from clrun.data.reading.assemble import Domains, assemble
-from clrun.data.reading.options import Reading, loader
+from clrun.data.reading.options import TextReading, loader
 from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
 from clrun.data.texts import to_bytes
@@ -21,7 +20,7 @@ SYLLABLES = tuple(c + v for c in "bdfgklmnprstvz" for v in "aeiou")
 
 @loader
 def text_synthetic(
-    reading: Reading,
+    reading: TextReading,
     *,
     num_classes: PositiveInt,
     train_rows: PositiveInt,
@@ -52,7 +51,6 @@ def text_synthetic(
     Raises:
         ConfigError: `dataset.augment` names an augmentation of images.
     """
-    parse_augmentations(reading.augment, Texts.unit)
     shape = num_classes, train_rows, test_rows, words, difficulty, similarity, period, domains
     stored, labels, domain, tested = _generate(*shape, reading.seed)
     train, test = (~tested).nonzero()[:, 0], tested.nonzero()[:, 0]

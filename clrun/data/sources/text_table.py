@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from clrun.data.reading.options import TextReading, loader, user_path
+from clrun.data.reading.options import OwnTextReading, loader, user_path
 from clrun.data.reading.text_files import Columns, read_table
 from clrun.data.reading.text_rows import Intake, from_texts
 from clrun.data.stream import Dataset
@@ -11,7 +11,7 @@ from clrun.system.errors import ConfigError
 
 @loader
 def text_table(
-    reading: TextReading,
+    reading: OwnTextReading,
     *,
     name: str,
     file: str,

@@ -1,1 +1,0 @@
-"""Compression of the weights of a network: low rank, sparse, quantised."""
