@@ -313,7 +313,11 @@ def main(words: list[str] | None = None) -> list[Figure]:
     args = parser.parse_args(words)
     gpu = torch.cuda.is_available()
     if not gpu and not args.small:
-        raise SystemExit("torch sees no GPU on this machine; --small shows on the CPU that everything runs")
+        missing = "torch sees no GPU on this machine; --small shows on the CPU that everything runs"
+        if words is None:
+            parser.error(missing)
+        print(missing)
+        return []
     found, alone = [], []
     for case in cases(args.small):
         bench = Bench(case, args.steps)
