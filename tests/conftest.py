@@ -56,5 +56,5 @@ def computes(file: Path) -> bool:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if computes(item.path) and not item.get_closest_marker("records"):
+        if computes(item.path) and not (item.get_closest_marker("records") or item.get_closest_marker("exact")):
             item.add_marker("numeric")

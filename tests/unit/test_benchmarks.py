@@ -14,6 +14,8 @@ from helpers import CONF
 from clrun.data import orders
 from clrun.data.sources.cifar import SUPERCLASSES
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 
 def lines(text: str) -> dict[str, list[int]]:
     """Return {name: numbers} of lines "name number number ..."."""

@@ -16,6 +16,8 @@ from clrun.results.identity import OUTSIDE_HASH, config_hash, differing_keys, fl
 from clrun.running.loggers import Console
 from clrun.system.errors import ConfigError, Count, Fraction, NonNegative, Positive, PositiveInt
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 NODE = {"_target_": "builtins.dict"}
 
 

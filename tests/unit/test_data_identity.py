@@ -23,6 +23,8 @@ from clrun.data.stream import Dataset, Stream
 from clrun.results.data_record import Changes, NamedRows, data_changes
 from clrun.system.yaml_files import conf_dir
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

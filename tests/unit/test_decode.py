@@ -12,6 +12,8 @@ from PIL import Image
 from clrun.data.decode import FileList, decode
 from clrun.system.errors import ConfigError
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 
 def read(image: Image.Image | bytes, channels: int = 3, kind: str = "PNG", **changes: Any) -> np.ndarray:
     data = image if isinstance(image, bytes) else encoded(image, kind)

@@ -6,6 +6,8 @@ import torch
 from clrun.system.errors import ConfigError, NumericalError
 from clrun.system.failures import failure_lines
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 
 def test_mistakes_have_a_line_each_and_divergence_has_one():
     assert failure_lines(ConfigError("a: wrong\nb: wrong")) == ["a: wrong", "b: wrong"]

@@ -18,7 +18,10 @@ from clrun.data.split import Batch
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, collecting_warnings
 
-pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")  # none but those that a test notes
+pytestmark = [  # none but those that a test notes
+    pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning"),
+    pytest.mark.exact,  # whole numbers, bytes and texts alone
+]
 
 
 def load(root: Path, **changes: Any) -> Dataset:

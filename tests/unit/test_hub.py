@@ -13,7 +13,10 @@ from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, collecting_warnings
 
 datasets = pytest.importorskip("datasets")
-pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning"),
+    pytest.mark.exact,  # whole numbers, bytes and texts alone
+]
 
 
 @pytest.fixture(autouse=True)

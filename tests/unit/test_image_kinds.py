@@ -23,6 +23,8 @@ from clrun.data.survey import ranged, survey
 from clrun.system.errors import ConfigError
 from clrun.system.yaml_files import conf_dir
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 SIDE = 8
 GREY = np.full((SIDE, SIDE), 136, dtype=np.uint8)
 RED = np.full((SIDE, SIDE, 3), (200, 40, 24), dtype=np.uint8)

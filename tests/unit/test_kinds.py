@@ -19,6 +19,8 @@ from clrun.config.kinds import ANY, KINDS, kind_of, wrong_kind
 from clrun.config.signature import locate
 from clrun.system.errors import ConfigError
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 GROUPS = list(KINDS)
 FOREIGN = ["torch.load", "numpy.load", "shutil.copyfile", "os.system", "builtins.exec", "subprocess.Popen"]
 FOREIGN += [

@@ -17,6 +17,8 @@ from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, collecting_warnings
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 Write = Callable[[Path], None]
 
 

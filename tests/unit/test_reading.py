@@ -14,6 +14,8 @@ from clrun.data.reading.options import ArrayReading, Reading, loader
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, Fraction
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 NAMES = sorted(file.stem for file in (CONF / "dataset").glob("*.yaml"))
 COMMON = {"val_fraction": 0.0, "seed": 0, "augment": []}
 seen: list[tuple[ArrayReading, str]] = []

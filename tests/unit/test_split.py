@@ -8,6 +8,8 @@ from clrun.data.shifts import PixelPermutation, Rotation
 from clrun.data.split import Batch, TensorSplit, concatenate
 from clrun.data.transforms import PerDevice
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 
 class Double:
     """A transform whose train view draws from the generator, so that views can be told apart."""

@@ -21,6 +21,8 @@ from clrun.data.split import Plain
 from clrun.data.texts import fold, to_texts
 from clrun.system.errors import ConfigError
 
+pytestmark = pytest.mark.exact  # whole numbers, bytes and texts alone
+
 OBO = """format-version: 1.2
 data-version: hp/releases/test
 

@@ -28,7 +28,10 @@ from clrun.data.texts import TextTransform, cut, pair, to_bytes, to_texts
 from clrun.data.tokens import SEPARATOR, ByteTokenizer
 from clrun.system.errors import ConfigError, collecting_warnings
 
-pytestmark = pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::clrun.system.errors.DataWarning"),
+    pytest.mark.exact,  # whole numbers, bytes and texts alone
+]
 BACKBONE: Any = SimpleNamespace(tokenizer=ByteTokenizer(), max_tokens=12)
 COMMON = {"val_fraction": 0.0, "seed": 0, "augment": [], "test_fraction": 0.5, "max_bytes": 4096, "empty": "error"}
 COMMON |= {"empty_classes": "error", "encoding": "utf-8", "sort": "natural", "splits": None}
