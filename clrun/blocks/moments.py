@@ -5,7 +5,7 @@ Shapes: `I` inputs of a layer, for a convolution those of one patch; `I + 1` wit
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class Gram:
 
     Attributes:
         matrix: [I, I] float64, the sum over positions of x x'. If the bias is merged with the weight, x has a constant
-            1 as its last entry.
+            1 as its last entry. [G, I, I] where the G groups of a convolution are separate.
         rows: the number of positions that are summed over: images times the positions (tokens, patches) of each.
     """
 
@@ -39,6 +39,7 @@ def second_moments(
     *,
     bias: bool,
     forward: Callable[[Tensor], Any] | None = None,
+    groups: Literal["average", "separate"] = "average",
 ) -> dict[str, Gram]:
     """Return the second moments of the inputs of layers, summed in float64 in eval mode without gradients.
 
@@ -51,11 +52,16 @@ def second_moments(
         batches: prepared inputs [B, ...].
         bias: whether a layer with a trainable bias reads a constant 1 as its last input.
         forward: the pass; None for that of the network.
+        groups: "average" treats the groups of a convolution as positions; "separate" has a matrix for each of them, and
+            one for a layer without groups.
     """
     found: dict[str, Gram] = {}
     positions = getattr(network, "positions", None)
     real: list[Tensor | None] = [None]  # of the rows that the network reads at present
-    handles = [layer.register_forward_hook(_recorder(found, name, layer, bias, real)) for name, layer in layers.items()]
+    recorders = {
+        name: _recorder(found, name, layer, bias, real, separate=groups == "separate") for name, layer in layers.items()
+    }
+    handles = [layer.register_forward_hook(recorders[name]) for name, layer in layers.items()]
     try:
         with torch.no_grad(), eval_mode(network):
             for x in batches:
@@ -68,7 +74,13 @@ def second_moments(
 
 
 def _recorder(
-    found: dict[str, Gram], name: str, layer: Layer, bias: bool, real: Sequence[Tensor | None]
+    found: dict[str, Gram],
+    name: str,
+    layer: Layer,
+    bias: bool,
+    real: Sequence[Tensor | None],
+    *,
+    separate: bool,
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """Return the forward hook that adds the inputs of a call to the second moments of the layer."""
     constant = bias and has_bias(layer)
@@ -77,9 +89,14 @@ def _recorder(
         x = inputs(layer, args[0].detach(), len(args[0]), constant=constant).double()
         mask = real_of(x, real[0])
         rows = x.flatten(0, 1) if mask is None else x[mask]
+        width = rows.shape[1]
+        if separate:  # the groups of a position follow each other
+            count = int(getattr(layer, "groups", 1))
+            rows = rows.view(-1, count, width).transpose(0, 1)
         if name not in found:
-            found[name] = Gram(rows.new_zeros(rows.shape[1], rows.shape[1]), 0)
-        found[name] = Gram(found[name].matrix.addmm_(rows.t(), rows), found[name].rows + len(rows))
+            found[name] = Gram(rows.new_zeros(*rows.shape[:-2], width, width), 0)
+        total = found[name].matrix.add_(rows.mT @ rows) if separate else found[name].matrix.addmm_(rows.t(), rows)
+        found[name] = Gram(total, found[name].rows + rows.shape[-2])
 
     return record
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
-from clrun.config.groups import GROUPS, RESERVED
+from clrun.config.groups import GROUPS, OPTIONAL, RESERVED
 from clrun.config.kinds import ANY, KINDS, Kind, kind_of, wrong_kind
 from clrun.config.signature import locate, mismatch, parameters
 from clrun.system.errors import ConfigError, Count, did_you_mean
@@ -42,7 +42,8 @@ def check(config: Mapping[str, Any], choices: Mapping[str, str]) -> None:
             problems.append(
                 f"name: must be a valid folder name (not empty, no slash, no leading dot or space), got {value!r}"
             )
-    problems += [f"{key}: is missing; set {key}=CHOICE (see clrun list {key})" for key in GROUPS if key not in config]
+    needed = [key for key in GROUPS if key not in OPTIONAL]
+    problems += [f"{key}: is missing; set {key}=CHOICE (see clrun list {key})" for key in needed if key not in config]
     problems += [f"{key}: is missing; set {key}=..." for key in PLAIN if key not in config]
     if not problems:
         problems += _setting_problems(config)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clrun.config.environment import masked, recorded, recorded_key, register
-from clrun.config.groups import GROUPS, RESERVED
+from clrun.config.groups import GROUPS, OPTIONAL, RESERVED
 from clrun.config.plugins import hide_working_folder, mention_hidden
 from clrun.results.identity import inside_hash
 from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
@@ -321,6 +321,7 @@ def _plain(cfg: DictConfig, convert: Callable[[DictConfig], Any]) -> dict[str, A
                 cfg = copy.deepcopy(cfg)
                 with open_dict(cfg):
                     OmegaConf.update(cfg, key, [_loader(entry, key) for entry in entries], merge=False)
-        return {str(key): value for key, value in convert(cfg).items()}
+        # The choice `none` of an optional group leaves no trace: the configuration is that of a run without the group.
+        return {str(key): value for key, value in convert(cfg).items() if value or key not in OPTIONAL}
     except OmegaConfBaseException as error:
         raise ConfigError(masked(_omegaconf_line(error))) from error

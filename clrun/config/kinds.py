@@ -43,6 +43,9 @@ KINDS = {
     "task_order": Kind("collections.abc.Iterable", "a function that returns a list of task ids"),
     "backbone": Kind("torch.nn.Module", "a torch.nn.Module or a function that returns one", strict=True),
     "method": Kind("clrun.learning.method.Method", "a subclass of clrun.learning.method.Method", strict=True),
+    "compress": Kind(
+        "clrun.blocks.compress.base.Compressor", "a clrun.blocks.compress.base.Compressor or a subclass", strict=True
+    ),
     "budget": Kind("clrun.learning.budget.Budget", "clrun.learning.budget.Budget or a subclass", strict=True),
     "hardware": Kind("clrun.system.hardware.Hardware", "clrun.system.hardware.Hardware or a subclass", strict=True),
     "logger": Kind("clrun.running.loggers.Logger", "a clrun.running.loggers.Logger", strict=True),

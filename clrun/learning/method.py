@@ -42,6 +42,7 @@ class Method(nn.Module):
     hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
     depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
     depends_on_task_count: bool = False  # what it learns from a task depends on the number of all tasks
+    own_weights: ClassVar[str] = ""  # why the backbone cannot be compressed, such as "keeps a network per task"
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     knobs: tuple[Knob, ...] = ()  # options that trade plasticity for stability, in the order of their decay
     order_invariant: bool = False  # claim of this instance: final predictions do not depend on the task order

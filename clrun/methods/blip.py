@@ -51,6 +51,8 @@ class Blip(Method):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
+    own_weights = "puts the weights of the backbone on a grid of bits of its own"
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -38,6 +38,7 @@ class ClosedForm(Method):
             the statistics of forgotten tasks are computed again from their data.
     """
 
+    own_weights = "computes its classifier from features of a backbone that has to stay as it is"
     order_invariant = True
 
     def __init__(

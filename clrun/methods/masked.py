@@ -27,6 +27,7 @@ class Masked(Method):
         num_classes: C.
     """
 
+    own_weights = "gives each task weights of its own in the backbone"
     needs_task_id = True
     settings = frozenset({"til"})
 

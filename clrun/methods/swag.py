@@ -84,6 +84,7 @@ class Swag(Anchored):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
+    own_weights = "predicts with averages of the weights over many steps"
     knobs: tuple[Knob, ...] = ()  # strength, unless it is 0: then there is no penalty to weaken
 
     def __init__(

@@ -23,6 +23,7 @@ class TaskNetworks(Method):
         num_classes: C.
     """
 
+    own_weights = "predicts with a network of its own for each task"
     needs_task_id = True
     settings = frozenset({"til"})
 

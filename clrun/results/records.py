@@ -4,7 +4,7 @@ Columns of accuracy.csv: `step` (optimizer steps so far), `position` (number of 
 untrained), `after` (id of the last learned task; -1 at position 0), `task` (id of the evaluated task), `task_position`
 (its position, from 0), `split`, `setting`, `correct` and `total` (numbers of samples), `task_correct` (number of
 samples whose predicted class belongs to their task), `nll` (mean negative log-likelihood), `phase` ("end" of a task or
-"during").
+"during" it; with compression also "dense", just before it, and "compressed", between it and its fine-tuning).
 """
 
 import csv

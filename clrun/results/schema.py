@@ -172,6 +172,20 @@ SETTINGS = ("til", "cil", "dil", "open")
 SPLITS = ("test", "val")
 STATES = ("running", "completed", "failed", "interrupted")
 _TOTALS = nullable(mapping(count))
+_BYTES = {"dense_bytes": count, "stored_bytes": count}
+_ACCURACIES = mapping(mapping(fraction))
+_COMPRESSION = record(
+    {"kind": text, "target": text, "layers": mapping(record(_BYTES))},
+    {
+        **_BYTES,
+        "seconds": nullable(amount),
+        "finetune_seconds": nullable(amount),
+        "peak_memory_bytes": nullable(count),
+        "before": _ACCURACIES,
+        "directly_after": _ACCURACIES,
+    },
+)
+"""What a stage of compression has done (`clrun.running.compression`)."""
 _COST_OF_TASK = record(
     {},
     {
@@ -184,6 +198,7 @@ _COST_OF_TASK = record(
         "state_bytes": _TOTALS,
         "tuning": mapping(anything),
         "modules": mapping(count),
+        "compression": _COMPRESSION,
     },
 )
 _COST = record(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clrun.blocks.compress.base import refuse
 from clrun.blocks.inject import COMPILED
 from clrun.config.job import Job
 from clrun.config.signature import locate
@@ -112,9 +113,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if parts.job.max_tasks is None:  # else the stream may lack tasks that the budget names
         budget.check_tasks([task.name for task in images.tasks])
     method.check_budget(budget)
-    look_at = getattr(function_of(budget.optimizer), "look_at", None)  # of an optimizer that reads layers
-    if look_at is not None:
-        look_at(method, **options_of(budget.optimizer))
+    _check_layers(parts, method)
     tuning: Any = parts.job.tuning
     if tuning is not None:
         tuning.check(budget)
@@ -123,6 +122,20 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
         _require_names(parts, method, stream)
         held_out = HeldOut.of(parts, backbone, method, cache) if parts.job.eval_extra else None
     return Built(images, stream, backbone, method, budget, text, data, row, cache, networks, held_out, extractor)
+
+
+def _check_layers(parts: Parts, method: Method) -> None:
+    """Let the parts that read layers of the learner look at them.
+
+    Raises:
+        ConfigError: one of them cannot use the layers.
+    """
+    if parts.compress is not None:
+        parts.compress.check(method)
+    optimizer = parts.budget.optimizer
+    look_at = getattr(function_of(optimizer), "look_at", None)  # of an optimizer that reads layers
+    if look_at is not None:
+        look_at(method, **options_of(optimizer))
 
 
 def new_method(parts: Parts, backbone: nn.Module, num_classes: int, networks: dict[str, FrozenNetwork]) -> Method:
@@ -318,6 +331,8 @@ def _check_method(parts: Parts) -> None:
         ConfigError: options do not suit each other.
     """
     parts.method_class.check_options(parts.config["method"])
+    if parts.compress is not None:
+        refuse(parts.method_class, features=parts.reads_features)
     warn_of_misspelt_hooks(parts.method_class)
 
 

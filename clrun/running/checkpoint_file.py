@@ -29,7 +29,11 @@ from clrun.system.files import json_value, replacing, writing
 SCHEMA = 2
 PREFIX = struct.Struct("<16sIQ")
 MAGIC = b"clrun checkpoint"
-WORDS = {"split": ("test", "val"), "setting": ("cil", "dil", "til", "open"), "phase": ("during", "end")}
+WORDS = {
+    "split": ("test", "val"),
+    "setting": ("cil", "dil", "til", "open"),
+    "phase": ("during", "dense", "compressed", "end"),
+}
 DIGEST, HASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[\x20-\x7e]{0,100}")
 LATER = ("data", "start", "predictions")  # fields that files of the same schema may lack
 SHOWN = 60  # characters of a wrong value in a message

@@ -20,6 +20,7 @@ from clrun.learning.method import Method
 from clrun.learning.training import fit
 from clrun.running.accounting import forward_flops, learner_parameters
 from clrun.running.build import Built, build, missing_weights
+from clrun.running.compression import plan
 from clrun.running.evaluation import Evaluation
 from clrun.running.parts import Parts
 from clrun.system.hardware import Hardware
@@ -31,7 +32,7 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
     """Print tasks, classes, parameters, FLOPs and an estimated time; write nothing and return NaN.
 
     The estimate rests on the time of a few steps and evaluations of a copy of the method. It leaves out what a method
-    does outside of its main fit (consolidation, further phases).
+    does outside of its main fit (consolidation, further phases) and compression.
     """
     hardware = parts.hardware
     hardware.setup(job=job.number or 0, parallel=job.parallel)
@@ -54,6 +55,8 @@ def dry_run(parts: Parts, job: JobInfo) -> float:
         print(f"weights: random in this dry run, and a run needs them: {missing}")
     print(f"parameters: {counts['total']:,} ({counts['trainable']:,} trainable)")
     print(f"forward FLOPs per {built.row}: " + ("unknown" if flops is None else f"{flops:,}"))
+    if parts.compress is not None:
+        print(f"compress: {plan(parts.compress, built.method)}")
     print(f"estimated time: {_duration(_estimate(parts, built))} on {hardware.device}")
     return math.nan
 

@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from clrun.blocks.compress.base import hold
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context, Progress
 from clrun.learning.method import Method
 from clrun.running.accounting import PeakMemory, learner_parameters, parameter_counts, state_bytes
 from clrun.running.checkpoint import RunState
+from clrun.running.compression import Stage
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.recorder import Recorder
 from clrun.system.hardware import Hardware
@@ -46,6 +48,7 @@ class Engine:
         eval_every: number of optimizer steps between evaluations within a task; None evaluates after tasks only.
         max_steps: upper limit of the steps of any fit; None for none.
         tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
+        compression: makes the learner smaller after its tasks; None does not.
         backbone: as loaded; None leaves a backbone that the learner does not hold out of the counts of parameters.
         state: progress of the run; its results are added to it.
     """
@@ -62,6 +65,7 @@ class Engine:
     eval_every: int | None = None
     max_steps: int | None = None
     tuning: Tuning | None = None
+    compression: Stage | None = None
     backbone: nn.Module | None = None
     state: RunState = field(default_factory=RunState)
     _evaluating: float = 0.0
@@ -88,9 +92,10 @@ class Engine:
             else:
                 method, seconds, search["tuning"] = self.tuning(self, method, task)
             self.state.learned += 1
+            steps = self.state.steps - (self.state.costs[-1]["steps"] if self.state.costs else 0)
+            peak = memory.read()
+            smaller = self._compress(method, task, memory)
             evaluation = self._timed(partial(self._evaluate, method, self.state.learned))
-            steps = self.state.costs[-1]["steps"] if self.state.costs else 0
-            images = len(task.train)
             modules = method.expansion()
             self.state.costs.append(
                 {
@@ -99,17 +104,30 @@ class Engine:
                     "steps": self.state.steps,
                     "train_seconds": seconds,
                     "eval_seconds": evaluation,
-                    "images": images,
-                    "images_per_second": self._images(task, self.state.steps - steps) / seconds if seconds else None,
-                    "peak_memory_bytes": memory.read(),
+                    "images": len(task.train),
+                    "images_per_second": self._images(task, steps) / seconds if seconds else None,
+                    "peak_memory_bytes": max(peak, memory.read()),
                     "parameters": self._parameters(method) | {"trainable": self._trained},
                     "state_bytes": state_bytes(method),
                     **({"modules": modules} if modules else {}),
+                    **({"compression": smaller} if smaller else {}),
                     **search,
                 }
             )
             self.recorder.end_task(task, method, self.state)
         return method
+
+    def _compress(self, method: Method, task: Task, memory: PeakMemory) -> dict[str, Any]:
+        """Compress the method after `task` where that is due; return the record, {} without one."""
+        if self.compression is None or not self.compression.due(task, self.stream):
+            return {}
+        memory.reset()
+
+        def evaluate(phase: str) -> list[Row]:
+            return self._record(self.evaluation(method, self.stream, self.state.learned), phase)
+
+        record = self.compression(method, self.context(method, task), evaluate)
+        return {**record, "peak_memory_bytes": memory.read()}
 
     def _parameters(self, method: Method) -> dict[str, int]:
         """Return the parameter counts of the learner, a frozen backbone whose features it reads included."""
@@ -167,6 +185,7 @@ class Engine:
         """Return the context in which `method` learns `task`."""
 
         def on_step(progress: Progress) -> None:
+            hold(method)
             self.state.steps += 1
             self.recorder.step(progress)
             if self.eval_every and self.state.steps % self.eval_every == 0:
@@ -190,11 +209,12 @@ class Engine:
         """Evaluate in the middle of `task`; its classes compete already."""
         self._record(self.evaluation(method, self.stream, task.index, candidates=task.index + 1), "during")
 
-    def _record(self, rows: list[Row], phase: str) -> None:
-        """Add rows to those of the checkpoint and report them."""
+    def _record(self, rows: list[Row], phase: str) -> list[Row]:
+        """Add rows to those of the checkpoint, report and return them."""
         rows = [{"step": self.state.steps, **row, "phase": phase} for row in rows]
         self.state.rows += rows
         self.recorder.rows(rows)
+        return rows
 
     def _timed(self, work: Callable[[], Any]) -> float:
         """Call `work` and return its wall time in seconds, finished work of the device included."""

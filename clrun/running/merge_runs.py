@@ -249,7 +249,7 @@ def _config(runs: Sequence[Finished], options: Options, *, recorded: bool = Fals
     order = {"_target_": "clrun.data.orders.listed", "_partial_": True}
     hardware = {**base["hardware"], "processes": 1} | ({} if options.device is None else {"device": options.device})
     return {
-        **base,
+        **{key: value for key, value in base.items() if key != "compress"},
         "name": f"merge-{_choices(first).get('dataset', 'runs')}",
         "method": options.method,
         "task_order": {**order, "tasks": tasks + sorted(set(every) - set(tasks))},

@@ -10,6 +10,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
+from clrun.blocks.compress.base import Compressor
 from clrun.config.job import Job
 from clrun.config.signature import locate
 from clrun.data.modality import modality_of
@@ -79,6 +80,15 @@ class Parts:
         """What a fit may spend by default."""
         budget: Budget = make(self.config["budget"], Budget)
         return budget
+
+    @cached_property
+    def compress(self) -> Compressor | None:
+        """What makes the network smaller after its tasks; None for compress=none."""
+        node = self.config.get("compress")
+        if not node:
+            return None
+        compressor: Compressor = make(node, Compressor)
+        return compressor
 
     @cached_property
     def scenario(self) -> Callable[..., Any]:

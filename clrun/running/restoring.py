@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clrun.blocks.compress.base import FORMS, pack_state, unpack_state
 from clrun.blocks.params import Params, clone, select
 from clrun.data.features import FeatureBackbone
 from clrun.data.identity import identify
@@ -36,6 +37,7 @@ from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
+PACKED = "clrun.compressed"  # key of the file's metadata that describes compressed layers
 ROWS = 2  # test rows of each task whose logits are compared
 AGAIN = "run it again in another folder with job.keep_checkpoint=true"
 TOLERANCE = 1e-3  # of these logits, relative to the largest: another machine may have restored them
@@ -130,6 +132,8 @@ def restore(
 def save_weights(path: Path, method: Method, stream: Stream, hardware: Hardware) -> None:
     """Write the tensors of a trained method, and the logits of a few test rows, as safetensors.
 
+    Compressed layers are written in their stored forms (`clrun.blocks.compress.forms`).
+
     Args:
         path: the file.
         method: the method after its last task.
@@ -140,7 +144,9 @@ def save_weights(path: Path, method: Method, stream: Stream, hardware: Hardware)
 
     plain_order = copy.deepcopy(method).to(memory_format=torch.contiguous_format)  # the format knows no other
     probes = json.dumps([[round_logit(x) for x in row.tolist()] for row in _probes(method, stream, hardware)])
-    tensors, metadata = _unshared(plain_order.state_dict())
+    state, compressed = pack_state(plain_order, plain_order.state_dict())
+    tensors, metadata = _unshared(state)
+    metadata |= {PACKED: compressed} if compressed else {}
     data = seal(save(tensors, metadata={**metadata, SEAL: BLANK + probes}))
     with replacing(path) as file:
         file.write(data)
@@ -212,7 +218,8 @@ def _from_weights(path: Path, method: Method, stream: Stream, parts: Parts) -> M
         if damage is not None:
             raise ConfigError(f"{path}: refused ({damage}); copy it anew from where it was written, or {AGAIN}")
         with safe_open(str(path), framework="pt") as file:
-            probes = (file.metadata() or {})[SEAL].removeprefix("crc32:").partition(" ")[2]
+            metadata = file.metadata() or {}
+            probes = metadata[SEAL].removeprefix("crc32:").partition(" ")[2]
     except ConfigError:
         raise
     except Exception as error:  # safetensors' own exception, or the operating system's
@@ -220,7 +227,10 @@ def _from_weights(path: Path, method: Method, stream: Stream, parts: Parts) -> M
     advice = "the run needs job.keep_checkpoint=true to be restored; run it again so in another folder"
     try:
         _grow(method, stream, parts)
-        load_model(method, str(path), device=parts.hardware.device)
+        if PACKED in metadata:
+            _load_packed(method, path, metadata)
+        else:
+            load_model(method, str(path), device=parts.hardware.device)
         parts.hardware.place(method)
         found = _probes(method.eval(), stream, parts.hardware)
     except Exception as error:  # what a method raises that has not learned what it was told it had
@@ -230,6 +240,23 @@ def _from_weights(path: Path, method: Method, stream: Stream, parts: Parts) -> M
         what = f"{type(method).__name__} with these tensors predicts otherwise than the run's, for it keeps more"
         raise ConfigError(f"{path}: {what}; {advice}")
     return method
+
+
+def _load_packed(method: Method, path: Path, metadata: Mapping[str, str]) -> None:
+    """Give a method the tensors of a file with compressed layers, whose weights are bit for bit those of the run.
+
+    Raises:
+        RuntimeError: the tensors do not fit.
+        KeyError: one of them is missing.
+        ValueError: the description of the compressed layers is damaged.
+    """
+    from safetensors.torch import load_file
+
+    state, forms = unpack_state(load_file(str(path)), metadata[PACKED])
+    missing, unexpected = method.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - set(metadata):  # the metadata have the names of tensors that share memory
+        raise RuntimeError(f"tensors {', '.join([*unexpected, *missing])} do not fit")
+    setattr(method, FORMS, forms)
 
 
 def _grow(method: Method, stream: Stream, parts: Parts) -> None:

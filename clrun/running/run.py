@@ -9,6 +9,7 @@ from clrun.data.order_search import adversarial
 from clrun.results.identity import config_hash, differing_keys
 from clrun.results.records import RunFolder
 from clrun.running.build import Built, build, check_without_building
+from clrun.running.compression import Stage
 from clrun.running.data_checks import changed_since
 from clrun.running.engine import Engine
 from clrun.running.parts import Config, Parts, function_of
@@ -113,6 +114,7 @@ def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
         eval_every=parts.job.eval_every,
         max_steps=parts.job.max_steps,
         tuning=parts.job.tuning,
+        compression=None if parts.compress is None else Stage(parts.compress),
         backbone=built.backbone,
         state=state,
     )

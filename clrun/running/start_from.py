@@ -122,6 +122,11 @@ def _refuse_dependent(folder: Path, built: Built, parts: Parts) -> None:
             f"job.start_from: {type(built.method).__name__}, as configured, divides something among all tasks, so that "
             f"the run in {folder} cannot go on with another job.max_tasks; run all tasks anew"
         )
+    if parts.compress is not None and parts.compress.when == "end":
+        raise ConfigError(
+            f"job.start_from: with compress.when=end the run in {folder} has compressed its network after its last "
+            "task, which is not the last one here; run all tasks anew, or use compress.when=each_task"
+        )
     option = "eval_unseen" if parts.job.eval_unseen else "eval_initial"
     if parts.job.eval_unseen or (parts.job.eval_initial and built.stream.setting == "dil"):
         raise ConfigError(

@@ -14,6 +14,7 @@ from functools import partial
 from statistics import fmean
 from typing import Annotated, Any
 
+from clrun.blocks.compress.base import FORMS
 from clrun.data.stream import Task
 from clrun.learning.budget import Budget
 from clrun.learning.knobs import Values, decays, read, write
@@ -219,6 +220,8 @@ def _finetuning(method: Method) -> Method:
     """Return a learner that finetunes a copy of the network of `method`."""
     plain = Method(copy.deepcopy(method.backbone), method.num_classes, compete=method.compete)
     plain.head = copy.deepcopy(method.head)
+    if hasattr(method, FORMS):
+        setattr(plain, FORMS, copy.deepcopy(getattr(method, FORMS)))
     return plain
 
 

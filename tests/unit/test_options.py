@@ -17,7 +17,8 @@ from clrun.config.signature import locate, parameters
 from clrun.system.errors import ConfigError, Range
 
 CONF = Path(__file__).parents[2] / "conf"
-FILES = [file for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+EVERY = [file for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+FILES = [file for file in EVERY if "_target_" in member(file)]  # `none` of an optional group has no node
 NONSENSE = {"no": ["sense"]}  # fits no option
 
 

@@ -10,11 +10,12 @@ from clrun.blocks.curvature.estimate import Kind, KroneckerFisher, diagonal_fish
 from clrun.blocks.curvature.forms import Composite, Curvature, Damping, Diagonal, Identity, Sum
 from clrun.blocks.curvature.kronecker import KroneckerEigen, KroneckerFactored, KroneckerTable, Terms, isotropic
 from clrun.blocks.curvature.layers import Groups, Sharing, Tape, layers_of, named_too_large
-from clrun.blocks.curvature.m_fac import GradientWindow
+from clrun.blocks.curvature.m_fac import BlockInverse, GradientWindow
 from clrun.blocks.curvature.penalty import QuadraticPenalty, normalised
 from clrun.blocks.curvature.target import Labels
 
 __all__ = [
+    "BlockInverse",
     "Composite",
     "Curvature",
     "Damping",

@@ -43,4 +43,35 @@ class GradientWindow:
         return (vector - self.gradients.T @ coefficients.to(vector.dtype)) / self.damping
 
 
-__all__ = ["GradientWindow"]
+class BlockInverse:
+    """The inverse of F = damping I + 1/m sum_i g_i g_i' for consecutive blocks of parameters, each with its own F.
+
+    One Cholesky factor [m, m] per block gives every entry: with K = m damping I + G G' = L L' and V = L^-1 G, the
+    inverse is (I - V' V) / damping. All is in float64, because damping is small.
+
+    Args:
+        gradients: G of each block [blocks, m, size].
+        damping: positive.
+    """
+
+    def __init__(self, gradients: Tensor, damping: float) -> None:
+        self.damping = damping
+        rows = gradients.double()
+        gram = rows @ rows.mT
+        gram.diagonal(dim1=1, dim2=2).add_(gradients.shape[1] * damping)
+        self.half = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), rows, upper=False)
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of each inverse [blocks, size]."""
+        found: Tensor = (1 - self.half.square().sum(dim=1)) / self.damping
+        return found
+
+    def block(self, number: int) -> Tensor:
+        """Return the inverse of one block [size, size]."""
+        half = self.half[number]
+        identity = torch.eye(half.shape[1], dtype=half.dtype, device=half.device)
+        found: Tensor = (identity - half.T @ half) / self.damping
+        return found
+
+
+__all__ = ["BlockInverse", "GradientWindow"]

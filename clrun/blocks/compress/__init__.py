@@ -1,0 +1,1 @@
+"""Compression of the weights of a network: low rank, sparse, quantised."""

@@ -1,0 +1,175 @@
+"""The stage after a task that makes the backbone of any learner smaller (`compress`), and its record in run.json.
+
+After `end_task` the learner is evaluated as it is (phase "dense" in accuracy.csv), the chosen layers are replaced by
+their compressed forms, and the learner is trained on for some epochs if that is wanted. The evaluation at the end of
+the task then sees the compressed learner. The forms hold while later tasks are learned: the engine puts the weights
+back after every optimizer step. A target that leaves everything as it is changes no byte of accuracy.csv.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from clrun.blocks.compress.base import Compressor, Evidence, forms_of, hold, install, network_bytes
+from clrun.data.split import Batch
+from clrun.data.stream import Stream, Task
+from clrun.learning.context import Context
+from clrun.learning.method import Method
+from clrun.learning.training import Parameters, fit
+from clrun.running.evaluation import Row
+
+Evaluate = Callable[[str], list[Row]]  # evaluates the learner and reports the rows under this phase
+DENSE, COMPRESSED = "dense", "compressed"
+
+
+class _FineTuned:
+    """A learner that is trained on after its compression: all its hooks, and rows that count as seen before.
+
+    Args:
+        method: the learner.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def mix(self, batch: Batch, ctx: Context) -> Batch:
+        """Return the batch of the learner in an epoch after the first, so that no row is offered to a memory again."""
+        ctx.progress.epoch += 1
+        try:
+            return self.method.mix(batch, ctx)
+        finally:
+            ctx.progress.epoch -= 1
+
+    def loss(self, batch: Batch, ctx: Context) -> Tensor:
+        """Return the loss of the learner."""
+        return self.method.loss(batch, ctx)
+
+    def adjust_gradients(self, ctx: Context) -> None:
+        """Change gradients as the learner does."""
+        self.method.adjust_gradients(ctx)
+
+    def after_step(self, ctx: Context) -> None:
+        """Act as the learner does."""
+        self.method.after_step(ctx)
+
+    def trainable(self) -> Parameters:
+        """Return the parameters that the learner trains."""
+        return self.method.trainable()
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode of the learner."""
+        return self.method.train(mode)
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Return the buffers of the learner."""
+        return self.method.buffers()
+
+    @property
+    def head(self) -> nn.Module:
+        """The head of the learner."""
+        return self.method.head
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Compresses a learner after its tasks.
+
+    Attributes:
+        compressor: says how.
+    """
+
+    compressor: Compressor
+
+    def due(self, task: Task, stream: Stream) -> bool:
+        """Return whether the learner is compressed after this task."""
+        last = task.index == len(stream.tasks) - 1
+        return not self.compressor.neutral and (last or self.compressor.when == "each_task")
+
+    def __call__(self, method: Method, ctx: Context, evaluate: Evaluate) -> dict[str, Any]:
+        """Compress a learner that has learned the task of `ctx`; return the record for run.json.
+
+        Args:
+            method: the learner.
+            ctx: a new context of the task.
+            evaluate: evaluates the learner and reports the rows under a phase.
+        """
+        start = time.perf_counter()
+        held = any(True for _ in forms_of(method))
+        before = evaluate(DENSE) if held else []
+        hold(method)
+        layers = self.compressor.select(method.backbone)
+        found = self.compressor.compress(Evidence(method, ctx, layers, self.compressor.samples))
+        if not (held or found):
+            return {"kind": self.compressor.name, "target": self.compressor.words, "layers": {}}
+        before = before or evaluate(DENSE)
+        install(method, found)
+        seconds = time.perf_counter() - start
+        directly = evaluate(COMPRESSED) if self.compressor.epochs else []
+        tuning = self._tune(method, ctx) if self.compressor.epochs else 0.0
+        facts = {name: dict(compressed.facts) for name, compressed in found.items()}
+        return {
+            "kind": self.compressor.name,
+            "target": self.compressor.words,
+            **network_bytes(method),
+            "seconds": seconds,
+            "finetune_seconds": tuning,
+            "before": accuracies(before),
+            **({"directly_after": accuracies(directly)} if directly else {}),
+            "layers": {
+                name: {
+                    "shape": list(form.shape),
+                    "dense_bytes": form.dense_bytes,
+                    "stored_bytes": form.stored_bytes,
+                    **form.describe(),
+                    **facts.get(name, {}),
+                }
+                for name, form in forms_of(method)
+            },
+        }
+
+    def _tune(self, method: Method, ctx: Context) -> float:
+        """Train the compressed learner on its task; return the seconds. Free forms are then put on their grid again."""
+        start = time.perf_counter()
+        budget = replace(ctx.budget, epochs=self.compressor.epochs, steps=None)
+        fit(_FineTuned(method), ctx.task.train, ctx, budget=budget, name="compress")
+        if self.compressor.frees:
+            layers = self.compressor.select(method.backbone)
+            install(method, self.compressor.compress(Evidence(method, ctx, layers, self.compressor.samples)))
+        return time.perf_counter() - start
+
+
+def accuracies(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Return the accuracy (a fraction) on each task by setting and task id, from rows of an evaluation."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row["setting"], {})[str(row["task"])] = row["correct"] / max(1, row["total"])
+    return found
+
+
+def plan(compressor: Compressor, method: Method) -> str:
+    """Return a line that says what will be compressed.
+
+    Raises:
+        ConfigError: nothing can be.
+    """
+    layers = compressor.check(method)
+    names = list(layers)
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    entries = sum(layer.weight.numel() for layer in layers.values())
+    every = sum(p.numel() for p in method.backbone.parameters())
+    when = "after each task" if compressor.when == "each_task" else "after the last task"
+    return (
+        f"{compressor.name}, {compressor.words}, {when}: {len(names)} layers ({shown}) with {entries:,} of the "
+        f"{every:,} parameters of the backbone"
+    )
+
+
+def total(costs: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the record of the last compression of a run; None without one."""
+    return next((cost["compression"] for cost in reversed(costs) if cost.get("compression")), None)
+
+
+__all__ = ["COMPRESSED", "DENSE", "Stage", "accuracies", "plan", "total"]
