@@ -457,7 +457,7 @@ def test_tables_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"line": None, "y": 1}, "owner/name, split train, row 2: the text is empty; remove the row or set dataset"),
         ({"line": "x", "y": None}, "owner/name, split train, row 2: no label"),
         ({"line": 3, "y": 1}, "owner/name, split train, row 2: the text is no string (3)"),
-        ({"line": "x", "y": -1}, "owner/name, split train, row 2: no label"),
+        ({"line": "x", "y": -1}, "owner/name, split train, row 2: the label -1 names no class; choose a split whose"),
     ):
         broken = Table([*rows_of["train"][:2], row], line=string, y=classes)
         with pytest.raises(ConfigError) as error:

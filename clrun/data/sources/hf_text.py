@@ -9,6 +9,8 @@ from clrun.data.stream import Dataset
 from clrun.data.texts import pair
 from clrun.system.errors import ConfigError, did_you_mean
 
+STRINGS = ("string", "large_string", "string_view")  # types of columns of texts; which one depends on the file
+
 
 @loader
 def hf_text(
@@ -80,7 +82,7 @@ class _Columns:
                 hint = did_you_mean(name, table.features)
                 raise ConfigError(f"dataset.{option}: there is no column '{name}'{hint} (there are: {listed(table)})")
         if text is None:
-            strings = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"]
+            strings = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") in STRINGS]
             found = [name for name in strings if name not in (label, text_b)]
             if len(found) != 1:
                 raise ConfigError(f"dataset.text: name the column; {len(found)} hold strings (of: {listed(table)})")
@@ -100,6 +102,10 @@ class _Columns:
             what = "label is no class" if wrong is None else "text is no string"
             raise ConfigError(f"{where}: the {what} ({label if wrong is None else wrong!r:.40})")
         if names is not None and isinstance(label, int):
-            label = names[label] if 0 <= label < len(names) else None
+            if not 0 <= label < len(names):
+                raise ConfigError(
+                    f"{where}: the label {label} names no class; choose a split whose labels are not hidden"
+                )
+            label = names[label]
         shown = [value or "" for value in texts]
         return pair(*shown) if len(shown) == 2 else shown[0], "" if label is None else str(label)
