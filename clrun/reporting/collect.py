@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clrun.reporting.tables import cost_totals
+from clrun.reporting.tables import cost_totals, network_bytes
 from clrun.results.data_record import data_digest
 from clrun.results.identity import with_digests
 from clrun.results.metrics import AccuracyMatrix, Floats, summary
@@ -49,6 +49,7 @@ class Run:
         searched: whether a search for the worst order chose the order.
         data: digest of the data that the run has seen; "" when not recorded.
         modules: number of modules at each place after each task, for a method that adds them by need; else ().
+        network_bytes: bytes of the backbone, dense and as its last compression stores it; None without compression.
         start: how the run went on from another one, where no uninterrupted run has its result; else "".
     """
 
@@ -77,6 +78,7 @@ class Run:
     searched: bool = False
     data: str = ""
     modules: tuple[Mapping[str, int], ...] = ()
+    network_bytes: tuple[int, int] | None = None
     start: str = ""
 
 
@@ -144,6 +146,7 @@ def _reduced(record: RunRecord, label: str) -> Run:
         searched=record.choices.get("task_order") == "adversarial",
         data=data_digest(record.stored),
         modules=tuple(task.get("modules") or {} for task in record.cost.get("tasks") or ()),
+        network_bytes=network_bytes(record.cost),
         start=_start(record.stored.get("started_from")),
     )
 

@@ -1,11 +1,12 @@
 """The figures of report.html: all methods side by side, then each method over its orders."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from clrun.reporting.charts import Range, by_position, curves, heat, legend, ranges, scatter, text
+from clrun.reporting.collect import Run
 from clrun.reporting.groups import Group
 from clrun.reporting.markup import Cell, figure, order_text, section, table
 from clrun.reporting.tables import interval_points
@@ -77,15 +78,23 @@ def _variances(entries: Standings) -> str:
 
 
 def _costs(entries: Standings) -> list[str]:
-    """Return the figures of accuracy against training time and stored bytes."""
+    """Return the figures of accuracy against training time, stored bytes and, with compression, the network's bytes."""
+    dense = {group.triple: run.network_bytes[0] for _, group, _ in entries for run in group.runs if run.network_bytes}
+
+    def bytes_of(group: Group, run: Run) -> int | None:
+        """Return those of the compressed network, or of the dense one beside others that are compressed."""
+        return run.network_bytes[1] if run.network_bytes else dense.get(group.triple)
+
     figures = []
-    for title, of in (
-        ("training seconds per run", "train_seconds"),
-        ("stored bytes after the last task", "state_bytes"),
-    ):
+    costs: list[tuple[str, Callable[[Group, Run], float | None]]] = [
+        ("training seconds per run", lambda group, run: run.train_seconds),
+        ("stored bytes after the last task", lambda group, run: run.state_bytes),
+        ("bytes of the network", bytes_of),
+    ]
+    for title, of in costs:
         dots = []
         for label, group, entry in entries:
-            values = [v for run in group.runs if (v := getattr(run, of))]
+            values = [v for run in group.runs if (v := of(group, run))]
             if values:
                 cost, value = float(np.mean(values)), 100 * entry["mean"]
                 dots.append((cost, value, label, f"{label}: {value:.1f} points, {cost:,.4g} {title}"))

@@ -205,7 +205,9 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
     measured = [(s, name) for s in settings for name in METRICS if name not in UNSEEN or (s, name) in present]
     keys = differing([run.config for run in runs], ("seed", "name"))
     header = [*COLUMNS, *(f"{setting}_{name}" for setting, name in measured)]
-    header += ["parameters", "state_bytes", "train_seconds", "logme", "error", *keys]
+    compressed = any(run.network_bytes for run in runs)
+    header += ["parameters", "state_bytes", "train_seconds", "logme", "error"]
+    header += [*(("dense_bytes", "compressed_bytes") if compressed else ()), *keys]
     data = DataOfRuns(runs)
     seen = [data.label(run) for run in runs]
     header += ["data"] if any(seen) else []
@@ -220,6 +222,7 @@ def sweep_table(runs: Sequence[Run]) -> tuple[list[str], list[list[Any]]]:
             run.train_seconds,
             run.logme,
             printable(run.error),
+            *((run.network_bytes or (None, None)) if compressed else ()),
             *(run.config.get(key) for key in keys),
             *([digest or None] if any(seen) else []),
         ]

@@ -123,8 +123,35 @@ def final_table(run: Mapping[str, Any]) -> str:
     parameters, stored, seconds = cost_totals(run.get("cost") or {})
     lines.append(f"{'parameters':<30}{_count(parameters):>20}")
     lines.append(f"{'stored bytes':<30}{_count(stored):>20}")
+    lines += _compression_lines(run)
     lines.append(f"{'training seconds':<30}{'-' if seconds is None else f'{seconds:.1f}':>20}")
     return "\n".join([*lines, *_tuning_lines(run)])
+
+
+def network_bytes(cost: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the bytes of the backbone, dense and as its last compression stores it; None without compression."""
+    for task in reversed(cost.get("tasks") or []):
+        found = task.get("compression") or {}
+        if "stored_bytes" in found:
+            return found["dense_bytes"], found["stored_bytes"]
+    return None
+
+
+def _compression_lines(run: Mapping[str, Any]) -> list[str]:
+    """Return the bytes of the compressed backbone and the accuracy just before its last compression."""
+    cost = run.get("cost") or {}
+    sizes = network_bytes(cost)
+    if sizes is None:
+        return []
+    dense, stored = sizes
+    before = next(t["compression"] for t in reversed(cost["tasks"]) if t.get("compression")).get("before") or {}
+    settings = settings_of(run["metrics"])
+    means = [_mean(list(before[setting].values())) if before.get(setting) else None for setting in settings]
+    return [
+        f"{'accuracy before compression':<30}" + "".join(points(value, 20) for value in means),
+        f"{'bytes of the network, dense':<30}{_count(dense):>20}",
+        f"{'compressed':<30}{_count(stored):>20}  ({stored / max(1, dense):.3f} of them)",
+    ]
 
 
 def _held_out_lines(run: Mapping[str, Any]) -> list[str]:

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from clrun.blocks.compress.base import Compressor, Evidence, forms_of, hold, install, network_bytes
+from clrun.blocks.compress.base import Compressed, Compressor, Evidence, Layer, forms_of, hold, install, network_bytes
 from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
 from clrun.learning.training import Parameters, fit
 from clrun.running.evaluation import Row
+from clrun.system.errors import ConfigError, first_line
 
 Evaluate = Callable[[str], list[Row]]  # evaluates the learner and reports the rows under this phase
+SINGULAR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 DENSE, COMPRESSED = "dense", "compressed"
 
 
@@ -101,7 +104,7 @@ class Stage:
         before = evaluate(DENSE) if held else []
         hold(method)
         layers = self.compressor.select(method.backbone)
-        found = self.compressor.compress(Evidence(method, ctx, layers, self.compressor.samples))
+        found = self._found(method, ctx, layers)
         if not (held or found):
             return {"kind": self.compressor.name, "target": self.compressor.words, "layers": {}}
         before = before or evaluate(DENSE)
@@ -130,15 +133,38 @@ class Stage:
             },
         }
 
+    def _found(self, method: Method, ctx: Context, layers: Mapping[str, Layer]) -> dict[str, Compressed]:
+        """Return the compressed layers.
+
+        Raises:
+            ConfigError: a matrix has no inverse or decomposition, or a weight is not finite.
+        """
+        try:
+            found = self.compressor.compress(Evidence(method, ctx, layers, self.compressor.samples))
+        except SINGULAR as error:
+            raise ConfigError(f"compress: {_advice(self.compressor)} ({first_line(error)})") from error
+        for name, compressed in found.items():
+            if not bool(compressed.weight.isfinite().all()):
+                raise ConfigError(f"compress: the weight of layer {name} is not finite; {_advice(self.compressor)}")
+        return found
+
     def _tune(self, method: Method, ctx: Context) -> float:
         """Train the compressed learner on its task; return the seconds. Free forms are then put on their grid again."""
         start = time.perf_counter()
         budget = replace(ctx.budget, epochs=self.compressor.epochs, steps=None)
         fit(_FineTuned(method), ctx.task.train, ctx, budget=budget, name="compress")
         if self.compressor.frees:
-            layers = self.compressor.select(method.backbone)
-            install(method, self.compressor.compress(Evidence(method, ctx, layers, self.compressor.samples)))
+            install(method, self._found(method, ctx, self.compressor.select(method.backbone)))
         return time.perf_counter() - start
+
+
+def _advice(compressor: Compressor) -> str:
+    """Return what to do where the arithmetic of a compressor fails."""
+    if hasattr(compressor, "damping"):
+        return (
+            "its matrices have no inverse in double precision; use a larger compress.damping or more compress.samples"
+        )
+    return "a weight has no decomposition; train with a smaller learning rate, so that weights stay finite"
 
 
 def accuracies(rows: list[Row]) -> dict[str, dict[str, float]]:

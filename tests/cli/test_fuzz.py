@@ -57,6 +57,7 @@ MEMBERS = {
     + ["cifar100_split", "five_datasets"],
     "backbone": ["cnn", "mlp", "lenet", "glyph_vit", "glyph_vit"],
     "method": sorted(file.stem for file in (CONF / "method").glob("*.yaml")),
+    "compress": ["none"] * 8 + sorted(file.stem for file in (CONF / "compress").glob("*.yaml")),
     "budget": ["sgd"] * 4 + sorted(file.stem for file in (CONF / "budget").glob("*.yaml")),
     "hardware": ["cpu", "auto"],
     "logger": ["console"],
@@ -64,7 +65,17 @@ MEMBERS = {
 }
 # Options whose value is how often something is done: large ones are allowed, and would keep the test waiting.
 LOOPS = {"n_tasks", "draws", "sequences", "sweeps", "shrinkages", "max_attempts", "repeats", "steps", "epochs"}
-LOOPS |= {"max_steps", "max_tasks", "train_rows", "test_rows", "num_classes", "gradients", "period", "processes"}
+LOOPS |= {
+    "max_steps",
+    "max_tasks",
+    "train_rows",
+    "test_rows",
+    "num_classes",
+    "gradients",
+    "period",
+    "processes",
+    "rounds",
+}
 NONSENSE = [None, -1, 0, 1.5, True, "wrong", "", [], [0, 0], ["x"], {"x": 1}, float("nan"), float("inf")]
 
 
@@ -104,9 +115,10 @@ def options(node: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
 
 
 KEYS = {
-    (group, name): list(options(member(CONF / group / f"{name}.yaml"), group))
+    (group, name): list(options(node, group)) if "_target_" in node else []
     for group, names in MEMBERS.items()
     for name in sorted(set(names))
+    for node in [member(CONF / group / f"{name}.yaml")]
 }
 
 

@@ -1,15 +1,20 @@
 """Compression as a stage of runs: what holds, what is recorded, what is refused, and that resuming changes no byte."""
 
 import json
+import re
 
 import pytest
 import torch
-from running import cells, quiet, run, run_interrupted
+from running import cells, fitting, quiet, run, run_interrupted
 
 from clrun.blocks.compress.base import FORMS, forms_of
 from clrun.config.compose import Composer, plain_config
+from clrun.reporting.page import render
+from clrun.reporting.sweep import page_of, read_runs, sweep_table
+from clrun.reporting.tables import final_table
 from clrun.running.run import preflight
 from clrun.system.errors import ConfigError
+from clrun.system.yaml_files import conf_dir
 
 SHORT = ("job.max_tasks=2", "budget.epochs=1", "job.max_steps=3")
 FEW = ("compress.samples=32",)
@@ -281,3 +286,53 @@ def test_a_run_that_went_on_after_its_last_task_cannot_have_been_compressed_at_i
     run(tmp_path / "on", *options, "job.max_tasks=2", f"job.start_from={tmp_path / 'each'}")
     run(tmp_path / "whole", *options, "job.max_tasks=2")
     assert cells(tmp_path / "on") == cells(tmp_path / "whole")
+
+
+def test_reports_have_the_bytes_and_draw_accuracy_against_them(tmp_path):
+    for name, options in (("plain", ()), ("small", ("compress=magnitude_prune",)), ("low", ("compress=svd",))):
+        run(tmp_path / name, "method=er", *options, *SHORT)
+    result = read_runs([tmp_path])
+    header, lines = sweep_table(result.runs)
+    columns = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    dense, stored = (stages(tmp_path / "small")[-1][key] for key in ("dense_bytes", "stored_bytes"))
+    assert (columns["small"]["dense_bytes"], columns["small"]["compressed_bytes"]) == (dense, stored)
+    assert columns["plain"]["dense_bytes"] is columns["plain"]["compressed_bytes"] is None
+    page = render(page_of(result, "title"))
+    assert "Accuracy (points) against bytes of the network." in page and f"{stored:,.4g} bytes of the network" in page
+    assert f"{dense:,.4g} bytes of the network" in page  # the run without compression stands beside them
+    table = final_table(record(tmp_path / "small"))
+    assert re.search(rf"compressed +{stored:,}  \({stored / dense:.3f} of them\)", table)
+    assert "accuracy before compression" in table
+    assert "compress" not in final_table(record(tmp_path / "plain"))
+
+
+def test_a_matrix_without_an_inverse_is_said_in_one_line(tmp_path):
+    options = ("compress=obc_quant", "compress.damping=1e-30", "compress.samples=1", "compress.exclude=[layers.conv1]")
+    with pytest.raises(ConfigError, match=r"^compress.damping: the inputs of layer layers.conv2 depend on each other"):
+        run(tmp_path, "method=er", *options, *SHORT)
+
+
+OFTEN = ("lwf", "gem", "slca")  # teachers, projected gradients, statistics of features; the others in the slow run
+METHODS = [
+    name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_compressed_and_stays_so_or_is_refused_before_it_begins(method, tmp_path):
+    options = (f"method={method}", *fitting(method), "compress=magnitude_prune", "compress.amount=0.6", *FEW, *SHORT)
+    try:
+        run(tmp_path / "out", *options, "job.keep_checkpoint=true", "job.max_eval_rows=8")
+    except ConfigError as error:
+        assert str(error).startswith("compress: ") and not (tmp_path / "out").exists()
+        return
+    from clrun.api import load
+
+    learned = load(tmp_path / "out").learner().method
+    for layer, form in forms_of(learned):
+        weight = learned.backbone.get_parameter(f"{layer}.weight")
+        assert not weight[~form.kept].any() and float((~form.kept).float().mean()) == pytest.approx(0.6, abs=0.02)
+    assert [sorted(stage["layers"]) for stage in stages(tmp_path / "out")] == [
+        sorted(name for name, _ in forms_of(learned))
+    ] * 2

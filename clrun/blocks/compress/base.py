@@ -177,6 +177,15 @@ class Compressor(ABC):
     def compress(self, evidence: Evidence) -> dict[str, Compressed]:
         """Return the compressed form of each layer that changes, by name; the network is not changed."""
 
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse layers that cannot have this form.
+
+        Raises:
+            ConfigError: see above.
+        """
+        for name, layer in layers.items():
+            self.check_layer(name, layer)
+
     def check_layer(self, name: str, layer: Layer) -> None:  # noqa: B027  # most layers can have most forms
         """Refuse a layer that cannot have this form.
 
@@ -230,8 +239,7 @@ class Compressor(ABC):
                 "a method that does, such as method=er, or compress=none"
             )
         found = self.select(method.backbone)
-        for name, layer in found.items():
-            self.check_layer(name, layer)
+        self.check_layers(found)
         return found
 
 

@@ -213,6 +213,23 @@ class Factorised(Compressor):
         rank = int(self.amount) if self.target == "rank" else int(self.amount * n * m / (n + m) + 1e-9)
         return min(rank, n, m)
 
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse a ratio that has no room for rank 1 in each layer, or for scope=global in all together.
+
+        Raises:
+            ConfigError: see above.
+        """
+        if self.scope == "layer" or self.target == "rank":
+            super().check_layers(layers)
+            return
+        sides = [tuple(layer.weight.flatten(1).shape) for layer in layers.values()]
+        least = sum(n + m for n, m in sides) / sum(n * m for n, m in sides)
+        if self.amount < least:
+            raise ConfigError(
+                f"compress.amount={self.amount:g}: rank 1 in every layer takes a ratio of {least:.3g}; use more, or "
+                "add small layers to compress.exclude"
+            )
+
     def check_layer(self, name: str, layer: Layer) -> None:
         """Refuse a ratio that has no room for rank 1.
 
@@ -254,7 +271,11 @@ class Factorised(Compressor):
             return uniform
         costs = {name: float(sum(matrix.shape)) for name, matrix in matrices.items()}
         scores = {name: self.losses(matrices[name], fisher.get(name), name, evidence) / costs[name] for name in costs}
-        budget = sum(uniform[name] * costs[name] for name in costs) - sum(costs.values())
+        if self.target == "ratio":
+            room = self.amount * sum(matrix.numel() for matrix in matrices.values())
+        else:
+            room = sum(uniform[name] * costs[name] for name in costs)
+        budget = room - sum(costs.values())
         # The first rank of each layer is not chosen but given, because a layer of rank 0 would pass nothing on.
         further = {name: score[1:] for name, score in scores.items()}
         most = max(len(score) for score in scores.values())

@@ -3,6 +3,7 @@
 Source and deviations: see `obs` and `grid`. Activations are not quantised.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -78,6 +79,21 @@ class ObcQuant(Compressor):
         found = int((self.amount * 4 * n * m - scales) * 8 / (n * m))
         return min(found, HIGHEST) if found >= LOWEST else 0
 
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse a ratio that has no room for 2 bits in each layer, or for scope=global in all together.
+
+        Raises:
+            ConfigError: see above.
+        """
+        if self.scope == "layer":
+            super().check_layers(layers)
+            return
+        weights = [layer.weight for layer in layers.values()]
+        if not self.neutral and self._room([w.flatten(1) for w in weights]) < 0:
+            raise ConfigError(
+                f"compress.amount={self.amount:g}: 2 bits per weight and a scale per output take more; use more"
+            )
+
     def check_layer(self, name: str, layer: Layer) -> None:
         """Refuse a ratio that has no room for 2 bits.
 
@@ -132,12 +148,7 @@ class ObcQuant(Compressor):
         uniform = {name: self.bits_of(*matrix.shape) for name, matrix in layers.items()}
         if self.scope == "layer":
             return uniform
-        count = sum(matrix.numel() for matrix in layers.values())
-        if self.target == "bits":
-            room = (self.amount - LOWEST) * count
-        else:
-            scales = sum(8 * len(x) * (4 + (not self.symmetric)) for x in layers.values())
-            room = self.amount * 32 * count - scales - LOWEST * count
+        room = self._room(list(layers.values()))
         scores, costs = {}, {}
         for name, matrix in layers.items():
             losses = self._losses(name, matrix, evidence)
@@ -146,6 +157,14 @@ class ObcQuant(Compressor):
             costs[name] = float(matrix.numel())
         more = select_ranks(scores, alpha=1, lowest=0, highest=HIGHEST - LOWEST, costs=costs, budget=room)
         return {name: LOWEST + more[name] for name in layers}
+
+    def _room(self, layers: Sequence[Tensor]) -> float:
+        """Return the bits that the target leaves for all layers [n, m] together besides 2 per weight and the scales."""
+        count = sum(matrix.numel() for matrix in layers)
+        if self.target == "bits":
+            return (self.amount - LOWEST) * count
+        scales = sum(8 * len(x) * (4 + (not self.symmetric)) for x in layers)
+        return self.amount * 32 * count - scales - LOWEST * count
 
     def _losses(self, name: str, matrix: Tensor, evidence: Evidence) -> Tensor:
         """Return the estimated loss increase of a layer with 2, 3, ..., 8 bits [7]."""

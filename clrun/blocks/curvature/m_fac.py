@@ -52,6 +52,9 @@ class BlockInverse:
     Args:
         gradients: G of each block [blocks, m, size].
         damping: positive.
+
+    Raises:
+        torch.linalg.LinAlgError: the gradients depend on each other, and the damping is too small for an inverse.
     """
 
     def __init__(self, gradients: Tensor, damping: float) -> None:
