@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clrun.blocks.merging import Mean
 from clrun.blocks.params import Carrier, Params, Shapes, flatten, shapes_of, unflatten
 
 
@@ -16,7 +15,8 @@ class Iterates(Carrier):
         rank: largest number of deviations that are kept; 0 for none.
 
     Attributes:
-        average: the sum of the snapshots and their number; None before the first and once the mean is not needed.
+        total: [P] float64, the sum of the snapshots, in which n equal ones have themselves as the mean; empty before
+            the first one and once the mean is not needed.
         squares: [P], the sum of (theta - mean before)(theta - mean after) over snapshots, n times the variance.
         deviations: [K, P], theta - mean after, of the last K snapshots.
     """
@@ -24,30 +24,40 @@ class Iterates(Carrier):
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.rank, self.count = rank, 0
-        self.average: Mean | None = None
+        self.total = torch.zeros(0, dtype=torch.float64)
         self.shapes: Shapes = {}
         self.squares = self.deviations = torch.zeros(0)
 
-    def add(self, snapshot: Params) -> None:
-        """Add a snapshot, by parameter name."""
-        if not self.count:
-            self.average = Mean()  # in float64, so that the mean of equal snapshots is the snapshot
-        assert self.average is not None, "the mean was dropped"
+    @torch.no_grad()
+    def add(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Add a snapshot, by parameter name; it is copied."""
         theta = flatten(snapshot)
-        before = flatten(self.mean()) if self.count else theta
-        self.average.add(snapshot)
-        self.count, self.shapes = self.count + 1, shapes_of(snapshot)
-        deviation = theta - flatten(self.mean())
-        squares = (theta - before) * deviation
-        self.squares = squares if self.count == 1 else self.squares + squares
+        if not self.count:
+            self.shapes, self.total = shapes_of(snapshot), torch.zeros_like(theta, dtype=torch.float64)
+            self.squares, self.deviations = torch.zeros_like(theta), theta.new_zeros(0, len(theta))
+        assert len(self.total), "the mean was dropped"
+        before = self._mean() if self.count else theta
+        self.total += theta
+        self.count += 1
+        deviation = theta - self._mean()
+        self.squares.addcmul_(theta - before, deviation)
         if self.rank:
-            kept = self.deviations[1 - self.rank :] if self.rank > 1 else self.deviations[:0]
-            self.deviations = torch.cat([kept, deviation[None]]) if self.count > 1 else deviation[None]
+            self.deviations = torch.cat(
+                [self.deviations[max(0, len(self.deviations) + 1 - self.rank) :], deviation[None]]
+            )
+
+    def _mean(self) -> Tensor:
+        """Return the mean [P] in the type of the snapshots."""
+        return (self.total / self.count).to(self.squares)
 
     def mean(self) -> Params:
         """Return the arithmetic mean of the snapshots by name."""
-        assert self.average is not None, "there is no snapshot, or the mean was dropped"
-        return self.average.value()
+        assert len(self.total), "there is no snapshot, or the mean was dropped"
+        return unflatten(self._mean(), self.shapes)
+
+    def drop_mean(self) -> None:
+        """Free the sum of the snapshots."""
+        self.total = self.total[:0].clone()
 
     def variance(self) -> Params:
         """Return the variances of the snapshots by name, around their mean and divided by their number."""

@@ -55,6 +55,23 @@ def unflatten(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Params:
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether the entries of a tensor lie in memory side by side and once each, in whatever order."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def as_stored(tensor: Tensor) -> Tensor:
+    """Return a view of the entries of a dense tensor in the order in which they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
 def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the inner product [] of two mappings with the same names and shapes, summed in float64."""
     products = [(a[name] * b[name]).sum(dtype=torch.float64) for name in a]
@@ -113,6 +130,7 @@ __all__ = [
     "Carrier",
     "Params",
     "Shapes",
+    "as_stored",
     "clone",
     "dot",
     "eval_mode",
@@ -120,6 +138,7 @@ __all__ = [
     "frozen",
     "gradients",
     "hold_statistics",
+    "is_dense",
     "rate_groups",
     "select",
     "shapes_of",

@@ -29,13 +29,14 @@ def tangent(network: nn.Module, change: Mapping[str, Tensor], x: Tensor, *, slop
         slope: of ReLUs below 0, see `leaky`.
     """
     weights = dict(network.named_parameters())
-    with _outside_inference_mode(), torch.autocast(x.device.type, enabled=False), leaky(slope), _Kernels(), _quiet():
+    with _outside_inference_mode(), torch.autocast(x.device.type, enabled=False), _Kernels(slope), _quiet():
         x = x.clone() if x.is_inference() else x
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # no other kernel has a derivative in forward mode
-            duals = {}
-            for name, delta in change.items():
-                weight = _Carried.apply(weights[name].detach(), delta)
-                duals[name] = forward_ad.make_dual(weight, delta.detach())  # type: ignore[no-untyped-call]
+            carried = _Carried.apply([weights[name] for name in change], *change.values())
+            duals = {
+                name: forward_ad.make_dual(weight, delta.detach())  # type: ignore[no-untyped-call]
+                for (name, delta), weight in zip(change.items(), carried, strict=True)
+            }
             output, moved = forward_ad.unpack_dual(functional_call(network, duals, (x,)))  # type: ignore[no-untyped-call]
     value = output.detach()
     return value, (torch.zeros_like(value) if moved is None else moved.detach()) + (output - value)
@@ -57,17 +58,18 @@ def make_differentiable(backbone: nn.Module) -> None:
 
 
 class _Carried(Function):
-    """A weight as it is, whose gradient goes to its change."""
+    """Weights as they are, whose gradients go to their changes."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, change: Tensor) -> Tensor:
-        """Return the weight."""
-        return weight.view_as(weight)
+    def forward(ctx: Any, weights: Sequence[Tensor], *changes: Tensor) -> tuple[Tensor, ...]:
+        """Return the weights."""
+        ctx.set_materialize_grads(False)
+        return tuple(weight.detach() for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        """Return the gradient for the change."""
-        return None, grad
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients for the changes."""
+        return (None, *grads)
 
 
 @contextmanager
@@ -96,7 +98,7 @@ class _Leaky(TorchFunctionMode):
     """Replaces ReLUs, whether modules or functions, by leaky ones while the context is open.
 
     Args:
-        slope: below 0.
+        slope: below 0; 0 replaces none.
     """
 
     def __init__(self, slope: float) -> None:
@@ -107,18 +109,18 @@ class _Leaky(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Return what `func` returns, or the leaky ReLU of its argument."""
-        if func in RELUS:
+        if func in RELUS and self.slope:
             return F.leaky_relu(args[0], self.slope)
-        if func in RELUS_IN_PLACE:
+        if func in RELUS_IN_PLACE and self.slope:
             return F.leaky_relu_(args[0], self.slope)
         return func(*args, **(kwargs or {}))
 
 
-class _Kernels(TorchFunctionMode):
-    """Replaces group and layer normalisation by functions whose derivative in forward mode takes two kernels.
+class _Kernels(_Leaky):
+    """Replaces ReLUs as `_Leaky`, and some functions whose derivative in forward mode takes more kernels than needed.
 
-    torch composes this derivative of a dozen elementwise operations with copies: in a small network it takes longer
-    than the convolutions.
+    torch composes that of group and layer normalisation of a dozen elementwise operations with copies: in a small
+    network it takes longer than the convolutions.
     """
 
     def __torch_function__(
@@ -126,12 +128,14 @@ class _Kernels(TorchFunctionMode):
     ) -> Any:
         """Return what `func` returns."""
         function = _KERNELS.get(func)
-        return func(*args, **(kwargs or {})) if function is None else function(*args, **(kwargs or {}))
+        if function is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        return function(*args, **(kwargs or {}))
 
 
 def _group_norm(x: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     """Return `torch.nn.functional.group_norm` of these."""
-    return _Normalised.apply(x, weight, bias, _GroupNorm(num_groups, eps))
+    return _Normalised.apply(x, weight, bias, _GroupNorm(num_groups, eps, x.ndim - 2))
 
 
 def _layer_norm(
@@ -141,24 +145,19 @@ def _layer_norm(
     return _Normalised.apply(x, weight, bias, _LayerNorm(tuple(normalized_shape), eps))
 
 
-_KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.group_norm: _group_norm,
-    F.layer_norm: _layer_norm,
-}
-
-
 @dataclass(frozen=True)
 class _GroupNorm:
     """The kernels of group normalisation."""
 
     groups: int
     eps: float
+    dimensions: int  # of an image; 2 for [B, C, H, W]
 
     def forward(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the result, and mean and reciprocal standard deviation of every group."""
         n, c = x.shape[:2]
         found: tuple[Tensor, Tensor, Tensor] = torch.native_group_norm(
-            x, weight, bias, n, c, x[0, 0].numel(), self.groups, self.eps
+            x, weight, bias, n, c, x.shape[2:].numel(), self.groups, self.eps
         )
         return found
 
@@ -168,13 +167,13 @@ class _GroupNorm:
         """Return the gradients for input, weight and bias, as far as they are needed."""
         n, c = x.shape[:2]
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_group_norm_backward(
-            grad, x, mean, rstd, weight, n, c, x[0, 0].numel(), self.groups, needed
+            grad, x, mean, rstd, weight, n, c, x.shape[2:].numel(), self.groups, needed
         )
         return grads
 
-    def scaled(self, moved: Tensor, weight: Tensor) -> Tensor:
-        """Return a normalised tensor times the weight of its channel."""
-        return moved * weight.view(-1, *[1] * (moved.ndim - 2))
+    def factors(self, weight: Tensor) -> Tensor:
+        """Return the weights of the channels in the form in which they multiply a normalised tensor."""
+        return weight.view(-1, *[1] * self.dimensions)
 
 
 @dataclass(frozen=True)
@@ -199,9 +198,9 @@ class _LayerNorm:
         )
         return grads
 
-    def scaled(self, moved: Tensor, weight: Tensor) -> Tensor:
-        """Return a normalised tensor times the weight of its feature."""
-        return moved * weight
+    def factors(self, weight: Tensor) -> Tensor:
+        """Return the weights of the features in the form in which they multiply a normalised tensor."""
+        return weight
 
 
 class _Normalised(Function):
@@ -235,14 +234,66 @@ class _Normalised(Function):
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, kernels: None) -> Tensor | None:
         """Return the derivative in the direction of these changes."""
         x, weight, mean, rstd = ctx.saved_tensors
-        moved = None
-        if dx is not None:
-            moved = ctx.kernels.backward(dx, x, mean, rstd, None, [True, False, False])[0]
-            moved = moved if weight is None else ctx.kernels.scaled(moved, weight)
-        if dweight is not None:
-            own = ctx.kernels.forward(x, dweight, dbias)[0]
-            moved = own if moved is None else moved + own
+        own: Tensor | None = None if dweight is None else ctx.kernels.forward(x, dweight, dbias)[0]
+        if dx is None:
+            return own
+        moved: Tensor = ctx.kernels.backward(dx, x, mean, rstd, None, [True, False, False])[0]
+        if own is None:
+            return moved if weight is None else moved.mul_(ctx.kernels.factors(weight))
+        moved = own.add_(moved) if weight is None else own.addcmul_(moved, ctx.kernels.factors(weight))
         return moved
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    """Return `torch.nn.functional.conv2d` of these."""
+    form = (stride, padding, dilation, groups)
+    if isinstance(padding, str) or _change(weight) is None or _change(x) is not None:
+        return F.conv2d(x, weight, bias, *form)
+    return _Convolved.apply(x, weight, bias, form)
+
+
+def _change(tensor: Tensor) -> Tensor | None:
+    """Return the direction in which a tensor changes; None for one that does not."""
+    return cast(Tensor | None, forward_ad.unpack_dual(tensor).tangent)  # type: ignore[no-untyped-call]
+
+
+class _Convolved(Function):
+    """A convolution of images, which do not change. torch's derivative of it convolves a change of 0 as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, form: Any) -> Tensor:
+        """Return the convolution of x [B, C, H, W]."""
+        ctx.set_materialize_grads(False)
+        ctx.form, ctx.biased = form, bias is not None
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+        return F.conv2d(x, weight, bias, *form)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients for x, weight and bias."""
+        if grad is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        *sizes, groups = ctx.form
+        pairs = [[size, size] if isinstance(size, int) else list(size) for size in sizes]
+        biases, needed = [len(weight)] if ctx.biased else None, list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.convolution_backward(grad, x, weight, biases, *pairs, False, [0, 0], groups, needed)
+        return (*grads, None)
+
+    @staticmethod
+    def jvp(ctx: Any, dx: None, dweight: Tensor, dbias: Tensor | None, form: None) -> Tensor:
+        """Return the derivative in the direction of these changes."""
+        return F.conv2d(ctx.saved_tensors[0], dweight, dbias, *ctx.form)
+
+
+_KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.conv2d: _conv2d,
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+}
 
 
 __all__ = ["leaky", "make_differentiable", "tangent"]

@@ -242,7 +242,8 @@ class Dlcft(Method):
 
     def adjust_gradients(self, ctx: Context) -> None:
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_([*self.change.parameters(), *self.head.parameters()], self.clip_norm)
+            params = [*self.change.parameters(), *self.head.parameters()]
+            nn.utils.clip_grad_norm_(params, self.clip_norm, foreach=True)
 
     # --- prediction
 
@@ -300,7 +301,10 @@ class HeadPenalty(Carrier):
     def forward(self, rows: Tensor) -> Tensor:
         """Return the penalty [] of rows [C, I], differentiable."""
         change = rows - self.anchor
-        return 0.5 * (self.masks[:, :, None] * (change @ self.grams) * change).sum()
+        total = change.new_zeros(())
+        for mask, gram in zip(self.masks, self.grams, strict=True):
+            total = total + (mask[:, None] * (change @ gram) * change).sum()
+        return 0.5 * total
 
 
 def _with_trace(part: Curvature, trace: float) -> Curvature:

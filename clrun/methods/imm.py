@@ -14,14 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clrun.blocks.curvature import Labels
+from clrun.blocks.curvature import Identity, Labels, QuadraticPenalty
 from clrun.blocks.curvature.layers import layers_of
 from clrun.blocks.merging import Evidence, ImmMean, ImmMode
-from clrun.blocks.params import Params, clone, select
+from clrun.blocks.params import Params, clone, select, shapes_of
 from clrun.data.split import Batch
 from clrun.data.stream import Task
 from clrun.learning.context import Context
@@ -87,6 +86,7 @@ class Imm(Merged):
         self.alpha, self.l2_transfer, self.drop_transfer = alpha, l2_transfer, drop_transfer
         self.hooks_backbone = drop_transfer > 0
         self.kept: Params = {}  # theta_(t-1), as trained, where `start` does not hold it
+        self.transfer = QuadraticPenalty(0.0)  # around theta_(t-1), during a task
         transfers = l2_transfer > 0 or drop_transfer > 0
         self.order_invariant = self.order_invariant and not transfers and alpha is None
 
@@ -99,14 +99,20 @@ class Imm(Merged):
         super().begin_task(task, ctx)
         self.kept = {name: value.to(ctx.hardware.device) for name, value in self.kept.items()}
 
+    def end_task(self, task: Task, ctx: Context) -> None:
+        self.transfer = QuadraticPenalty(0.0)
+        super().end_task(task, ctx)
+
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         last = self.last
         with dropped_to(last, self.backbone, self.drop_transfer if last else 0.0):
             loss = super().loss(batch, ctx)
         if not last or not self.l2_transfer:
             return loss
-        moved = [(p - last[name]).square().sum() for name, p in select(self.backbone).items()]
-        return loss + self.l2_transfer * torch.stack(moved).sum()
+        if not self.transfer.shapes:
+            self.transfer.anchor_at(last, Identity(shapes_of(select(self.backbone))))
+        total: Tensor = loss + 2 * self.l2_transfer * self.transfer(self.backbone)
+        return total
 
     def merge(self, trained: Mapping[str, Tensor], found: Evidence, task: Task) -> Params:
         """Add the trained network, and return the moment of the mixture with the weight `alpha` of the newest one."""

@@ -153,7 +153,7 @@ class Swag(Anchored):
 
     def _collect(self) -> None:
         assert self.iterates is not None, "begin_task makes it"
-        self.iterates.add(clone(self.averaged()))
+        self.iterates.add(self.averaged())
 
     def end_task(self, task: Task, ctx: Context) -> None:
         iterates = self.iterates
@@ -171,7 +171,7 @@ class Swag(Anchored):
             estimate_statistics(self.backbone, task.train)
         if self.strength:
             super().end_task(task, ctx)
-        iterates.average = None  # from now on the weights of the network
+        iterates.drop_mean()  # from now on it is the weights of the network
         if self.predict == "swa":
             self.iterates = None
 

@@ -1,13 +1,15 @@
 """The quadratic penalty on the change of a network's weights since earlier tasks, weighted by their curvature."""
 
-from collections.abc import Callable
-from typing import Literal, Self
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
-from clrun.blocks.curvature.forms import Curvature, Diagonal, Sum
-from clrun.blocks.params import Carrier, Params, Shapes, flatten, unflatten
+from clrun.blocks.curvature.forms import Curvature, Diagonal, Identity, Sum
+from clrun.blocks.params import Carrier, Params, Shapes, as_stored, flatten, is_dense, unflatten
 
 
 def normalised(importance: Diagonal, by: Literal["none", "mean", "max"]) -> Diagonal:
@@ -42,12 +44,19 @@ class QuadraticPenalty(Carrier):
         anchor: a [P], in the order of the curvature.
     """
 
+    not_state: ClassVar[tuple[str, ...]] = ("_stored",)
+    _stored: "_Stored | None" = None
+
     def __init__(self, decay: float, mode: Literal["online", "separate"] = "online", *, how: Sum = "kl") -> None:
         super().__init__()
         self.decay, self.mode, self.how = decay, mode, how
         self.curvature: Curvature | None = None
         self.anchor = torch.zeros(0)
         self._decomposed: Curvature | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the copies that a step computes with."""
+        return {**vars(self), "_stored": None}
 
     @property
     def shapes(self) -> Shapes:
@@ -64,7 +73,21 @@ class QuadraticPenalty(Carrier):
         if not self.shapes:
             return self.anchor.sum()
         assert self.curvature is not None
-        return 0.5 * self.curvature.quad(flatten(self._penalised(module)) - self.anchor)
+        params = self._penalised(module)
+        if isinstance(self.curvature, Diagonal | Identity) and all(is_dense(p) for p in params.values()):
+            value: Tensor = _Elementwise.apply(self._as_stored(self.curvature, params), *params.values())
+            return 0.5 * value
+        return 0.5 * self.curvature.quad(flatten(params) - self.anchor)
+
+    def _as_stored(self, curvature: Diagonal | Identity, params: Params) -> "_Stored":
+        """Return anchor and curvature in the order in which the parameters lie in memory."""
+        strides = [p.stride() for p in params.values()]
+        found = self._stored
+        if found is None or found.anchor is not self.anchor or found.curvature is not curvature:
+            found = None
+        if found is None or found.strides != strides:
+            found = self._stored = _Stored(self.anchor, curvature, params)
+        return found
 
     def gradient(self, module: nn.Module) -> Params:
         """Return the gradient K (theta - a) by parameter name, without autograd; empty before the first task."""
@@ -127,7 +150,10 @@ class QuadraticPenalty(Carrier):
 
     def replace(self, module: nn.Module, curvature: Curvature) -> None:
         """Drop all earlier tasks, and penalise changes from the present parameters of `module` by `curvature`."""
-        params = dict(module.named_parameters())
+        self.anchor_at(dict(module.named_parameters()), curvature)
+
+    def anchor_at(self, params: Mapping[str, Tensor], curvature: Curvature) -> None:
+        """Drop all earlier tasks, and penalise changes from these parameters, by name, by `curvature`."""
         self.anchor = curvature.vector({name: params[name].detach() for name in curvature.shapes}).clone()
         self.curvature, self._decomposed = curvature, None
 
@@ -155,7 +181,63 @@ class QuadraticPenalty(Carrier):
         super()._apply(fn, recurse)
         self.curvature = None if self.curvature is None else self.curvature.apply(fn)
         self._decomposed = None if self._decomposed is None else self._decomposed.apply(fn)
+        self._stored = None
         return self
+
+
+class _Stored:
+    """Anchor and curvature [P] in the order in which some parameters lie in memory.
+
+    Weights of convolutions lie there in another order than row-major where images do (channels_last), and each step
+    would copy them entry by entry.
+
+    Args:
+        anchor: in row-major order.
+        curvature: of the same parameters.
+        params: by name, dense.
+    """
+
+    def __init__(self, anchor: Tensor, curvature: Diagonal | Identity, params: Params) -> None:
+        self.anchor, self.curvature = anchor, curvature
+        self.strides = [p.stride() for p in params.values()]
+        self.point = _reordered(anchor, params.values())
+        self.weights: Tensor | float = curvature.strength if isinstance(curvature, Identity) else 0.0
+        if isinstance(curvature, Diagonal):
+            self.weights = _reordered(curvature.values, params.values())
+
+
+def _reordered(vector: Tensor, params: Collection[Tensor]) -> Tensor:
+    """Return a vector [P] in row-major order in the order in which the parameters lie in memory."""
+    if all(p.is_contiguous() for p in params):
+        return vector
+    parts = unflatten(vector, {str(place): tuple(p.shape) for place, p in enumerate(params)})
+    copies = [vector.new_empty_strided(p.shape, p.stride()) for p in params]
+    return torch.cat([as_stored(copy.copy_(part)) for copy, part in zip(copies, parts.values(), strict=True)])
+
+
+class _Elementwise(Function):
+    """The sum over all entries of the weight times the squared distance from the anchor."""
+
+    @staticmethod
+    def forward(ctx: Any, stored: _Stored, *params: Tensor) -> Tensor:
+        """Return the sum []."""
+        change = torch.cat([as_stored(p) for p in params]).sub_(stored.point)
+        product = change * stored.weights
+        ctx.save_for_backward(product)
+        ctx.forms = [(p.shape, p.stride()) for p in params]
+        return torch.dot(product, change)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each parameter, as it lies in memory."""
+        (product,) = ctx.saved_tensors
+        pull, start = 2 * grad * product, 0
+        found: list[Tensor | None] = [None]
+        for shape, stride in ctx.forms:
+            found.append(pull.as_strided(shape, stride, start))
+            start += shape.numel()
+        return tuple(found)
 
 
 __all__ = ["QuadraticPenalty", "normalised"]
