@@ -205,11 +205,13 @@ class Sampler:
         """
         shape = (len(self.means), rows, self.means.shape[1])
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(self.means.device)
-        drawn = [
-            torch.addcmul(mean, own, factor) if factor.dim() == 1 else torch.addmm(mean, own, factor.t())
-            for own, mean, factor in zip(noise, self.means, self.factors, strict=True)
-        ]
-        return torch.stack(drawn).float()
+        drawn = torch.empty_like(noise)
+        for own, mean, factor, out in zip(noise, self.means, self.factors, drawn, strict=True):
+            if factor.dim() == 1:
+                torch.addcmul(mean, own, factor, out=out)
+            else:
+                torch.addmm(mean, own, factor.t(), out=out)
+        return drawn.float()
 
 
 # --- alignment of a classifier

@@ -159,23 +159,27 @@ class Rapf(Method):
             self.away = (self.head.weight[self.pairs[:, 1]] - self.head.weight[self.pairs[:, 0]])[:, None]
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        embeddings = self.head.joint.project(self.backbone(batch.x))
+        rows = self.head.joint.project(self.backbone(batch.x))
         y, t = batch.y, batch.t
         if self.sampler is not None:
             places = self._next_places(ctx)
             drawn = self._drawn(self.sampler.of(places), self.draw, ctx)
             labels = self.old[places].repeat_interleave(drawn.shape[1])
-            embeddings, y = torch.cat([embeddings, drawn.flatten(0, 1).to(embeddings)]), torch.cat([y, labels])
+            rows, y = torch.cat([rows, drawn.flatten(0, 1).to(rows)]), torch.cat([y, labels])
             t = torch.cat([t, self.latest[labels]])
-        logits = self.head.match(self.head.mapped(embeddings), self.head.rows())
+        if self.pair_sampler is not None:
+            rows = torch.cat([rows, self._drawn(self.pair_sampler, self.pair_draw, ctx).flatten(0, 1).to(rows)])
+        units = self.head.mapped(
+            rows
+        )  # of all rows at once: W is small, and each call of it costs as much as the product
+        logits = self.head.match(units[: len(y)], self.head.rows())
         loss = masked_cross_entropy(logits, y, self.competing(t, ctx))
-        return loss if self.pair_sampler is None else loss + self._hinge(self.pair_sampler, ctx)
+        return loss if self.pair_sampler is None else loss + self._hinge(units[len(y) :])
 
-    def _hinge(self, sampler: Sampler, ctx: Context) -> Tensor:
-        """Return the mean hinge [] of features drawn from the old class of each near pair."""
-        drawn = self._drawn(sampler, self.pair_draw, ctx)
-        unit = self.head.mapped(drawn.flatten(0, 1)).view_as(drawn)
-        return ((unit * self.away).sum(dim=2) + self.margin).clamp(min=0).sum() / max(1, drawn[..., 0].numel())
+    def _hinge(self, units: Tensor) -> Tensor:
+        """Return the mean hinge [] of mapped features, as many drawn from the old class of each near pair."""
+        each = units.view(len(self.pairs), len(units) // len(self.pairs), -1)
+        return ((each * self.away).sum(dim=2) + self.margin).clamp(min=0).sum() / max(1, len(units))
 
     def _next_places(self, ctx: Context) -> list[int]:
         """Return the places in `old` of the classes that are replayed in this step."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clrun.blocks.iterates import Iterates
 from clrun.blocks.merging import estimate_statistics
+from clrun.blocks.params import clone
 from clrun.data.stream import Stream
 from clrun.learning.budget import Budget, cosine
 from clrun.methods.swag import Swag, tail
@@ -105,7 +106,7 @@ def lived(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Swag, Stream
     add = Iterates.add
 
     def adding(self: Iterates, snapshot: dict[str, Tensor]) -> None:
-        taken.append(snapshot)
+        taken.append(clone(snapshot))
         add(self, snapshot)
 
     monkeypatch.setattr(Iterates, "add", adding)
