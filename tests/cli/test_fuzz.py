@@ -42,6 +42,7 @@ TINY = {
 }
 SIZES = {
     "synthetic": {"num_classes": "6", "image_shape": "[1,8,8]", "train_rows": "8", "test_rows": "4"},
+    "text_synthetic": {"num_classes": "6", "train_rows": "8", "test_rows": "4"},
     "class_split": {"n_tasks": "3"},
     "domain_shift": {"n_tasks": "3"},
     "fixed_groups": {"groups": "[[0,1],[2,3]]"},
@@ -51,11 +52,11 @@ SIZES = {
 }
 # Members that need nothing but this machine, and little of it; of the others there is a table of bad inputs.
 MEMBERS = {
-    "dataset": ["synthetic"] * 6 + ["digits", "mnist"],
+    "dataset": ["synthetic"] * 6 + ["text_synthetic"] * 2 + ["digits", "mnist"],
     "scenario": ["class_split"] * 6 + ["fixed_groups", "domain_shift", "domain_shift", "dataset_sequence"],
     "task_order": ["canonical", "listed", "random", "reverse", "rotation", "williams", "exhaustive", "edge"] * 3
     + ["cifar100_split", "five_datasets"],
-    "backbone": ["cnn", "mlp", "lenet", "glyph_vit", "glyph_vit"],
+    "backbone": ["cnn", "mlp", "lenet", "glyph_vit", "glyph_vit", "glyph_clip", "bert_tiny", "t5_tiny"],
     "method": sorted(file.stem for file in (CONF / "method").glob("*.yaml")),
     "compress": ["none"] * 8 + sorted(file.stem for file in (CONF / "compress").glob("*.yaml")),
     "budget": ["sgd"] * 4 + sorted(file.stem for file in (CONF / "budget").glob("*.yaml")),
@@ -105,6 +106,8 @@ def plausible(hint: Any, option: str, range_: Range | None = None) -> list[Any]:
 
 def options(node: Any, path: str) -> Iterator[tuple[str, list[Any]]]:
     """Every option of a node and of those within, with the values that its annotation may allow."""
+    if not node:  # compress=none
+        return
     takes = parameters(locate(node["_target_"]))
     for key, value in node.items():
         if key in takes and key != "compile":  # takes too long
@@ -143,6 +146,8 @@ def command_lines(draw: Callable[..., Any]) -> list[str]:
         given["scenario.setting"] = "til"
     if learner.needs_vit:
         given["backbone"] = chosen["backbone"] = "glyph_vit"
+    if chosen["dataset"] == "text_synthetic" and draw(st.booleans()):
+        given["backbone"] = chosen["backbone"] = "t5_tiny" if learner.needs_decoder else "bert_tiny"
     own = [option for group, name in chosen.items() for option in KEYS[group, name]]
     drawn = draw(st.lists(st.sampled_from(own + KEYS["method", chosen["method"]] * 4), min_size=2, max_size=4))
     for key, values in drawn:
