@@ -249,6 +249,10 @@ def _reason(error: Exception) -> str:
     return named.partition("WeightsUnpickler error: ")[2].partition(" was not an allowed")[0] or named
 
 
+# A method may add layers of any kind while it learns. Unpickling one sets its attributes and calls nothing.
+LAYERS = [part for part in vars(nn).values() if isinstance(part, type) and issubclass(part, nn.Module)]
+
+
 class _Collector(pickle.Pickler):
     """Collects every class and function that the pickle of an object names."""
 
@@ -266,7 +270,7 @@ class _Collector(pickle.Pickler):
 
 
 def parts(method: Method) -> list[Any]:
-    """Return the classes and functions that a checkpoint of `method` may name.
+    """Return the classes and functions that a checkpoint of `method` may name: its own, torch's layers, ours.
 
     Raises:
         Unstorable: it cannot be pickled.
@@ -276,7 +280,7 @@ def parts(method: Method) -> list[Any]:
         collector.dump(method)
     except UNPICKLABLE as error:
         raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
-    found = list(collector.found.values())
+    found = [*collector.found.values(), *LAYERS]
     homes = {cls.__module__ for cls in type(method).__mro__ if issubclass(cls, Method)} | {"clrun.data.split"}
     ours = ("clrun.blocks.", "clrun.learning.")
     for module in [m for name, m in list(sys.modules.items()) if name in homes or name.startswith(ours)]:

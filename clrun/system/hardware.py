@@ -14,17 +14,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
-from clrun.system.errors import ConfigError, Count, NumericalError, PositiveInt
+from clrun.system.errors import ConfigError, NumericalError, PositiveInt, Range
 from clrun.system.files import replace_text
 from clrun.system.processes import core_count, under_torchrun
 
 GROUP_TIMEOUT = timedelta(minutes=5)
+MOST_THREADS = 4096  # no machine has more cores, and torch takes no number of any size
 
 
 @dataclass
@@ -48,8 +49,8 @@ class Hardware:
     device: str
     processes: PositiveInt
     precision: Literal["fp32", "tf32", "bf16"]
-    threads: PositiveInt | None
-    workers: Count | None
+    threads: Annotated[int, Range(minimum=1, maximum=MOST_THREADS)] | None
+    workers: Annotated[int, Range(minimum=0, maximum=MOST_THREADS)] | None
     deterministic: bool
     channels_last: bool
     compile: bool

@@ -107,6 +107,7 @@ FOUND_BY_CHECK = {
     "precision": (["hardware.precision=fp16"], "hardware.precision: expected one of fp32, tf32, bf16, got 'fp16'"),
     "no processes": (["hardware.processes=0"], "hardware.processes: must be at least 1, got 0"),
     "no threads": (["hardware.threads=0"], "hardware.threads: must be at least 1, got 0"),
+    "countless threads": (["hardware.threads=10000"], "hardware.threads: must be at most 4096, got 10000"),
     "split": (["job.eval_split=train"], "job.eval_split: expected one of test, val, got 'train'"),
     "no steps": (["job.max_steps=0"], "job.max_steps: must be at least 1, got 0"),
     "text for a switch": (["job.resume=maybe"], "job.resume: expected bool, got 'maybe'"),

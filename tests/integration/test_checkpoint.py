@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from running import quiet, rewrite, run, run_interrupted
+from torch import nn
 
 from clrun.data.split import Batch
 from clrun.learning.context import Context
@@ -184,13 +185,21 @@ class Batches(Keeper):
     kept = list
 
 
+class Growing(Keeper):
+    """Keeps layers of kinds that it does not have when it begins."""
+
+    def kept(rows: Any) -> Any:  # noqa: N805 - called on the class
+        return nn.ModuleDict({"scales": nn.ParameterList([nn.Parameter(torch.eye(2))]), "norm": nn.LayerNorm(2)})
+
+
 class Ring(Keeper):
     kept = deque
 
 
-def test_batches_may_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The most natural memory: a list of batches in a dictionary."""
-    monkeypatch.setattr("clrun.methods.finetune.Finetune", Batches)
+@pytest.mark.parametrize("kind", [Batches, Growing])
+def test_batches_and_new_layers_may_be_kept(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most natural memory: a list of batches in a dictionary; and layers that are added while tasks are learned."""
+    monkeypatch.setattr("clrun.methods.finetune.Finetune", kind)
     options = ("method=finetune", *OPTIONS[1:])
     run(tmp_path / "whole", *options)
     run_interrupted(tmp_path / "parts", *options)
