@@ -1,4 +1,4 @@
-"""The command `clrun`: runs and sweeps from Hydra overrides; the commands list, report, merge, features and --version.
+"""The command `clrun`: runs and sweeps from Hydra overrides, and commands such as list, report, status and merge.
 
 Exit codes: 0 success; 1 failed jobs of a sweep, diverged training or lack of memory (one line), or a bug (traceback);
 2 a mistake of the user (one line per problem); 130 Ctrl-C.
@@ -80,7 +80,7 @@ def _command(argv: list[str]) -> int:
             f"'{ended[0]}': a carriage return follows, as at the end of lines of Windows files; convert the script "
             "with dos2unix or sed -i 's/\\r$//' FILE"
         )
-    commands = {"list": _list, "report": _report, "merge": _merge, "features": _features}
+    commands = {"list": _list, "report": _report, "status": _status, "merge": _merge, "features": _features}
     before = _config_dir_words(argv)
     if len(argv) > before and argv[before] in commands:
         return commands[argv[before]]([*argv[:before], *argv[before + 1 :]])
@@ -188,6 +188,24 @@ def _report(words: list[str]) -> int:
     result = report(args.dirs, out=args.out, every_picture=args.pictures)
     page = printable(str(result.page or "no report is written for several folders; pass --out FOLDER"))
     print(f"{result.text}\n\nreport: {page}")
+    return 0
+
+
+def _status(words: list[str]) -> int:
+    """Print how far the runs in a folder are."""
+    from clrun.reporting.status import Watched, page, watch
+
+    parser = _refusing(ArgumentParser("clrun status", add_help=False))
+    parser.add_argument("dir", type=_folder, metavar="DIR")
+    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS")
+    args = parser.parse_intermixed_args(words)
+    if args.watch is None:
+        print(page(args.dir, Watched(args.dir).look()))
+        return 0
+    if not 0.1 <= args.watch <= 86400:
+        raise ConfigError(f"status: --watch must be a number of seconds from 0.1 to 86400, got {args.watch:g}")
+    for text in watch(args.dir, seconds=args.watch):
+        print(f"\x1b[H\x1b[J{text}" if sys.stdout.isatty() else f"{text}\n", flush=True)
     return 0
 
 

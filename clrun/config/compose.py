@@ -8,8 +8,9 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import version
@@ -22,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf._utils import get_omega_conf_dumper
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from clrun.config.environment import masked, recorded, recorded_key, register
@@ -32,8 +34,9 @@ from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
 from clrun.system.yaml_files import conf_dir
 
-COMMANDS = ("list", "report", "features", "merge")
+COMMANDS = ("list", "report", "status", "features", "merge")
 DATASET_LISTS = ("job.eval_extra", "method.reference")  # options that list data sets by name or as nodes
+Composed = TypeVar("Composed")
 SLUG_LENGTH = 100  # characters of the readable part; file systems allow 255 bytes in a name
 
 
@@ -139,14 +142,16 @@ class Composer:
         except Exception as error:  # composing only reads overrides and files, so that every error is about them
             raise ConfigError(self._problem(error, overrides)) from error
 
-    def compose_job(self, sweep: DictConfig, overrides: Sequence[str]) -> DictConfig:
-        """Compose the configuration of one job of a sweep as Hydra's launchers do.
+    def explained(self, overrides: Sequence[str], compose: Callable[[], Composed]) -> Composed:
+        """Return what `compose` makes of the overrides of a job.
 
         Raises:
-            ConfigError: one line about the mistake.
+            ConfigError: one line about the mistake in the overrides.
         """
         try:
-            return self.hydra.config_loader.load_sweep_config(sweep, list(overrides))
+            return compose()
+        except ConfigError:
+            raise
         except Exception as error:
             raise ConfigError(self._problem(error, overrides)) from error
 
@@ -249,6 +254,24 @@ def _applied_by_the_jobs(overrides: Sequence[str]) -> dict[str, str]:
         if below and value and not (override.is_delete() or override.is_sweep_override()):
             found[f"{key}={value}"] = f"{key}=choice({value})"
     return found
+
+
+def yaml_text(cfg: DictConfig) -> str:
+    """Return a configuration as YAML with its expressions, as OmegaConf.to_yaml does, but by the C library.
+
+    That takes a fifth of the time, and breaks long texts at other places.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=False, enum_to_str=True)
+    return str(yaml.dump(plain, Dumper=_dumper(), default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+@cache
+def _dumper() -> Any:
+    """Return OmegaConf's dumper on the C library, where PyYAML has that."""
+    own: Any = get_omega_conf_dumper()
+    fast: Any = type("Dumper", (getattr(yaml, "CDumper", yaml.Dumper),), {})
+    fast.add_representer(str, own.str_representer)
+    return fast
 
 
 def folder_of(cfg: DictConfig, key: str) -> Path:

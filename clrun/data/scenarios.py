@@ -343,11 +343,8 @@ def _stream(
     class_order: list[int],
 ) -> Stream:
     """Return the stream whose task id k is `blocks[k]`."""
-    ids = order(len(blocks))
-    if not isinstance(ids, Sequence) or sorted(ids) != list(range(len(blocks))):
-        raise ConfigError(f"task_order: must return a list of the {len(blocks)} task ids, each once, got {ids!r}")
     tasks = []
-    for index, k in enumerate(ids):
+    for index, k in enumerate(task_ids(order, len(blocks))):
         block = blocks[k]
         rows = block.part or dataset
         train, test = (_placed(split, block, index, transform) for split in (rows.train, rows.test))
@@ -362,6 +359,18 @@ def _stream(
     names, texts = dataset.class_names, dataset.texts
     metric = "accuracy" if dataset.schema is None else dataset.schema.metric
     return Stream(tuple(tasks), dataset.num_classes, setting, names, tuple(class_order), transform, texts, metric)
+
+
+def task_ids(order: Order, n_tasks: int) -> Sequence[int]:
+    """Return the task ids by position.
+
+    Raises:
+        ConfigError: the order returns something else than each id once.
+    """
+    ids = order(n_tasks)
+    if not isinstance(ids, Sequence) or sorted(ids) != list(range(n_tasks)):
+        raise ConfigError(f"task_order: must return a list of the {n_tasks} task ids, each once, got {ids!r}")
+    return ids
 
 
 def _placed(split: Split, block: _Block, index: int, transform: Transform) -> Split:

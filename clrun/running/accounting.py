@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ class PeakMemory:
         return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
+HOME = Path(__file__).resolve().parents[2]  # the checkout of clrun, where there is one
 # Entries of `versions` with which the last bits of a number change while its configuration stays the same.
 CIRCUMSTANCES = ("torch", "threads", "processes", "device", "cpu_capability")
 
@@ -169,7 +171,7 @@ def versions(hardware: Hardware) -> dict[str, Any]:
     cuda = hardware.device.startswith("cuda")
     return {
         "clrun": _version("clrun"),
-        "git_commit": _commit(),
+        "git_commit": _commit_of_clrun() if (HOME / ".git").exists() else _commit(Path.cwd()),
         "python": platform.python_version(),
         **{name: _version(name) for name in names},
         "threads": hardware.threads,
@@ -180,6 +182,7 @@ def versions(hardware: Hardware) -> dict[str, Any]:
     }
 
 
+@cache
 def _version(name: str) -> str | None:
     """Return the installed version of a distribution without importing it."""
     try:
@@ -188,10 +191,14 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """Return the commit of clrun's checkout, else of the working directory's, with "+" for uncommitted changes."""
-    home = Path(__file__).resolve().parents[2]
-    where = home if (home / ".git").exists() else Path.cwd()
+@cache
+def _commit_of_clrun() -> str | None:
+    """Return the commit of clrun's checkout, as it was at the first run of this process, whose code it is."""
+    return _commit(HOME)
+
+
+def _commit(where: Path) -> str | None:
+    """Return the commit of the checkout around a folder, with "+" for uncommitted changes."""
     try:
         git = ["git", "-C", str(where), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
         done = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)

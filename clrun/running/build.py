@@ -237,8 +237,11 @@ def order_reads_backbone(parts: Parts) -> bool:
     return function_of(order) is edge and options["similarity"] == "features" and options["kind"] != "random"
 
 
-def check_without_building(parts: Parts) -> None:
+def check_without_building(parts: Parts) -> int | None:
     """Find mistakes that need the data (too many tasks, an order that is no permutation) or the machine.
+
+    Returns:
+        The number of tasks, when what was found holds for every order of them; else None.
 
     The backbone is not built; a factory that can tell cheaply what would go wrong has an attribute `preflight`, which
     is called with its options.
@@ -255,6 +258,7 @@ def check_without_building(parts: Parts) -> None:
         raise missing
     if parts.job.mode != "preview":
         check_networks(parts)
+    return len(stream.tasks) if parts.job.max_tasks is None else None
 
 
 def _reads_text(parts: Parts, backbone: nn.Module) -> bool:

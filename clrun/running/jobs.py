@@ -1,40 +1,47 @@
 """Starts one run, or the jobs of a sweep through any launcher; all configurations are checked before a run starts."""
 
 import json
-import math
-import os
 import re
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, env_override, run_job
+from hydra.core.utils import JobStatus, run_job
 from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from tqdm import tqdm
 
 from clrun.config.check import check
-from clrun.config.compose import Composer, folder_of, plain_config, recorded_config, typed_overrides, without_hydra
+from clrun.config.compose import (
+    Composer,
+    folder_of,
+    plain_config,
+    recorded_config,
+    typed_overrides,
+    without_hydra,
+    yaml_text,
+)
 from clrun.config.environment import masked, secrets
 from clrun.config.job import JobInfo
-from clrun.config.plugins import hidden_from_new_processes, use_working_folder
+from clrun.config.plugins import use_working_folder
+from clrun.config.sweep_jobs import JobComposer, PlainJob, choices_of, named_by_overrides
+from clrun.reporting.status import JOBS
+from clrun.running.complete import CompleteJobs
+from clrun.running.launching import Collector, Failure, jobs_at_once
 from clrun.system.errors import ConfigError, one_line
 from clrun.system.files import missing_folders, refuse_links, remove_empty, replace_text, writing
 from clrun.system.locks import folder_locked
-from clrun.system.processes import core_count, torchrun_rank
+from clrun.system.processes import torchrun_rank
 
-# Environment variable with the number of jobs that a parallel launcher starts together; the jobs read it.
-JOBS_STARTED = "CLRUN_JOBS_STARTED"
 LOCK = "sweep.lock"  # in the folder of a sweep while its command runs
 # What Hydra itself writes into the folder of a run on request (hydra.job_logging, hydra.output_subdir).
 WRITTEN = ("clrun.log", ".hydra", *(f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides")))
@@ -53,8 +60,12 @@ class Outcome:
     failed: tuple[str, ...] = ()
 
 
-def task(cfg: DictConfig) -> float:
+def task(cfg: DictConfig, known: PlainJob | None = None) -> float:
     """Run one composed configuration; the function that Hydra's launchers call, in their processes.
+
+    Args:
+        cfg: the configuration without its `hydra` node.
+        known: the same in plain containers, where this process has them already.
 
     Returns:
         The final average accuracy, so that optimising sweepers have something to maximise.
@@ -62,18 +73,20 @@ def task(cfg: DictConfig) -> float:
     from clrun.running.run import run_config
 
     use_working_folder()  # a process that a launcher has started does not have it
-    hydra = HydraConfig.get()
-    config, choices, written = plain_config(cfg), _choices(hydra), recorded_config(cfg)
+    hydra, whole = HydraConfig.get(), cast(DictConfig, HydraConfig.instance().cfg)
+    choices = choices_of(hydra)
+    config = plain_config(cfg) if known is None else known.config
+    written = recorded_config(cfg) if known is None else known.written
     sweep = hydra.mode == RunMode.MULTIRUN
-    typed = typed_overrides(OmegaConf.create({"hydra": hydra}))
-    texts = {"config": cfg, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": OmegaConf.create(typed)}
+    typed = typed_overrides(whole)
+    texts: dict[str, Any] = {"config": cfg, "hydra": whole, "overrides": OmegaConf.create(typed)}
     info = JobInfo(
         number=hydra.job.num if sweep else None,
-        parallel=_jobs_at_once(hydra.launcher) if sweep else 1,
+        parallel=jobs_at_once(hydra.launcher) if sweep else 1,
         choices=choices,
         sweep=sweep,
         overrides=typed,
-        hydra={f"{name}.yaml": masked(OmegaConf.to_yaml(node)) for name, node in texts.items()},
+        hydra={f"{name}.yaml": masked(yaml_text(node)) for name, node in texts.items()},
         recorded=None if written == config else written,
         secrets=secrets(),
     )
@@ -86,19 +99,6 @@ def task(cfg: DictConfig) -> float:
         if sweep and not isinstance(error, ConfigError):
             traceback.print_exc()  # in the process of the job; the sweep itself shows one line
         raise
-
-
-def _choices(hydra: Any) -> dict[str, str]:
-    return {str(group): str(member) for group, member in hydra.runtime.choices.items() if member is not None}
-
-
-def _jobs_at_once(launcher: Any) -> int:
-    """Return how many jobs of a sweep share this machine."""
-    target, batch = str(launcher.get("_target_", "")), int(os.environ.get(JOBS_STARTED, 1))
-    if target.endswith("JoblibLauncher"):
-        jobs = int(launcher.n_jobs or 1)  # a negative number counts down from the cores: -1 is all of them
-        return min(batch, jobs if jobs > 0 else max(1, core_count() + 1 + jobs))
-    return batch if target.endswith("submitit_launcher.LocalLauncher") else 1
 
 
 def run(composer: Composer, overrides: Sequence[str], *, sweep: bool, show: Callable[[str], None] = print) -> Outcome:
@@ -120,44 +120,72 @@ def run(composer: Composer, overrides: Sequence[str], *, sweep: bool, show: Call
         raise ConfigError("torchrun starts one run in one folder: add hydra.run.dir=FOLDER, leave out -m")
     if sweep:
         return _sweep(composer, cfg, show)
-    _check([cfg])
-    return Outcome(_single(composer, cfg, main=not rank))
+    job = PlainJob(plain_config(cfg), recorded_config(cfg), choices_of(cfg.hydra), Path())
+    problems = _Problems()
+    problems.look_at(job)
+    problems.raise_any()
+    return Outcome(_single(composer, cfg, job, main=not rank))
 
 
-def _check(cfgs: Sequence[DictConfig | ConfigError]) -> None:
-    """Raise one ConfigError for all problems of all configurations, without repetition."""
-    counts: dict[str, int] = {}
-    seen: dict[str, list[str]] = {}
-    for cfg in cfgs:
-        for line in _problems(cfg, seen):
-            counts[line] = counts.get(line, 0) + 1
-    note = f" of {len(cfgs)} runs]" if len(cfgs) > 1 else ""
-    if counts:
-        raise ConfigError("\n".join(f"{line} [{n}{note}" if note else line for line, n in counts.items()))
+class _Problems:
+    """The problems of the configurations of a command, without repetition.
 
+    Args:
+        elsewhere: the runs will have another machine, so that data and hardware of this one say nothing about them.
+    """
 
-def _problems(cfg: DictConfig | ConfigError, seen: dict[str, list[str]]) -> list[str]:
-    """Return the problems of one configuration; `seen` stores those of data and machine for further runs."""
-    if isinstance(cfg, ConfigError):
-        return str(cfg).splitlines()
-    try:
-        config = plain_config(cfg)
-        check(config, _choices(cfg.hydra))
-    except ConfigError as error:
-        return masked(str(error)).splitlines()
-    if _slurm(cfg):
-        return []  # the run will have another machine
-    groups = ("dataset", "scenario", "task_order", "backbone", "hardware", "job")
-    key = json.dumps([config[group] for group in groups])
-    if key not in seen:
+    def __init__(self, *, elsewhere: bool = False) -> None:
+        self.elsewhere = elsewhere
+        self.counts: dict[str, int] = {}
+        self.looked_at = 0
+        self._known: dict[str, list[str]] = {}  # problems of data and machine
+        self._tasks: dict[str, int] = {}  # numbers of tasks of streams in which order alone can be wrong
+
+    def look_at(self, job: PlainJob | ConfigError) -> None:
+        """Add the problems of one configuration."""
+        self.looked_at += 1
+        for line in masked(str(job)).splitlines() if isinstance(job, ConfigError) else self._of(job):
+            self.counts[line] = self.counts.get(line, 0) + 1
+
+    def raise_any(self) -> None:
+        """Raise one ConfigError for all problems.
+
+        Raises:
+            ConfigError: there are some.
+        """
+        if self.counts:
+            of = f" of {self.looked_at} runs]" if self.looked_at > 1 else ""
+            raise ConfigError("\n".join(f"{line} [{n}{of}" if of else line for line, n in self.counts.items()))
+
+    def _of(self, job: PlainJob) -> list[str]:
+        """Return the problems of a configuration."""
+        try:
+            check(job.config, job.choices)
+        except ConfigError as error:
+            return masked(str(error)).splitlines()
+        if self.elsewhere:
+            return []
+        stream = json.dumps([job.config[g] for g in ("dataset", "scenario", "backbone", "hardware", "job")])
+        key = f"{stream} {json.dumps(job.config['task_order'])}"
+        if key not in self._known:
+            try:
+                self._look_at_data(job.config, stream)
+                self._known[key] = []
+            except ConfigError as error:
+                self._known[key] = masked(str(error)).splitlines()
+        return self._known[key]
+
+    def _look_at_data(self, config: dict[str, Any], stream: str) -> None:
+        """Find problems of data and machine; tasks that were cut before are not cut again for another order."""
+        if stream in self._tasks:
+            from clrun.running.run import check_order
+
+            check_order(config, self._tasks[stream])
+            return
         from clrun.running.run import preflight
 
-        try:
-            preflight(config)
-            seen[key] = []
-        except ConfigError as error:
-            seen[key] = masked(str(error)).splitlines()
-    return seen[key]
+        if (tasks := preflight(config)) is not None:
+            self._tasks[stream] = tasks
 
 
 def _slurm(cfg: DictConfig) -> bool:
@@ -165,14 +193,14 @@ def _slurm(cfg: DictConfig) -> bool:
     return str(cfg.hydra.launcher.get("_target_", "")).endswith("SlurmLauncher")
 
 
-def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
+def _single(composer: Composer, cfg: DictConfig, job: PlainJob, *, main: bool) -> Path:
     """Run one configuration and return its folder; folders made for it that stay empty are removed."""
     out = folder_of(cfg, "hydra.run.dir").absolute()
     if not main:  # of torchrun's processes one makes the folder
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = str(out)
         HydraConfig.instance().set_config(cfg)
-        task(without_hydra(cfg))
+        task(without_hydra(cfg), job)
         return out
     refuse_links(*(out / name for name in WRITTEN))
     missing = missing_folders(out)
@@ -181,58 +209,13 @@ def _single(composer: Composer, cfg: DictConfig, *, main: bool) -> Path:
     callbacks.on_run_start(config=cfg, config_name=composer.name)
     try:
         with writing(out):  # errors of the run itself come in `done`
-            done = run_job(task, cfg, "hydra.run.dir", None, context)
+            done = run_job(partial(task, known=job), cfg, "hydra.run.dir", None, context)
     finally:
         remove_empty(missing)
     callbacks.on_run_end(config=cfg, config_name=composer.name, job_return=done)
     if done.status is JobStatus.FAILED:
         raise done._return_value
     return out
-
-
-class _Composed:
-    """Hydra's loader of configurations. It returns each configuration that was composed for the check once.
-
-    Composing a configuration again would take longer than everything else around a short run.
-    """
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self.found: dict[tuple[str, ...], DictConfig] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        """Return the configuration of a job of the sweep."""
-        found = self.found.pop(tuple(sweep_overrides), None)
-        if found is None:
-            loaded: DictConfig = self.loader.load_sweep_config(master_config, sweep_overrides)
-            return loaded
-        OmegaConf.set_readonly(found.hydra, None)  # as it was before it was looked at
-        return found
-
-
-class _FailureCollector(Launcher):
-    """Launches through another launcher and collects the failed jobs, so that no sweeper stops at one."""
-
-    def __init__(self, launcher: Launcher) -> None:
-        self.launcher = launcher
-        self.failed: list[JobReturn] = []
-
-    def setup(self, **arguments: Any) -> None:
-        """Do nothing: the launcher that does the work is set up already."""
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Launch the jobs; a failed one counts as completed with the value NaN."""
-        elsewhere = nullcontext() if isinstance(self.launcher, BasicLauncher) else hidden_from_new_processes()
-        with env_override({JOBS_STARTED: str(len(job_overrides))}), elsewhere:
-            returns = self.launcher.launch(job_overrides, initial_job_idx)
-        for job in returns:
-            if job.status is JobStatus.FAILED:
-                self.failed.append(JobReturn(job.overrides, hydra_cfg=job.hydra_cfg, _return_value=job._return_value))
-                job.status, job.return_value = JobStatus.COMPLETED, math.nan
-        return returns
 
 
 def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> Outcome:
@@ -245,9 +228,9 @@ def _sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]) -> 
 def _held_sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None], folder: Path) -> Outcome:
     """Do the work of `_sweep` while no other process runs a sweep in the folder."""
     arguments, callbacks = typed_overrides(cfg), Callbacks(cfg)
-    sweeper = _checked_sweeper(composer, cfg, callbacks, show)
+    sweeper, collector = _checked_sweeper(composer, cfg, callbacks, show)
     HydraConfig.instance().set_config(cfg)
-    collector = sweeper.launcher = _FailureCollector(sweeper.launcher)
+    sweeper.launcher = collector
     callbacks.on_multirun_start(config=cfg, config_name=composer.name)
     try:
         replace_text(folder / "multirun.yaml", "", flush=False)  # Hydra writes into it, and would follow a link
@@ -259,34 +242,35 @@ def _held_sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]
     return Outcome(folder.absolute(), tuple(map(_failure, collector.failed)))
 
 
-def _checked_sweeper(composer: Composer, cfg: DictConfig, callbacks: Callbacks, show: Callable[[str], None]) -> Any:
-    """Return Hydra's sweeper, after every combination that it will run has been checked.
+def _checked_sweeper(
+    composer: Composer, cfg: DictConfig, callbacks: Callbacks, show: Callable[[str], None]
+) -> tuple[Any, Collector]:
+    """Return Hydra's sweeper and what launches for it, after every combination that it will run has been checked.
 
     Sweepers that choose values during the sweep have no list of combinations; `task` checks each of their jobs.
     """
     if _slurm(cfg) and shutil.which("srun") is None:
         raise ConfigError("hydra/launcher=submitit_slurm: no Slurm here (no srun); use joblib or submitit_local")
-    loader = _Composed(composer.hydra.config_loader)
-    serial = str(cfg.hydra.launcher.get("_target_", "")).endswith(".BasicLauncher")
-    context = HydraContext(config_loader=loader if serial else loader.loader, callbacks=callbacks)  # type: ignore[arg-type]
+    jobs = JobComposer(composer.hydra.config_loader)  # type: ignore[arg-type]
+    context = HydraContext(config_loader=jobs, callbacks=callbacks)  # type: ignore[arg-type]
     try:
         sweeper: Any = Plugins.instance().instantiate_sweeper(config=cfg, hydra_context=context, task_function=task)
-        if str(cfg.hydra.sweeper._target_).endswith(".BasicSweeper"):
-            parser = OverridesParser.create(config_loader=composer.hydra.config_loader)
-            lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-            parsed = parser.parse_overrides([*lines, *typed_overrides(cfg)])
-            [combinations] = sweeper.split_arguments(parsed, None)
-            if not combinations:
-                raise ConfigError(_without_runs(typed_overrides(cfg)))
-            jobs = _jobs(composer, cfg, combinations)
-            _check(jobs)
-            pairs = zip(combinations, jobs, strict=True)
-            loader.found = {tuple(c): job for c, job in pairs if serial and not isinstance(job, ConfigError)}
-            sweeper.validate_batch_is_legal = lambda batch: None  # `_check` has done it, with clearer messages
-            show(f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}")
+        if not str(cfg.hydra.sweeper._target_).endswith(".BasicSweeper"):
+            return sweeper, Collector(sweeper.launcher)
+        parser = OverridesParser.create(config_loader=composer.hydra.config_loader)
+        lines = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+        parsed = parser.parse_overrides([*lines, *typed_overrides(cfg)])
+        [combinations] = sweeper.split_arguments(parsed, None)
     except HydraException as error:  # of the sweep's own options: no run has started
         raise ConfigError(one_line(error)) from error
-    return sweeper
+    if not combinations:
+        raise ConfigError(_without_runs(typed_overrides(cfg)))
+    jobs.fixed = frozenset(combinations[0]) & frozenset(combinations[-1])
+    complete = _check_jobs(composer, cfg, jobs, combinations)
+    sweeper.validate_batch_is_legal = lambda batch: None  # `_check_jobs` has done it, with clearer messages
+    show("\n".join([f"{len(combinations)} runs, results: {cfg.hydra.sweep.dir}", *complete.lines(len(combinations))]))
+    known = partial(jobs.plain, cfg)
+    return sweeper, Collector(sweeper.launcher, complete.found, known)
 
 
 def _without_runs(overrides: Sequence[str]) -> str:
@@ -295,25 +279,32 @@ def _without_runs(overrides: Sequence[str]) -> str:
     return f"{' '.join(empty)}: gives no values, so that the sweep has no runs; range(1,4) gives 1, 2 and 3"
 
 
-def _jobs(composer: Composer, cfg: DictConfig, combinations: Sequence[list[str]]) -> list[DictConfig | ConfigError]:
-    """Return the configuration of every combination, or the mistake in it; two jobs in one folder are a mistake."""
-    found: list[DictConfig | ConfigError] = []
-    folders: dict[Path, str] = {}
-    root = folder_of(cfg, "hydra.sweep.dir")
-    for number, overrides in enumerate(combinations):
+def _check_jobs(
+    composer: Composer, cfg: DictConfig, jobs: JobComposer, combinations: Sequence[list[str]]
+) -> CompleteJobs:
+    """Check the configuration of every combination that is not complete, and return those that are.
+
+    Raises:
+        ConfigError: one line for each mistake; two jobs in one folder are one.
+    """
+    problems, complete, folders = _Problems(elsewhere=_slurm(cfg)), CompleteJobs(), dict[Path, str]()
+    root, steady = folder_of(cfg, "hydra.sweep.dir"), named_by_overrides(cfg)
+    bar = tqdm(combinations, "checking", unit=" runs", disable=None, delay=1, leave=False)  # on a terminal alone
+    for number, overrides in enumerate(bar):
         try:
-            job = composer.compose_job(cfg, overrides)
-            with open_dict(job.hydra.job):
-                job.hydra.job.num, job.hydra.job.id = number, str(number)
-            folder, text = folder_of(job, "hydra.sweep.subdir"), " ".join(overrides)
-            if folder in folders:
-                raise ConfigError(f"'{folders[folder]}' and '{text}' would share the folder {folder}")
-            folders[folder] = text
-            _refuse_linked(root, folder)
-            found.append(job)
+            job = composer.explained(overrides, partial(jobs.plain, cfg, overrides, number))
+            text = " ".join(overrides)
+            if job.folder in folders:
+                raise ConfigError(f"'{folders[job.folder]}' and '{text}' would share the folder {job.folder}")
+            folders[job.folder] = text
+            _refuse_linked(root, job.folder)
+            if not (steady and complete.add(overrides, root / job.folder, job)):
+                problems.look_at(job)
         except ConfigError as error:
-            found.append(error)
-    return found
+            problems.look_at(error)
+    problems.raise_any()
+    replace_text(root / JOBS, "".join(f"{folder}\n" for folder in folders), flush=False)  # what `clrun status` counts
+    return complete
 
 
 def _refuse_linked(root: Path, inner: Path) -> None:
@@ -331,11 +322,10 @@ def _refresh(folder: Path, show: Callable[[str], None]) -> None:
         show(f"\n{text}\n\nresults: {folder}")
 
 
-def _failure(job: JobReturn) -> str:
+def _failure(job: Failure) -> str:
     """Return one line about a failed job; remove its folder if it is empty."""
-    error, folder = job._return_value, Path(job.hydra_cfg.hydra.runtime.output_dir)  # type: ignore[union-attr]
-    remove_empty([folder])
-    mistake = isinstance(error, ConfigError)
-    what = masked(one_line(error)) if mistake else f"{type(error).__name__}: {masked(one_line(error))}"
-    log = folder / "clrun.log"
-    return f"{' '.join(job.overrides or [])}: {what}{f' (see {log})' if log.exists() else ''}"
+    remove_empty([job.folder])
+    reason = masked(one_line(job.error))
+    what = reason if isinstance(job.error, ConfigError) else f"{type(job.error).__name__}: {reason}"
+    log = job.folder / "clrun.log"
+    return f"{' '.join(job.overrides)}: {what}{f' (see {log})' if log.exists() else ''}"

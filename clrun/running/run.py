@@ -6,6 +6,7 @@ from typing import Any
 
 from clrun.config.job import JobInfo
 from clrun.data.order_search import adversarial
+from clrun.data.scenarios import task_ids
 from clrun.results.identity import config_hash, differing_keys
 from clrun.results.records import RunFolder
 from clrun.running.build import Built, build, check_without_building
@@ -18,13 +19,25 @@ from clrun.system.errors import ConfigError, collecting_warnings
 from clrun.system.hardware import launch
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config) -> int | None:
     """Find mistakes in a configuration that need the data or the machine, before any run starts; build no backbone.
+
+    Returns:
+        The number of tasks, when configurations that differ in the task order alone need `check_order` alone.
 
     Raises:
         ConfigError: one was found; nothing was written.
     """
-    check_without_building(Parts(config))
+    return check_without_building(Parts(config))
+
+
+def check_order(config: Config, tasks: int) -> None:
+    """Check the task order of a configuration with so many tasks.
+
+    Raises:
+        ConfigError: it is no order of them.
+    """
+    task_ids(Parts(config).task_order, tasks)
 
 
 def run_config(config: Config, out: Path, *, job: JobInfo) -> float:

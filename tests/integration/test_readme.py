@@ -216,10 +216,8 @@ def _forget() -> None:
 def starts(inside, monkeypatch) -> list[Any]:
     """The runs that the command line would start; data, weights and machines are not looked at."""
     starts: list[Any] = []
-    monkeypatch.setattr(jobs, "_single", lambda composer, cfg, *, main: starts.append(cfg))
-    monkeypatch.setattr(
-        jobs._FailureCollector, "launch", lambda self, batch, initial_job_idx: starts.extend(batch) or []
-    )
+    monkeypatch.setattr(jobs, "_single", lambda composer, cfg, job, *, main: starts.append(cfg))
+    monkeypatch.setattr(jobs.Collector, "launch", lambda self, batch, initial_job_idx: starts.extend(batch) or [])
     monkeypatch.setattr(clrun.running.run, "preflight", lambda config: None)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     return starts

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SMALL = (
     "backbone=cnn",
@@ -40,7 +43,7 @@ def test_orders_are_compared_by_task(command, tmp_path: Path) -> None:
     assert [line.split()[0] for line in table] == ["simplecil", "finetune"], "best first"
 
 
-def test_what_is_finished_is_not_run_again(command, tmp_path: Path) -> None:
+def test_what_is_finished_is_not_run_again(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = ("-m", "method=finetune", "seed=0,1", *SMALL, "hydra.sweep.dir=s")
     assert command(*sweep)[0] == 0
     before = {path: path.stat().st_mtime_ns for path in Path("s").glob("*/*") if path.is_file()}
@@ -53,6 +56,28 @@ def test_what_is_finished_is_not_run_again(command, tmp_path: Path) -> None:
     after = {path: path.stat().st_mtime_ns for path in Path("s").glob("*/*") if path.is_file()}
     changed = {path.parent.name for path in before if before[path] != after.get(path)}
     assert changed == {victim.name}
+    monkeypatch.setitem(sys.modules, "clrun.running.run", None)  # a complete sweep is noticed without what runs it
+    code, out, _ = command(*sweep)
+    assert code == 0 and "2 of 2 runs were complete already" in out and "finetune" in out
+    assert command("status", "s")[1].startswith("s: 2 runs: 2 completed\n")
+    assert command(*sweep, "budget.optimizer.lr=0.3")[0] == 1  # another configuration would run
+
+
+def test_files_of_complete_runs_that_have_changed_are_told(command, tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        for label, start in (("a", 0), ("b", 9)):
+            (tmp_path / "data" / name / label).mkdir(parents=True)
+            for k in range(3):
+                pixels = np.full((8, 8, 3), 10 * k + start + 100 * (name == "test"), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / name / label / f"{k}.png")
+    data = ("dataset=folder", f"dataset.root={tmp_path}/data", "dataset.images.size=8", "scenario.n_tasks=2")
+    sweep = ("-m", "method=finetune", "seed=0,1", *data, *SMALL, "hydra.sweep.dir=s")
+    assert command(*sweep)[0] == 0
+    assert "note:" not in command(*sweep)[1]
+    (tmp_path / "data" / "test" / "a" / "0.png").unlink()
+    [note] = [line for line in command(*sweep)[1].splitlines() if line.startswith("note: the data")]
+    assert note.startswith("note: the data have changed since this run: 1 test row gone")
+    assert note.endswith("[2 of 2 runs]")
 
 
 def test_a_failing_job_is_listed_and_stops_nobody(command, tmp_path: Path) -> None:
