@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_texts, assert_same, born, context, cpu, factory, image_stream, live, tiny_writer
+from helpers import as_texts, assert_same, born, context, cpu, factory, image_stream, live, sgd, tiny_writer
 from torch import Tensor, nn
 
 from clrun.data.captions import Captions
@@ -168,6 +168,28 @@ def test_prompts_of_earlier_tasks_and_the_network_stay_bit_for_bit() -> None:
     assert_same(before, method.backbone.state_dict())
     of_first = {r["correct"] for r in recorded if r["task_position"] == 0}
     assert len(of_first) == 1 and len(kept) == 3, "nothing is forgotten"
+
+
+def test_a_prompt_acts_after_its_task_as_behind_its_network() -> None:
+    method, stream = born(factory("progressive_prompts", length=3, bottleneck=5), named(setting="til"))
+    x, task = some_rows(stream), stream.tasks[0]
+    ctx = context(stream, 0, budget=sgd(epochs=1, lr=0.1))
+    method.begin_task(task, ctx)
+    start = [p.detach().clone() for p in method.trainable()]
+    assert [tuple(p.shape) for p in start] == [(3, 16), (5, 16), (5,), (16, 5), (16,), (16,), (16,)]
+    method.learn(task, ctx)
+    assert not any(torch.equal(a, b) for a, b in zip(start, method.trainable(), strict=True)), "all of them are trained"
+    own, network = method.prompts[0].detach().clone(), method.residual
+    inner = nn.functional.linear(
+        nn.functional.linear(own, network[0].weight, network[0].bias).relu(), network[2].weight
+    )
+    expected = own + nn.functional.layer_norm(inner + network[2].bias, (16,), network[3].weight, network[3].bias)
+    before = method.eval()(x, 0)
+    method.end_task(task, ctx)
+    torch.testing.assert_close(method.prompts[0].detach(), expected)
+    assert method.residual is None and torch.equal(method(x, 0), before)
+    method.begin_task(stream.tasks[1], context(stream, 1))
+    assert torch.equal(method.eval()(x, 0)[:, :2], before[:, :2]), "a new network does not touch it"
 
 
 def test_prompts_stand_before_the_text_newest_first() -> None:
