@@ -29,6 +29,8 @@ ATTEMPTS = (
     ["scenario.setting=til"],
     ["scenario.setting=til", "backbone=cnn"],
     ["scenario.setting=cil", "backbone=glyph_clip"],
+    ["scenario.setting=cil", "dataset=text_synthetic", "backbone=t5_tiny"],
+    ["scenario.setting=til", "dataset=text_synthetic", "backbone=t5_tiny"],
 )
 SWEEP = ["-m", "backbone=cnn", "method=finetune,er,ewc,simplecil", "task_order=random", "task_order.seed=range(3)"]
 

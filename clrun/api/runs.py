@@ -55,7 +55,7 @@ class Cost:
         parameters: after the last task; None when unknown.
         trainable: parameters that training moved in the last task; None when unknown.
         state_bytes: everything the method keeps after the last task; None when unknown.
-        flops_per_image: of one forward pass; None when unknown.
+        flops_per_image: of one forward pass of one row: an image, or a text as long as the run's; None when unknown.
         tasks: one mapping per learned task, as in run.json.
     """
 

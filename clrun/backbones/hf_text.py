@@ -216,7 +216,7 @@ def loaded(load: Callable[..., Any], place: Path | str, download: bool) -> Any:
     """
     try:
         return load(str(place), local_files_only=not download, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # the library, its formats and the network have many kinds
         raise ConfigError(f"backbone.folder: {place} cannot be read ({first_line(error)[:200]})") from error
 
 

@@ -261,9 +261,11 @@ def dataset_sequence(
         ConfigError: the data set has no parts, or parts of the other kind.
     """
     if not dataset.parts:
+        unit = modality_of(dataset).unit
+        source = "a table with a column of domains (dataset=text_table)" if unit == "text" else "dataset=folder_domains"
         raise ConfigError(
             f"scenario=dataset_sequence: {dataset.name} does not consist of several data sets or domains; "
-            "use another scenario, or dataset=folder_domains for domains of your own"
+            f"use another scenario, or {source} for domains of your own"
         )
     classes = [sorted(set(part.train.y.tolist())) for part in dataset.parts]
     disjoint = sum(map(len, classes)) == len({label for own in classes for label in own})

@@ -163,8 +163,8 @@ HEADINGS = (
 
 LOGME = (
     "LogME",
-    "log evidence per training image of a linear model on the frozen features, in nats; higher is better; comparable "
-    "for the same images and labels only",
+    "log evidence per training row of a linear model on the frozen features, in nats; higher is better; comparable "
+    "for the same rows and labels only",
 )
 
 

@@ -267,10 +267,8 @@ def comparison_table(lines: Sequence[Line]) -> str:
     table.append("acc: final average accuracy in points; sd: standard deviation over orders (seeds averaged first).")
     table.append("AOPD, MOPD: mean and largest range of a task's final accuracy over the orders; lower is better.")
     if scored:
-        table.append(
-            "LogME: log evidence per training image of a linear model on the frozen features; higher is better;"
-        )
-        table.append("comparable for the same images and labels only.")
+        table.append("LogME: log evidence per training row of a linear model on the frozen features; higher is better;")
+        table.append("comparable for the same rows and labels only.")
     return "\n".join(table)
 
 

@@ -9,10 +9,18 @@ from helpers import METHODS
 from clrun.api import ConfigError, load, run
 
 SHORT = {"job": {"max_tasks": 2, "max_steps": 3, "save_predictions": "final", "save_model": True, "picture": False}}
-# Few test images: each is predicted several times, by a transformer in most runs.
-SMALL = "dataset=synthetic dataset.image_shape=[1,8,8] dataset.train_rows=20 dataset.test_rows=6"
+# Few test rows: each is predicted several times, by a transformer in most runs.
+IMAGES = "dataset=synthetic dataset.image_shape=[1,8,8] dataset.train_rows=20 dataset.test_rows=6"
+TEXTS = "dataset=text_synthetic dataset.train_rows=20 dataset.test_rows=6 backbone=t5_tiny"
 # Tried in turn until one suits the method, as in scripts/byte_identity.py.
-ATTEMPTS = ("scenario.setting=cil", "scenario.setting=til", "scenario.setting=til backbone=cnn", "backbone=glyph_clip")
+ATTEMPTS = (
+    f"{IMAGES} scenario.setting=cil",
+    f"{IMAGES} scenario.setting=til",
+    f"{IMAGES} scenario.setting=til backbone=cnn",
+    f"{IMAGES} backbone=glyph_clip",
+    f"{TEXTS} scenario.setting=cil",
+    f"{TEXTS} scenario.setting=til",
+)
 # What cannot be rebuilt from tensors alone, and what the refusal says of it.
 REBUILT, MORE = "cannot be rebuilt from tensors alone", "with these tensors predicts otherwise than the run's"
 CHECKPOINT_ONLY = {"aper": REBUILT, "ebll": REBUILT, "fish": REBUILT, "halrp": REBUILT, "progress_compress": REBUILT}
@@ -27,24 +35,23 @@ def short_run(method, folder):
     mistakes = []
     for attempt in ATTEMPTS:
         try:
-            return run(
-                f"{SMALL} {attempt}", method=method, folder=folder, progress=False, hardware={"threads": 1}, **SHORT
-            )
+            return run(attempt, method=method, folder=folder, progress=False, hardware={"threads": 1}, **SHORT)
         except ConfigError as error:
             mistakes.append(str(error))
     raise AssertionError(mistakes)
 
 
 def agrees(done, learner):
-    """Whether the learner's predictions for the stored test images are those of predictions.csv, exactly."""
+    """Whether the learner's predictions for the stored test rows are those of predictions.csv, exactly."""
     saved = done.predictions()
+    read = learner.test_texts if learner.input.startswith("texts") else learner.test_images
     for task in done.order:
-        images, labels = learner.test_images(task)
+        rows, labels = read(task)
         own = saved[saved.task == task]
         np.testing.assert_array_equal(own.label, labels)
         for setting in set(own.columns) & {"cil", "til"}:
             told = task if setting == "til" else None
-            np.testing.assert_array_equal(learner.predict(images, task=told).labels, own[setting], f"{setting} {task}")
+            np.testing.assert_array_equal(learner.predict(rows, task=told).labels, own[setting], f"{setting} {task}")
 
 
 @pytest.mark.parametrize("method", CASES)

@@ -1,3 +1,4 @@
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -124,3 +125,11 @@ def test_what_cannot_be_used_is_refused(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         configured("backbone", "hf_text", folder=str(tmp_path))((16,))
+
+
+def test_damaged_weights_are_one_line(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "Bert", tmp_path / "Bert")
+    for content in (b"", b"junk", (folders / "Bert" / "model.safetensors").read_bytes()[:-9]):
+        (tmp_path / "Bert" / "model.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match="^backbone.folder: .*Bert cannot be read .[^\\n]+.$"):
+            built(tmp_path, "Bert")

@@ -421,6 +421,24 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         folder(tmp_path / "parts")
 
 
+def test_parts_and_encodings_that_cannot_be(tmp_path: Path) -> None:
+    content = "text,label\n" + "".join(f"word {k},{'ab'[k % 2]}\n" for k in range(12))
+    with pytest.raises(
+        ConfigError, match="rows.csv: there are no training texts; add some, or set a smaller dataset.test"
+    ):
+        table(tmp_path / "rows.csv", content, test_fraction=1.0)
+    listed = content.replace("label", "label,split", 1).replace(",a\n", ",a,train\n").replace(",b\n", ",b,test\n")
+    with pytest.raises(ConfigError, match="only the test part has the classes b; add training texts"):
+        table(tmp_path / "rows.csv", listed)
+    for name in ("idna", "unicode_escape", "rot13"):
+        with pytest.raises(ConfigError, match=f"^dataset.encoding: there is no encoding '{name}'; use one of Python"):
+            table(tmp_path / "rows.csv", content, encoding=name)
+    with pytest.raises(
+        ConfigError, match="use another scenario, or a table with a column of domains .dataset=text_table"
+    ):
+        dataset_sequence(table(tmp_path / "rows.csv", content), canonical, Plain(), setting="dil")
+
+
 # --- tables of the library `datasets`
 
 

@@ -75,7 +75,7 @@ def match(known: Sequence[str], names: Sequence[str], *, where: str, part: str, 
         ConfigError: a name is not among the known ones, or differs from one only in case.
     """
     ids = {name: label for label, name in enumerate(known)}
-    alone = [name for name in map(composed, names) if name not in ids]
+    alone = [name for name in dict.fromkeys(map(composed, names)) if name not in ids]
     folded = {name.casefold(): name for name in known}
     for name in alone:
         if twin := folded.get(name.casefold()):

@@ -5,6 +5,7 @@ function of plain options, so that configurations stay flat: `dataset.val_fracti
 `conf/dataset/_options/`.
 """
 
+import codecs
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from clrun.data.reading.class_names import Sort
 from clrun.data.schema import Schema
 from clrun.data.stream import Dataset
 from clrun.system.errors import ConfigError, Fraction, PositiveInt
+
+ESCAPES = ("idna", "punycode", "raw-unicode-escape", "unicode-escape")  # no encodings of files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +204,8 @@ class OwnTextReading(TextReading):
         """Refuse an unknown encoding before any file is read."""
         super().__post_init__()
         try:
+            if codecs.lookup(self.encoding).name in ESCAPES:
+                raise LookupError
             "".encode(self.encoding)
         except (LookupError, ValueError) as error:
             raise ConfigError(

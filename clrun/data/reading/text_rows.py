@@ -143,6 +143,8 @@ def from_texts(
     parts, said = row_parts(
         where, [r.split for r in rows], [r.key for r in rows], splits, reading.test_fraction, "text"
     )
+    if not parts["train"]:
+        raise ConfigError(f"{where}: there are no training texts; add some, or set a smaller dataset.test_fraction")
     if classes is None:
         classes = in_order(distinct((rows[k].label for k in parts["train"]), where), reading.sort)
     classes = [composed(label.strip()) for label in classes]
