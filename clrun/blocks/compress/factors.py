@@ -247,6 +247,8 @@ class Factorised(Compressor):
     def compress(self, evidence: Evidence) -> dict[str, Compressed]:
         """Return the factorised layers; a layer of full rank stays as it is."""
         matrices = {name: evidence.weight(name).flatten(1).double() for name in evidence.layers}
+        if self.scope == "layer" and all(self._is_reached(name, x, evidence) for name, x in matrices.items()):
+            return {}
         fisher = self.importance(evidence)
         ranks = self.ranks(matrices, fisher, evidence)
         found = {}
@@ -259,6 +261,11 @@ class Factorised(Compressor):
                 form = LowRank(tuple(evidence.weight(name).shape), left, right)
                 found[name] = Compressed(form, form.weight, facts)
         return found
+
+    def _is_reached(self, name: str, matrix: Tensor, evidence: Evidence) -> bool:
+        """Return whether a layer has the rank of a target for each layer, or keeps its full rank under it."""
+        rank, old = self.rank_of(*matrix.shape), evidence.forms.of(name)
+        return rank >= min(matrix.shape) or (isinstance(old, LowRank) and old.rank <= rank)
 
     def ranks(self, matrices: Mapping[str, Tensor], fisher: Mapping[str, Tensor], evidence: Evidence) -> dict[str, int]:
         """Return the rank of each layer.
