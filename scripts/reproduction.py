@@ -57,7 +57,7 @@ def page():
     parts = [HEAD, "## Published and not run here\n"]
     header = ["method", "published", "command", "state"]
     parts.append(table(header, [[f"`{n}`", *row] for n in names for row in published[n]]))
-    parts.append("\nNo published number in a setting that clrun has is known to us for " + listed(without) + ".")
+    parts.append("\nThere is no preset, and no published number is known to us, for " + listed(without) + ".")
     parts.append("\n## Obtained here\n")
     header = ["method", "final average accuracy", "AOPD", "table", "command"]
     parts.append(table(header, [[f"`{n}`", *row] for n in names for row in obtained.get(n, ())]))
@@ -68,15 +68,17 @@ def page():
 
 
 def presets(method):
-    """Yield (published, command, state) of each preset of a method that quotes a number."""
+    """Yield (published, command, state) of each preset of a method."""
     for path in sorted((CONF / "experiment").glob("*.yaml")):
         text = path.read_text()
         chosen = overrides(text)
         title, *rest = [line.lstrip("# ") for line in text.splitlines()[1:] if line.startswith("#")]
+        if chosen.get("method") != method:
+            continue
         quote = re.search(r"(Published\b.*?|Last accuracy published.*?)(?:\. (?=[A-Z])|\.?$)", " ".join(rest))
-        if chosen.get("method") == method and quote:
-            words = f"{title}: {quote[1][0].lower()}{quote[1][1:]}"
-            yield sentence(words), f"`clrun experiment={path.stem}`", state(chosen)
+        words = title if re.search(r"\d published", title) else f"{title}: no number is quoted"
+        words = f"{title}: {quote[1][0].lower()}{quote[1][1:]}" if quote else words
+        yield sentence(words), f"`clrun experiment={path.stem}`", state(chosen)
 
 
 def overrides(text):
