@@ -76,7 +76,7 @@ def presets(method):
         if chosen.get("method") != method:
             continue
         quote = re.search(r"(Published\b.*?|Last accuracy published.*?)(?:\. (?=[A-Z])|\.?$)", " ".join(rest))
-        words = title if re.search(r"\d published", title) else f"{title}: no number is quoted"
+        words = title if re.search(r"\d (published|measured)", title) else f"{title}: no number is quoted"
         words = f"{title}: {quote[1][0].lower()}{quote[1][1:]}" if quote else words
         yield sentence(words), f"`clrun experiment={path.stem}`", state(chosen)
 
