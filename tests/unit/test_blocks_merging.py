@@ -179,6 +179,19 @@ def test_means_are_the_weighted_means_of_all_models() -> None:
     close(merged(rule_of("wise_ft", alpha=None, anchor="previous"), (1, 2, 3)), merged(Mean(), (1, 2, 3)))
 
 
+@pytest.mark.parametrize(
+    "name", ["mean", "fisher", "fisher plain", "imm_mean", "imm_mode", "regmean", "regmean damped"]
+)
+def test_a_weight_of_two_counts_as_the_same_model_twice(name: str) -> None:
+    heavy, twice = RULES[name](), RULES[name]()
+    for rule, second in ((heavy, (2.0,)), (twice, (1.0, 1.0))):
+        rule.begin(model(0), linear=["layer.weight"])
+        rule.add(model(1), evidence(1), key=1)
+        for weight in second:
+            rule.add(model(2), evidence(2), key=2, weight=weight)
+    close(heavy.value(model(2)), twice.value(model(2)), 1e-10)
+
+
 @pytest.mark.parametrize("rule", [rule_of("fisher"), rule_of("fisher", normalise=False), ImmMode()])
 def test_equal_fisher_information_gives_the_mean(rule: Merge) -> None:
     for seed in (1, 2, 3):
