@@ -92,6 +92,7 @@ class Adapted(TextEncoder):
         super().__init__(
             features, encoder.tokenizer, max_tokens=encoder.max_tokens, head=encoder.head, kappa=encoder.kappa
         )
+        self.negatives = encoder.negatives
         self.encoder, self.part = encoder.requires_grad_(False).eval(), part
         self.captions: tuple[Tensor, ...] | None = None
         self.weights_read = getattr(encoder, "weights_read", None)

@@ -14,7 +14,6 @@ factors find it.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from clrun.data.tokens import Tokenizer
 from clrun.system.errors import ConfigError
 
-Head = Literal["linear", "fixed", "live", "init"]
+Head = str  # one of HEADS, or "live_K"
+HEADS = ("linear", "fixed", "init", "live")
 TEXTS_AT_ONCE = 256  # of an encoding without gradients
 
 
@@ -99,6 +99,20 @@ class Block(nn.Module):
         return found
 
 
+def _parsed(head: Head) -> tuple[str, int | None]:
+    """Return the kind of a head, and the K of "live_K".
+
+    Raises:
+        ConfigError: there is no such head.
+    """
+    kind, _, count = head.partition("_")
+    if kind == "live" and re.fullmatch("[1-9][0-9]{0,8}", count):
+        return kind, int(count)
+    if head not in HEADS:
+        raise ConfigError(f"backbone.head: '{head}' is none of {', '.join(HEADS)}, live_1, live_2, ...")
+    return head, None
+
+
 class TextEncoder(nn.Module):
     """What text backbones have in common: a tokenizer, and names of classes encoded by the backbone itself.
 
@@ -110,14 +124,22 @@ class TextEncoder(nn.Module):
         tokenizer: turns texts into token ids.
         max_tokens: the longest row of ids, special tokens included.
         head: of methods that train a head: "linear", or with encoded class names as rows ("fixed", "live", "init").
+            "live_K" encodes in each step of training the names of the classes of the batch and of K others.
         kappa: factor of the cosines between features and class names.
+
+    Attributes:
+        negatives: K; None for all names.
+
+    Raises:
+        ConfigError: there is no such head.
     """
 
     def __init__(self, num_features: int, tokenizer: Tokenizer, *, max_tokens: int, head: Head, kappa: float) -> None:
         super().__init__()
         self.num_features = num_features
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self.head, self.kappa = head, kappa
+        self.head, self.negatives = _parsed(head)
+        self.kappa = kappa
 
     @property
     def joint(self) -> "TextEncoder | None":

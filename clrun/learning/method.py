@@ -185,7 +185,10 @@ class Method(nn.Module):
 
     def loss(self, batch: Batch, ctx: Context) -> Tensor:
         """Return the training loss [] of a prepared batch."""
-        return masked_cross_entropy(self(batch.x), batch.y, self.competing(batch.t, ctx))
+        competing = self.competing(batch.t, ctx)
+        if isinstance(self.head, NamesHead) and self.head.negatives is not None:
+            competing = competing & self.head.sample(batch.y, competing)
+        return masked_cross_entropy(self(batch.x), batch.y, competing)
 
     def adjust_gradients(self, ctx: Context) -> None:
         """Change `.grad` between backward (averaged over processes) and the optimizer step."""

@@ -55,6 +55,8 @@ class NamesHead(GrowingHead):
         names: "fixed": rows are computed once and stay. "init": they are trained from there. "live": rows follow the
             text tower: in training mode they are encoded with gradients, in each call, from the first template of
             the classes in `active`; in eval mode from all templates, once per change of the text tower.
+        negatives: K, with "live": each training pass encodes the classes of its batch and K others, see `sample`; None
+            for all that compete.
 
     Attributes:
         captions: names and templates of the classes; `read` sets them.
@@ -65,12 +67,13 @@ class NamesHead(GrowingHead):
 
     start: Tensor | None
 
-    def __init__(self, backbone: nn.Module, num_classes: int, *, names: Names) -> None:
+    def __init__(self, backbone: nn.Module, num_classes: int, *, names: Names, negatives: int | None = None) -> None:
         joint: Any = backbone.joint
         super().__init__(joint.dim, num_classes, bias=False)
         self.names, self._of = names, (backbone,)  # in a tuple, because the backbone is no part of the head
         self.captions: Captions | None = None
         self.active: list[int] | None = None
+        self.negatives = negatives
         self.weight.requires_grad_(names == "init")
         self.register_buffer("start", None)
         self._made_from: tuple[Any, ...] = ()
@@ -121,6 +124,40 @@ class NamesHead(GrowingHead):
         if self._tokens is None or self._tokens[0] != classes:
             self._tokens = classes, self.joint.tokenize([self.captions.of(label)[0] for label in classes])
         return F.normalize(self.joint.encode_text(self._tokens[1]), dim=1)
+
+    def sample(self, y: Tensor, competing: Tensor) -> Tensor:
+        """Choose the classes that the next training pass encodes: those of its rows, and at most K others.
+
+        Args:
+            y: [B] long, class ids of the rows.
+            competing: [B, C] bool, the classes that compete for each row.
+
+        Returns:
+            [C] bool, the classes that were chosen.
+        """
+        chosen = torch.zeros(len(self.weight), dtype=torch.bool, device=y.device)
+        chosen[y] = True
+        others = (competing.any(dim=0) & ~chosen).nonzero()[:, 0]
+        chosen[others[torch.randperm(len(others))[: self.negatives].to(others.device)]] = True
+        self.active = chosen.nonzero()[:, 0].tolist()
+        return chosen
+
+    def _sampled(self) -> list[int] | None:
+        """Return the classes that this training pass encodes; None for all that have been grown.
+
+        Raises:
+            ConfigError: they are to be sampled, and the method has not done it.
+        """
+        active = self.active
+        if self.negatives is None:
+            return active
+        if active is None:
+            raise ConfigError(
+                f"backbone.head: this method has a loss of its own, which samples no names (live_{self.negatives}); "
+                "set it to live"
+            )
+        self.active = None  # each pass has a sample of its own
+        return active
 
     def final_texts(self, classes: list[int]) -> Tensor:
         """Return w [k, d] of classes without gradients, as predictions use it: all templates."""
@@ -175,7 +212,8 @@ class NamesHead(GrowingHead):
         if not self.training:
             self.refresh()
             return self.weight
-        classes = self.initialised.nonzero()[:, 0].tolist() if self.active is None else self.active
+        active = self._sampled()
+        classes = self.initialised.nonzero()[:, 0].tolist() if active is None else active
         texts = self.texts(classes)
         if len(texts) == len(self.weight) and classes == list(range(len(classes))):
             return texts
@@ -222,7 +260,8 @@ def has_names(backbone: nn.Module) -> bool:
 def new_head(backbone: nn.Module, num_classes: int) -> GrowingHead:
     """Return the head that methods train on features of a backbone: linear, or of names as its `joint` space asks."""
     if has_names(backbone):
-        return NamesHead(backbone, num_classes, names=backbone.joint.head)  # type: ignore[union-attr, arg-type]
+        joint: Any = backbone.joint
+        return NamesHead(backbone, num_classes, names=joint.head, negatives=getattr(joint, "negatives", None))
     return GrowingHead(int(backbone.num_features), num_classes)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from clrun.data.captions import Captions
 from clrun.learning.method import Method
 from clrun.learning.names import NamesHead
+from clrun.system.errors import ConfigError
 
 NAMES = ("red stone", "blue sky", "green leaf", "old tree", "warm sun", "dark night")
 CAPTIONS = Captions(NAMES, (("{}",),) * 6)
@@ -106,6 +107,47 @@ def test_rows_that_follow_the_backbone_are_encoded_with_gradients() -> None:
     batch = next(tasks.tasks[2].train.batches(8))
     method.loss(batch, ctx).backward()
     assert method.backbone.word.weight.grad is not None
+
+
+def test_sampled_names_are_those_of_the_batch_and_some_others() -> None:
+    method, tasks = learner("live_1"), stream()
+    assert isinstance(method.head, NamesHead) and (method.head.names, method.head.negatives) == ("live", 1)
+    live(method, tasks)
+    torch.testing.assert_close(method.eval().head.rows(), texts_of(method), rtol=1e-4, atol=1e-5)
+    ctx, batch = context(tasks, 2), next(tasks.tasks[2].train.batches(1))
+    encoded: list[int] = []
+    encode = method.backbone.encode_text
+    method.backbone.encode_text = lambda ids: encoded.append(len(ids)) or encode(ids)
+    found = set()
+    for seed in range(16):
+        torch.manual_seed(seed)
+        loss = method.train().loss(batch, ctx)
+        torch.manual_seed(seed)
+        chosen = method.head.sample(batch.y, method.competing(batch.t, ctx)).nonzero()[:, 0].tolist()
+        found |= {k for k in chosen if k != int(batch.y)}
+        logits = method.backbone.kappa * F.normalize(method.backbone(batch.x), dim=1) @ texts_of(method)[chosen].T
+        label = torch.tensor([chosen.index(int(batch.y))])
+        torch.testing.assert_close(loss, F.cross_entropy(logits, label), rtol=1e-3, atol=1e-4)
+    assert found == {k for k in range(6) if k != int(batch.y)}, "every class that competes is drawn at times"
+    assert encoded[0] == 2, "two names are encoded in a step"
+
+
+def test_a_sample_of_all_names_is_the_head_that_encodes_all() -> None:
+    whole, sampled = learner("live"), learner("live_9")
+    ctx = context(stream(), 2)
+    for method in (whole, sampled):
+        for task in stream().tasks:
+            method.begin_task(task, context(stream(), task.index))
+        method.train()
+    batch = next(stream().tasks[2].train.batches(8))
+    assert torch.equal(whole.loss(batch, ctx), sampled.loss(batch, ctx))
+    with pytest.raises(ConfigError, match="^backbone.head: this method has a loss of its own, which samples no names"):
+        sampled(batch.x)
+    for wrong in ("live_0", "live_x", "fixed_2", "lives"):
+        with pytest.raises(
+            ConfigError, match=f"^backbone.head: '{wrong}' is none of linear, fixed, init, live, live_1"
+        ):
+            encoder(wrong)
 
 
 def test_a_restored_learner_has_its_rows() -> None:
