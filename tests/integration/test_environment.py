@@ -100,6 +100,6 @@ def test_plugins_in_the_working_folder_are_used_only_when_asked_for(tmp_path, re
         done = clrun(tmp_path, *words)
         assert done.returncode == 0 and not (tmp_path / "ran").exists(), done.stderr
         asked = "if you trust it, set CLRUN_HYDRA_PLUGINS=1" in done.stderr
-        assert asked == (words[0] != "list")
+        assert asked == (words[0] == "--cfg")  # the others read files of choices alone
     assert clrun(tmp_path, "--cfg", "job", CLRUN_HYDRA_PLUGINS="1").returncode == 0
     assert (tmp_path / "ran").exists()

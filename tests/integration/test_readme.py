@@ -281,8 +281,8 @@ def test_command_composes(command, starts, capsys) -> None:
             assert capsys.readouterr().out.strip() and not starts
         case ["clrun", "merge", *_]:
             assert _call(["merge", "nowhere"]) == 2  # merging has its own tests
-        case ["clrun", "report", *_]:
-            assert _call(["report", "nowhere"]) == 2  # reports are written below
+        case ["clrun", "report" | "status" as name, *_]:
+            assert _call([name, "nowhere"]) == 2  # reports are written below
         case ["clrun", *arguments]:
             said = re.search(rf"^{re.escape(command)}$\n```\n\nruns (\d+) jobs", text, re.M)
             assert _call(arguments if said else _shorter(arguments)) == 0
