@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clrun.blocks.compress.base import FORMS, pack_state, unpack_state
-from clrun.blocks.params import Params, clone, select
+from clrun.blocks.params import Params, clone, select, shapes_of
 from clrun.data.features import FeatureBackbone
 from clrun.data.identity import identify
 from clrun.data.split import Split, Transform
@@ -252,7 +252,7 @@ def _load_packed(method: Method, path: Path, metadata: Mapping[str, str]) -> Non
     """
     from safetensors.torch import load_file
 
-    state, forms = unpack_state(load_file(str(path)), metadata[PACKED])
+    state, forms = unpack_state(load_file(str(path)), metadata[PACKED], shapes_of(method.state_dict()))
     missing, unexpected = method.load_state_dict(state, strict=False)
     if unexpected or set(missing) - set(metadata):  # the metadata have the names of tensors that share memory
         raise RuntimeError(f"tensors {', '.join([*unexpected, *missing])} do not fit")

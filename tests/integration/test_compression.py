@@ -41,7 +41,12 @@ def rows(out, phase):
     return [line for line in (out / "accuracy.csv").read_text().splitlines() if line.endswith(f",{phase}")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The stage is the same for all kinds, and what differs is tried without a run in test_blocks_compress.
+OFTEN = ("svd", "obc_quant")
+SELDOM = [kind if kind in OFTEN else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", SELDOM)
 def test_a_run_records_what_it_has_compressed_and_resumes_byte_for_byte(kind, tmp_path):
     options = ("method=er", f"compress={kind}", *KINDS[kind], *SHORT)
     run(tmp_path / "whole", *options)
@@ -78,7 +83,7 @@ def plain(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("kind", NEUTRAL)
+@pytest.mark.parametrize("kind", [k if k in OFTEN else pytest.param(k, marks=pytest.mark.slow) for k in NEUTRAL])
 def test_a_neutral_target_is_bit_for_bit_the_plain_run(kind, plain, tmp_path):
     run(tmp_path, "method=er", f"compress={kind}", *FEW, *NEUTRAL[kind].split(), *SHORT)
     assert (tmp_path / "accuracy.csv").read_bytes() == (plain / "accuracy.csv").read_bytes()
@@ -148,7 +153,7 @@ def weights_of(out):
     return learner.method.backbone.state_dict(), learner
 
 
-@pytest.mark.parametrize("kind", ["tfwsvd", "magnitude_prune", "obc_quant"])
+@pytest.mark.parametrize("kind", ["svd", "magnitude_prune", pytest.param("obc_quant", marks=pytest.mark.slow)])
 def test_a_saved_model_is_the_compressed_form_and_loads_bit_for_bit(kind, tmp_path):
     run(
         tmp_path,
@@ -270,6 +275,7 @@ def test_a_dry_run_says_what_will_be_compressed(tmp_path, capsys):
     assert "compress: obc_quant, 4 bits per layer, after each task: 1 layers (layers.conv2) with 18,432 of the " in out
 
 
+@pytest.mark.slow  # four runs
 def test_a_run_that_went_on_after_its_last_task_cannot_have_been_compressed_at_its_end(tmp_path):
     options = (
         "method=er",
@@ -312,9 +318,9 @@ def test_a_matrix_without_an_inverse_is_said_in_one_line(tmp_path):
         run(tmp_path, "method=er", *options, *SHORT)
 
 
-OFTEN = ("lwf", "gem", "slca")  # teachers, projected gradients, statistics of features; the others in the slow run
+SOME = ("lwf", "gem")  # teachers, projected gradients; the others in the slow run
 METHODS = [
-    name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow)
+    name if name in SOME else pytest.param(name, marks=pytest.mark.slow)
     for name in sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml"))
 ]
 

@@ -1,6 +1,7 @@
 """Compression of weights: closed forms, worked numbers, exactness of each removal, and forms that hold."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clrun.blocks.compress.base import Evidence, hold, install
+from clrun.blocks.compress.base import FORMS, Evidence, hold, install, unpack_state
 from clrun.blocks.compress.factors import (
     SOLVERS,
     entry_weighted,
@@ -375,6 +376,27 @@ def test_low_rank_is_held_near_the_best_approximation():
 
 def test_the_bits_of_a_pattern():
     assert [pattern_bits(*p) for p in ((2, 4), (1, 4), (4, 8), (1, 2))] == [3, 2, 7, 1]
+
+
+HOSTILE = {
+    "another shape": {"shape": [6, 4, 9]},
+    "a huge shape": {"shape": [10**9, 10**9]},
+    "too many patterns": {"pattern": [32, 64]},
+    "no such form": {"form": "Forms"},
+}
+
+
+@pytest.mark.parametrize("changed", HOSTILE.values(), ids=HOSTILE)
+def test_facts_that_do_not_fit_are_refused_before_memory_is_taken(changed):
+    _, form, weight, _ = next(each for each in some_forms() if each[0] == "2:4")
+    packed = {f"{FORMS}.layer.{name}": part for name, part in form.pack(weight).items()}
+    shapes = {"backbone.layer.weight": (6, 4, 3, 3)}
+    state, _ = unpack_state(packed, json.dumps({"layer": form.facts()}), shapes)
+    assert torch.equal(state["backbone.layer.weight"], weight)
+    with pytest.raises((ValueError, KeyError)):
+        unpack_state(packed, json.dumps({"layer": form.facts() | changed}), shapes)
+    with pytest.raises(ValueError, match="bits"):
+        Quantised.unpack({}, {"shape": [2, 2], "bits": 10**9, "symmetric": True})
 
 
 # --- compressors on a network

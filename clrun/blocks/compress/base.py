@@ -309,17 +309,26 @@ def pack_state(method: Method, state: dict[str, Tensor]) -> tuple[dict[str, Tens
     return packed, json.dumps(facts) if facts else ""
 
 
-def unpack_state(packed: Mapping[str, Tensor], facts: str) -> tuple[dict[str, Tensor], Forms]:
+def unpack_state(
+    packed: Mapping[str, Tensor], facts: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Tensor], Forms]:
     """Return the tensors that `pack_state` was given, those of the forms left out, and the forms.
+
+    Args:
+        packed: the tensors of a file, by name.
+        facts: what the file says about them; it may come from anywhere.
+        shapes: of the weights that the method has, by name in the method.
 
     Raises:
         KeyError: a tensor or a fact is missing.
-        ValueError: `facts` is no JSON, or the tensors do not fit it.
+        ValueError: `facts` is no JSON, or the tensors do not fit it or the method.
     """
     state = {key: tensor for key, tensor in packed.items() if not key.startswith(f"{FORMS}.")}
     forms = Forms()
     for layer, own in json.loads(facts).items():
         start = f"{FORMS}.{layer}."
+        if list(shapes[f"backbone.{layer}.weight"]) != own["shape"]:
+            raise ValueError(f"layer {layer} has another shape")
         parts = {
             key.removeprefix(start): tensor
             for key, tensor in packed.items()

@@ -202,6 +202,8 @@ class Sparse(Form):
         """Return the form and the weight."""
         shape, pattern = tuple(facts["shape"]), facts["pattern"] and tuple(facts["pattern"])
         rows, columns = shape[0], math.prod(shape[1:])
+        if pattern and math.comb(max(pattern[1], 0), max(pattern[0], 0)) > MOST_PATTERNS:
+            raise ValueError("the pattern has too many places")
         block, last = int(facts["block"]), bool(facts["channels_last"])
         if "weight" in parts:
             weight = parts["weight"]
@@ -278,6 +280,8 @@ class Quantised(Form):
     def unpack(cls, parts: Mapping[str, Tensor], facts: Mapping[str, Any]) -> tuple[Self, Tensor]:
         """Return the form and the weight."""
         shape, bits, symmetric = tuple(facts["shape"]), int(facts["bits"]), bool(facts["symmetric"])
+        if not 1 <= bits <= 8:
+            raise ValueError("the integers have another number of bits")
         codes = unpack_bits(parts["codes"], bits, math.prod(shape)).to(torch.uint8).view(shape[0], -1)
         steps = parts["steps"].cpu()
         middle = torch.full((shape[0],), 2 ** (bits - 1), dtype=torch.uint8)
