@@ -29,6 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from clrun.config.environment import masked, recorded, recorded_key, register
 from clrun.config.groups import GROUPS, OPTIONAL, RESERVED
 from clrun.config.plugins import hide_working_folder, mention_hidden
+from clrun.config.slurm import suit_slurm
 from clrun.results.identity import inside_hash
 from clrun.system.errors import ConfigError, did_you_mean, first_line, one_line
 from clrun.system.libraries import pip_install
@@ -107,6 +108,7 @@ class Composer:
         mention_hidden()
         initialized, composed = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
         GlobalHydra.instance().clear()
+        suit_slurm()
         try:
             yield cls(Hydra.create_main_hydra2("clrun", search_path), config_name or "config")
         finally:

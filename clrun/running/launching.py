@@ -14,6 +14,7 @@ from hydra.plugins.launcher import Launcher
 
 from clrun.config.plugins import hidden_from_new_processes
 from clrun.config.sweep_jobs import PlainJob
+from clrun.running.slurm import patient
 from clrun.system.processes import core_count
 
 # Environment variable with the number of jobs that a parallel launcher starts together; the jobs read it.
@@ -57,7 +58,7 @@ class Collector(Launcher):
     def __init__(
         self, launcher: Launcher, complete: Collection[tuple[str, ...]] = (), known: Known | None = None
     ) -> None:
-        self.launcher, self.complete, self.known = launcher, complete, known
+        self.launcher, self.complete, self.known = patient(launcher), complete, known
         self.failed: list[Failure] = []
 
     def setup(self, **arguments: Any) -> None:

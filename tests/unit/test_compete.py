@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import born, context, factory, image_stream, live
+from helpers import born, context, factory, image_stream, live, sgd
 from running import configuration, quiet, run
 from torch import Tensor
 
@@ -72,8 +72,8 @@ LABELLED = [
 
 def second_task(name: str, compete: Compete, setting: Any = "cil") -> tuple[Method, Batch, Any]:
     """Return a method that has begun its second task, a batch of it, and the context."""
-    method, stream = born(factory(name, compete=compete, **ALONE[name]), image_stream(setting))
-    live(method, stream, until=1)
+    method, stream = born(factory(name, compete=compete, **ALONE[name]), image_stream(setting, train_rows=8))
+    live(method, stream, until=1, budget=sgd(epochs=1))
     ctx = context(stream, 1)
     seed_all(0, "begin")
     method.begin_task(stream.tasks[1], ctx)
