@@ -216,7 +216,7 @@ class Rail(ClosedForm):
         logits = self.head.match(features, self.head.rows()).masked_fill(~self.head.initialised, float("-inf"))
         p = logits.softmax(dim=1)
         regression: Tensor = self.regression(self.lift(features))
-        fused = (1 - self.fusion) * p + self.fusion * regression * self.learned
+        fused = (1 - self.fusion) * p + self.fusion * regression  # 0 for classes that were not learned
         if self.gate == "none":
             return fused
         return torch.where(self.learned[p.argmax(dim=1)][:, None], fused, p)
