@@ -1,7 +1,7 @@
 """What does compression cost in accuracy, and how long does exact pruning take?
 
     python scripts/bench_compress.py [--datasets digits glyphs] [--backbones cnn glyph_vit] [--methods joint er ewc]
-        [--kinds svd ...] [--points 4] [--seeds 1] [--time 96] [--out table.md]
+        [--kinds svd ...] [--points 4] [--seeds 1] [--time 96]
 
 table: each learner (method, backbone, data set; in the setting til for ewc, cil otherwise) learns its stream once as
 shipped. Copies of the trained learner are compressed after the last task, by every kind at every amount, and evaluated:
