@@ -5,10 +5,11 @@
 CPU time on one thread; shipped options unless the table below says otherwise; images made by the script.
 
 speed: steps of a method in its third task, in clrun's `fit`, beside a loop written out here that does the passes
-through the network and the arithmetic on P parameters which the method's definition counts, nothing else. The two take
-turns; `ratio` is the median of bare / method over the rounds (1: as fast as the bare loop; demanded is what holds for
-an MLP of this size, 0.80), `cost` that of method / bare finetuning. What happens once a task (Fisher information,
-herding) is not in it: see flat.
+through the network and the arithmetic on P parameters which the method's definition counts, nothing else; for low-rank
+updates, adapters and projected gradients it is in `barelib`. The two take turns; `ratio` is the median of bare / method
+over the rounds (1: as fast as the bare loop; demanded is what holds for an MLP of this size, 0.80, and 0.95 of model
+mixture, merging, updates and adapters), `cost` that of method / bare finetuning. What happens once a task (Fisher
+information, herding) is not in it: see flat.
 bytes: what run.json says of the state after three tasks, without network and head, beside the definition's formula.
 flat: 50 small tasks; growth of the time of learning a task (consolidation included), last third against the first one,
 the first task left out. A life learns its last third in turns with the first third of the next life, and the median of
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
+import barelib
 import torch
 import torch.nn.functional as F
 from bench_overhead import Journal
@@ -55,6 +57,7 @@ STORED = prod(SHAPE) + 8  # bytes of a row in memory
 CLASSES = 2  # of a task
 STEPS = 16  # timed
 SPEED, BYTES, GROWTH = 0.80, 0.02, 0.10  # demanded
+NEAR = 0.95  # speed demanded of model mixture, merging, low-rank updates and adapters
 QUICK = "--methods finetune er gem hat mer dgc --rounds 1 --tasks 12 --lives 1"
 
 
@@ -111,6 +114,7 @@ class Case:
         read: rows of each forward pass without gradient.
         vector: elementwise operations on all P parameters.
         products: times that every layer's matrix is multiplied from both sides.
+        of_head: whether the head is one of the layers in `products`; its outputs have the identity.
         steps: optimizer steps that the passes are counted for.
         state: bytes between tasks, without network and head.
         grows: what grows with the number of tasks; "" for nothing: time per task is flat.
@@ -122,14 +126,18 @@ class Case:
         adaptor: width of these adaptors; 0 for gates.
         phases: names of the fits that are timed.
         vit: on a vision transformer.
+        patches: of it per side, for speed and bytes.
         lora: rank of low-rank updates of the layers `qkv`; 0 for none.
         frozen: the method's own backbone is frozen, but the passes with gradient go through all weights.
+        tuned: makes the bare loop of the method in its third task, of which it trains a part; see `barelib`.
+        ridge: there are no steps: the arithmetic is that of a ridge regression on lifted features of all rows.
     """
 
     grad: tuple[int, ...] = (BATCH,)
     read: tuple[int, ...] = ()
     vector: float = 0
     products: int = 0
+    of_head: bool = False
     steps: int = 1
     state: Callable[[Sizes], float] = lambda n: 0
     grows: str = ""
@@ -140,8 +148,11 @@ class Case:
     adaptor: int = 0
     phases: tuple[str, ...] = ("fit",)
     vit: bool = False
+    patches: int = 4
     lora: int = 0
     frozen: bool = False
+    tuned: Callable[[Any], barelib.Bare] | None = None
+    ridge: bool = False
 
 
 SLOW = {"alignment": {"rows_per_class": 8, "budget": {"batch_size": 8}}}
@@ -193,7 +204,28 @@ def sema_bytes(n: Sizes) -> float:
 def inflora_bytes(n: Sizes) -> float:
     """Return the bytes of the folded weights of `qkv`, of the bases, and of the position of each class's task."""
     folded = 4 * 4 * 3 * n.features**2
-    return folded + sum(8 * s.basis.numel() for s in n.method.spaces) + 8 * n.method.num_classes
+    bases = sum(8 * s.width * min(s.dimension, s.width - s.dimension) for s in n.method.spaces)
+    return folded + bases + 8 * n.method.num_classes
+
+
+def gpm_bytes(n: Sizes) -> float:
+    """Return the bytes of the bases, in float64, of d inputs and k protected directions of each layer."""
+    return sum(8.0 * space.width * space.dimension for space in n.method.spaces)
+
+
+def trgp_bytes(n: Sizes) -> float:
+    """Return the bytes of `gpm`, of the directions of each task, and of the matrices of the tasks it trusts."""
+    layers = [space.width for name, _, space in n.method.protected() if name != "head"]
+    kept = [[own.of(name).shape[1] for name in own.names] for own in n.method.directions]
+    directions = sum(4 * width * k for own in kept for width, k in zip(layers, own, strict=True))
+    chosen = [(place, task) for own in n.method.trust for place, trust in enumerate(own) for task in trust.tasks]
+    return gpm_bytes(n) + directions + sum(4.0 * kept[task][place] ** 2 for place, task in chosen)
+
+
+def acil_bytes(n: Sizes) -> float:
+    """Return the bytes of the projection, of the products of lifted features, and of sums and counts of classes."""
+    lifted = 256
+    return 4 * n.features * lifted + 8 * lifted**2 + n.method.num_classes * (8 * lifted + 8)
 
 
 PENALTY = 3  # differences, their product with the importance, the sum with the gradient
@@ -244,45 +276,57 @@ CASES: dict[str, Case] = {
     "coma": Case(state=lambda n: replay_bytes(n) + 4 * n.p, options=SLOW, grows=ALIGNED),
     "cofima": Case(state=lambda n: replay_bytes(n) + 8 * n.p, options=SLOW, grows=ALIGNED),
     # 4 blocks of width D: pairs of rank r for two parts of `qkv` take 4 D r numbers in each of them.
-    "lora": Case(state=lambda n: 4 * 4 * 4 * n.features * 8, vit=True, frozen=True),
+    "lora": Case(state=lambda n: 4 * 4 * 4 * n.features * 8, vit=True, tuned=barelib.updated),
     "inc_lora": Case(
         state=lambda n: 4 * 4 * 4 * n.features * 8 * n.tasks,
         method="lora",
         options={"growth": "per_task"},
         grows="the rank of the sum is that of all tasks together",
         vit=True,
-        frozen=True,
+        tuned=barelib.updated,
     ),
     "o_lora": Case(
         state=lambda n: 4 * 4 * 4 * n.features * 8 * n.tasks,
         grows="the rank of the sum is that of all tasks together, and so are the maps that the penalty compares",
         vit=True,
-        frozen=True,
+        tuned=barelib.updated,
     ),
-    "inflora": Case(state=inflora_bytes, vit=True, frozen=True),
+    "inflora": Case(state=inflora_bytes, vit=True, tuned=barelib.updated),
     "sd_lora": Case(
         state=lambda n: 4 * (4 * (4 * n.features * 10 * n.tasks + 2 * n.tasks**2 + 2 * n.tasks) + n.tasks),
         grows="the rank of the sum is that of all tasks together",
         vit=True,
-        frozen=True,
+        tuned=barelib.updated,
     ),
-    "gpm": Case(products=1, state=lambda n: sum(8 * s.basis.numel() for s in n.method.spaces)),
+    "gpm": Case(
+        state=gpm_bytes,
+        tuned=barelib.projected,
+    ),
+    "trgp": Case(
+        state=trgp_bytes,
+        grows="the directions and matrices of all tasks are kept, and two of them are used",
+        tuned=barelib.scaled,
+        setting="til",
+    ),
+    "acil": Case(state=acil_bytes, options={"m": 256}, ridge=True, phases=()),
     "mos": Case(
         state=lambda n: adapter_bytes(n, sets=n.tasks + 1) + prototype_bytes(n),  # the mean of the sets is one more
         options=SLOW,
         grows=ALIGNED,
         vit=True,
-        frozen=True,
+        tuned=barelib.adapted,
     ),
     "tuna": Case(
         state=lambda n: adapter_bytes(n, sets=n.tasks + 1),  # the fused set is one more
         options=SLOW,
         grows=ALIGNED,
         vit=True,
-        frozen=True,
+        tuned=barelib.adapted,
     ),
+    # The attention computes a query for each key of a prefix in vain. The card counts 5 of these beside 197 tokens.
     "hide_prompt": Case(
         state=hide_bytes,
+        patches=8,
         options={
             "alignment": {"centroids": 2, "rows_per_class": 8, "budget": {"epochs": 1}},
             "tii": {
@@ -292,29 +336,27 @@ CASES: dict[str, Case] = {
         },
         grows=ALIGNED,
         vit=True,
-        frozen=True,
+        tuned=barelib.prefixed,
     ),
     "cl_lora": Case(
-        grad=(BATCH, BATCH // 2),  # the early exit of the student, and of the teacher, is half of the blocks
-        read=(BATCH // 2,),
         state=cl_lora_bytes,
         grows="the weights of all earlier tasks are compared in every step",
         vit=True,
-        frozen=True,
+        tuned=barelib.distilled,
     ),
     "sema": Case(
         state=sema_bytes,
         options={"rd": {"epochs": 1}, "threshold": 0.0},
-        phases=("func-2", "func-3"),
+        phases=("func-2",),  # of the first block that expands
         grows="with threshold 0 a module per block and task",
         vit=True,
-        frozen=True,
+        tuned=barelib.mixed,
     ),
     "esn": Case(grows="the temperature of a task is searched with the classifiers of all earlier ones"),
     "swag": Case(
-        vector=PENALTY + 6 / 4,  # every fourth step of the tail a snapshot: mean, square and deviation
+        vector=PENALTY + 6 / 8,  # every fourth step of the tail, which is half of all, mean, square and deviation
         state=lambda n: 2 * 4 * (n.p + n.head) + 8 * n.p,  # variances and a deviation; importance and anchor
-        options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 4.0},
+        options={"predict": "swag", "samples": 2, "strength": 0.1, "collect_every": 1.0},
     ),
     # The value and the derivative by input and weight of each layer are three forward passes, of which the first one
     # has a backward pass. The product rule adds two tensors per convolution and per normalisation of it: each is one
@@ -322,8 +364,9 @@ CASES: dict[str, Case] = {
     "dlcft": Case(
         read=(BATCH, BATCH),
         gated=("read 0", "read 1"),
-        vector=PENALTY,
+        vector=PENALTY + 2,
         products=1,
+        of_head=True,
         state=lambda n: 4 * (2 * n.p + n.kronecker + n.method.num_classes * (n.features + 2) + (n.features + 1) ** 2),
         options={"samples": 32},
         frozen=True,
@@ -396,6 +439,17 @@ CASES: dict[str, Case] = {
 }
 
 
+MIXTURE = [
+    "slca", "slca_pp", "coma", "cofima", "esn", "b_tuning", "swag", "dlcft",
+    "imm", "merge", "fisher_merge", "regmean", "ties", "opcm", "ema",
+]  # fmt: skip
+UPDATES = [
+    "lora", "inc_lora", "o_lora", "inflora", "sd_lora", "gpm", "trgp", "acil",
+    "mos", "tuna", "hide_prompt", "cl_lora", "sema",
+]  # fmt: skip
+SPEEDS = dict.fromkeys([*MIXTURE, *UPDATES], NEAR)
+
+
 def configured(group: str, name: str, options: dict[str, Any]) -> Any:
     """Return what conf/`group`/`name`.yaml names, with some options changed."""
     return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{name}.yaml"), options), _convert_="all")
@@ -425,10 +479,9 @@ def backbone_of(case: Case, shape: tuple[int, int, int]) -> nn.Module:
         return small.cnn(shape, width=32, depth=3) if shape == SHAPE else small.cnn(shape, width=8, depth=1)
     from timm.models.vision_transformer import VisionTransformer
 
-    side = shape[1]
-    vit = VisionTransformer(
-        img_size=side, patch_size=side // 4, in_chans=shape[0], embed_dim=64, depth=4, num_heads=4, num_classes=0
-    )
+    side, patches = shape[1], case.patches if shape == SHAPE else 4
+    size = {"img_size": side, "patch_size": side // patches, "in_chans": shape[0]}
+    vit = VisionTransformer(**size, embed_dim=64, depth=4, num_heads=4, num_classes=0)
     vit.input_size, vit.mean, vit.std = shape, None, None  # type: ignore[assignment]
     return vit
 
@@ -476,6 +529,8 @@ class Bare:
         self.vectors = [torch.rand(size) for _ in range(3)]
         layers = Sizes(method, 0).layers if case.products else []
         self.matrices = [(torch.rand(a, a), torch.rand(a, b), torch.rand(b, b)) for a, b in layers]
+        size = method.head.weight.shape[1] + 1 if case.of_head else 0  # type: ignore[union-attr, operator, index]
+        self.of_head = (torch.rand(method.num_classes, size), torch.rand(size, size))
         self.generator = torch.Generator().manual_seed(0)
         self.gated = False  # the pass that runs
         for one, other in zip(self.model[0].modules(), self.teacher[0].modules(), strict=True):
@@ -533,9 +588,69 @@ class Bare:
                 operations -= 1
             for outer, matrix, inner in self.matrices * case.products:
                 outer @ matrix @ inner
+            if case.of_head:
+                self.of_head[0] @ self.of_head[1]
             for _ in range(case.steps):
                 self.optimizer.step()
         return (time.process_time() - start) / (steps * case.steps)
+
+
+class BareTuned(Bare):
+    """The passes of a step through a network of which a part is trained, and what the method does beside them.
+
+    Args:
+        case: what to do.
+        method: ready to learn.
+        split: images.
+    """
+
+    def __init__(self, case: Case, method: Method, split: TensorSplit) -> None:
+        assert case.tuned is not None
+        self.images, self.labels, self.bare = split.images, split.labels, case.tuned(method)
+        self.optimizer = torch.optim.SGD(self.bare.parameters(), lr=1e-3)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, steps: int) -> float:
+        """Return the CPU seconds of a step."""
+        bare = self.bare
+        start = time.process_time()
+        for _ in range(steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            x, y = self.rows(BATCH)
+            features = bare.body(x)
+            loss, term = F.cross_entropy(bare.head(features), y), bare.term(features, x)
+            (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
+            bare.project()
+            self.optimizer.step()
+            bare.settle()
+        return (time.process_time() - start) / steps
+
+
+class BareRidge(Bare):
+    """Features and their lift, the sums of products in float64, and one solution: what a closed form does per task.
+
+    Args:
+        method: whose network, lift and sums are copied.
+        split: images.
+    """
+
+    def __init__(self, method: Any, split: TensorSplit) -> None:
+        self.images, self.labels, self.classes = split.images, split.labels, method.num_classes
+        self.network, self.weight = copy.deepcopy(method.backbone).eval(), method.projection.weight.clone()
+        self.gram = torch.zeros(2 * self.weight.shape[1:], dtype=torch.float64)
+
+    def __call__(self, steps: int) -> float:
+        """Return the CPU seconds of a task; `steps` is not used."""
+        start, sums = time.process_time(), torch.zeros(len(self.gram), self.classes, dtype=torch.float64)
+        with torch.no_grad():
+            for rows in torch.arange(len(self.labels)).split(256):
+                x, y = self.images[rows].float().div_(255).sub_(0.4).div_(0.2), self.labels[rows]
+                lifted = F.relu(self.network(x) @ self.weight).double()
+                self.gram += lifted.t() @ lifted
+                sums += lifted.t() @ F.one_hot(y, self.classes).double()
+            factor = torch.linalg.cholesky(self.gram + 0.1 * torch.eye(len(self.gram)))
+            torch.cholesky_solve(sums, factor)
+        return time.process_time() - start
 
 
 class Timed:
@@ -555,8 +670,24 @@ class Timed:
         for before in self.stream.tasks[:2]:
             engine.train(self.method, engine.context(self.method, before))
 
+    def begun(self) -> Any:
+        """Return a copy of the method that is ready to learn the third task."""
+        method, task = copy.deepcopy(self.method), self.stream.tasks[2]
+        method.begin_task(task, Context(self.stream, task, self.budget, self.hardware, 0))
+        return method
+
+    def bare(self, split: TensorSplit) -> Bare:
+        """Return the bare loop beside it."""
+        if self.case.ridge:
+            return BareRidge(self.method, split)
+        return (
+            Bare(self.case, self.method, split)
+            if self.case.tuned is None
+            else BareTuned(self.case, self.begun(), split)
+        )
+
     def __call__(self, steps: int) -> float:
-        """Return the CPU seconds of a step, from the first to the last of each fit."""
+        """Return the CPU seconds of a step, from the first to the last of each fit; of a task if there are no steps."""
         clocks: dict[str, list[float]] = {}
 
         def on_step(progress: Progress) -> None:
@@ -566,7 +697,10 @@ class Timed:
         ctx = Context(self.stream, task, self.budget, self.hardware, 0, on_step=on_step, max_steps=steps + 1)
         seed_all(0, "task", 2)
         method.begin_task(task, ctx)
+        start = time.process_time()
         method.learn(task, ctx)
+        if self.case.ridge:
+            return time.process_time() - start
         spans = [clocks[phase] for phase in self.case.phases]
         return sum(c[-1] - c[0] for c in spans) / sum(len(c) - 1 for c in spans)
 
@@ -576,7 +710,8 @@ def speed(name: str, hardware: Hardware, rounds: int) -> tuple[str, Figure]:
     timed = Timed(name, hardware)
     train = timed.stream.tasks[2].train
     assert isinstance(train, TensorSplit)
-    bare, plain = Bare(timed.case, timed.method, train), Bare(CASES["finetune"], timed.method, train)
+    own = born("finetune", 3, SHAPE, ROWS, {})[0] if timed.case.ridge else timed.method  # whose head is a plain one
+    bare, plain = timed.bare(train), Bare(CASES["finetune"], own, train)
     steps = STEPS * (20 if name == "mer" else 1)
     works = (bare, timed, plain)
     for work in works:
@@ -591,7 +726,8 @@ def speed(name: str, hardware: Hardware, rounds: int) -> tuple[str, Figure]:
     passes += f", {case.products} products" if case.products else ""
     passes += f", {'adaptors' if case.adaptor else 'gates'}" if case.gated else ""
     passes += f" in {case.steps} steps" if case.steps > 1 else ""
-    figure = Figure(f"speed of {name} over bare arithmetic", ratio, SPEED)
+    passes = "a task: lift, products, solution" if case.ridge else passes
+    figure = Figure(f"speed of {name} over bare arithmetic", ratio, SPEEDS.get(name, SPEED))
     return f"{name:18s}{ms[0]:9.2f}{ms[1]:9.2f}{ratio:8.2f}{cost:8.2f}  {figure.verdict:8s}{passes}", figure
 
 

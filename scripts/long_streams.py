@@ -2,17 +2,18 @@
 
     python scripts/long_streams.py [--tasks 100] [--only finetune er ...] [--keep FOLDER] [--write]
 
-Tasks of two classes of generated images (dataset=synthetic), learned by clrun's own command, each method in a process
-of its own on one thread. Processor time of learning a task, of evaluating all tasks seen (which grows with them by
-nature, so it is given for one of them) and of records (run.json and checkpoint: all cells of the accuracy matrix, whose
-number grows with the square of the tasks); resident memory of the process and bytes of the learner's state when the
-task has ended.
+Tasks of two classes of generated images (dataset=synthetic) or texts, learned by clrun's own command, each method in a
+process of its own on one thread. Processor time of learning a task, of evaluating all tasks seen (which grows with them
+by nature, so it is given for one of them) and of records (run.json and checkpoint: all cells of the accuracy matrix,
+whose number grows with the square of the tasks); resident memory of the process and bytes of the learner's state when
+the task has ended.
 
 Compared are the medians of the last and of the first third of the tasks. Learning must not slow down by more than 10 %:
 each of these methods does the same for its last task as for its first. Resident memory may grow by what the state
 grows, by 1 KB for each new cell of the accuracy matrix, which is kept for the checkpoint, and by 8 MB that the
 allocator may hold back: more is a leak. State may grow where the method's definition says so: halrp adds low-rank
-matrices and a head for each task.
+matrices and a head for each task, slow learners and RAPF a Gaussian for each class. One method stands for each family:
+merging (imm), slow learners (coma), low-rank updates (lora), closed forms (acil), two towers (rapf), texts (l2).
 """
 
 import argparse
@@ -40,8 +41,14 @@ METHODS: dict[str, list[str]] = {
     "l2p": VIT,
     "ranpac": [*VIT, "method.m=256"],
     "halrp": [*CNN, "scenario.setting=til", "method.growth=20"],  # a hundred heads and scales alone take 11
+    "imm": [*CNN, "method.sums=single"],  # merging
+    "coma": [*CNN, "method.alignment.budget.epochs=0"],  # a slow learner; its alignment is to all classes
+    "lora": VIT,
+    "acil": [*VIT, "method.m=256"],  # closed form
+    "rapf": ["backbone=glyph_clip"],  # two towers
+    "l2": ["dataset=text_synthetic", "backbone=bert_tiny", "method.solver=proximal"],  # texts
 }
-GROWS = {"halrp"}  # whose state grows with the tasks by definition
+GROWS = {"halrp", "coma", "rapf"}  # whose state grows with the tasks by definition: networks, Gaussians of classes
 
 
 class Clock:
@@ -85,11 +92,13 @@ def child(name: str, tasks: int, out: Path) -> None:
     clock.watch(Engine, "train", "train")
     clock.watch(Evaluation, "__call__", "evaluate")
     clock.watch(Recorder, "end_task", "records")
+    own = METHODS[name]
+    data = [] if own[0].startswith("dataset=") else ["dataset=synthetic"]
     words = [
-        f"method={name}", "dataset=synthetic", f"dataset.num_classes={2 * tasks}", f"scenario.n_tasks={tasks}",
+        f"method={name}", *data, f"dataset.num_classes={2 * tasks}", f"scenario.n_tasks={tasks}",
         "dataset.train_rows=24", "dataset.test_rows=4", "budget=sgd", "budget.epochs=2", "budget.batch_size=16",
         "hardware=cpu", "hardware.threads=1", "job.progress=false", "job.picture=false", f"hydra.run.dir={out}",
-        *METHODS[name],
+        *own,
     ]  # fmt: skip
     try:
         cli.main(words)

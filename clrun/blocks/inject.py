@@ -297,32 +297,40 @@ class _BesideMlp:
 class _PrefixedAttention:
     """Prefix keys and values for an attention whose code stays as it is.
 
-    L rows of zeros are appended to the input of the attention. After the projection `qkv` their keys and values are
-    overwritten by those of the prefix, and after the attention the rows are removed. The queries of the appended rows
-    are computed in vain; for all other rows the result is that of concatenated keys and values.
+    The attention gets L rows more than the tokens have, which the projection `qkv` does not: the keys and values of the
+    prefix take their places behind it. After the attention the rows are removed. Their queries are 0 and attend in
+    vain; for all other rows the result is that of concatenated keys and values.
     """
 
     def __init__(self, attention: Any, prefix: Prefix) -> None:
         self.attention, self.prefix, self.length = attention, prefix, prefix.length
+        self.tokens: Tensor | None = None
         self.correction: Tensor | None = None
 
     def attach(self) -> Iterator[RemovableHandle]:
         attention = self.attention
-        yield attention.register_forward_pre_hook(self.pad, with_kwargs=True)
-        yield attention.qkv.register_forward_hook(self.write)
+        yield attention.register_forward_pre_hook(self.lengthen, with_kwargs=True)
+        yield attention.qkv.register_forward_pre_hook(self.restore)
+        yield attention.qkv.register_forward_hook(self.append)
         if self.prefix.compensated:
             yield attention.proj.register_forward_pre_hook(self.compensate)
         yield attention.register_forward_hook(self.cut)
 
-    def pad(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        assert kwargs.get("attn_mask") is None, "an attention mask would have to be padded as well"
-        return (F.pad(args[0], (0, 0, 0, self.length)), *args[1:]), kwargs
+    def lengthen(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        assert kwargs.get("attn_mask") is None, "an attention mask would have to be lengthened as well"
+        self.tokens = x = args[0]
+        batch, length, width = x.shape  # all that a plain attention reads of its input before the projection
+        return (x.new_zeros(()).expand(batch, length + self.length, width), *args[1:]), kwargs
 
-    def write(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        own = output[:, : -self.length]
-        keys = self.prefix.keys.to(output.dtype).expand(len(output), -1, -1)
-        values = self.prefix.values.to(output.dtype).expand(len(output), -1, -1)
-        whole = torch.cat([own, torch.cat([torch.zeros_like(keys), keys, values], dim=2)], dim=1)
+    def restore(self, module: nn.Module, args: Any) -> tuple[Any, ...]:
+        tokens, self.tokens = self.tokens, None
+        assert tokens is not None, "the attention is called before qkv"
+        return (tokens,)
+
+    def append(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        pair = torch.cat([self.prefix.keys, self.prefix.values], dim=-1).to(output.dtype)
+        rows = F.pad(pair, (output.shape[2] - pair.shape[-1], 0))
+        whole = torch.cat([output, rows.expand(len(output), -1, -1)], dim=1)
         if self.prefix.compensated:
             self.correction = self._correction(whole)
         return whole
