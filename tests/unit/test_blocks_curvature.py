@@ -1,5 +1,6 @@
 """Diagonal Fisher estimators and the quadratic penalty."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from helpers import Identity, Net, context, image_stream, row_stream, sgd
 from torch import Tensor, nn
 
 from clrun.blocks.curvature import Diagonal, QuadraticPenalty, diagonal_fisher, gradients, normalised
+from clrun.blocks.curvature import forms as curvature_forms
 from clrun.data.stream import Stream
 from clrun.learning.method import Method
 
@@ -293,3 +295,28 @@ def test_gaussian_linear_regression_equals_joint_least_squares() -> None:
     optimizer.step(loss)
     joint = torch.linalg.lstsq(torch.cat([x1, x2]), torch.cat([y1, y2])[:, None]).solution[:, 0]
     torch.testing.assert_close(module.theta.detach(), joint, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "identity"])
+def test_a_penalty_does_not_depend_on_how_weights_lie_in_memory(kind: str) -> None:
+    torch.manual_seed(0)
+    rows = nn.Conv2d(3, 4, 2).double()
+    other = copy.deepcopy(rows).to(memory_format=torch.channels_last)
+    shapes = {name: tuple(p.shape) for name, p in rows.named_parameters()}
+    values = torch.rand(sum(p.numel() for p in rows.parameters())).double()
+    curvature = Diagonal(shapes, values) if kind == "diagonal" else curvature_forms.Identity(shapes, 0.7)
+    penalties = [QuadraticPenalty(1.0), QuadraticPenalty(1.0)]
+    for _ in range(2):  # the second time the anchor is another one
+        found = []
+        for module, penalty in zip((rows, other), penalties, strict=True):
+            penalty.replace(module, curvature)
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter += torch.arange(parameter.numel()).view_as(parameter) / 10
+            module.zero_grad()
+            value = penalty(module)
+            value.backward()  # type: ignore[no-untyped-call]
+            found.append((value.detach(), module.weight.grad, module.bias.grad))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+        pull = penalties[1].gradient(other)
+        torch.testing.assert_close(found[1][1:], (pull["weight"], pull["bias"]), rtol=1e-12, atol=0)

@@ -12,7 +12,7 @@ from torch.func import functional_call, jvp
 
 from clrun.backbones.small import resnet18
 from clrun.blocks.curvature import Composite, KroneckerFactored
-from clrun.blocks.tangent import leaky
+from clrun.blocks.tangent import leaky, tangent
 from clrun.data.split import Batch
 from clrun.data.stream import Stream
 from clrun.methods.dlcft import Dlcft
@@ -84,6 +84,23 @@ def test_the_gradient_is_that_through_the_tangent(name: str, linearise: str) -> 
     assert found.keys() == change.keys()
     for n, grad in found.items():
         torch.testing.assert_close(grad, change[n].grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_the_derivative_of_convolutions_of_images_and_features(padding: Any) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3, padding=padding), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, padding=padding, groups=2)]
+    network, x = nn.Sequential(*layers).double(), torch.randn(2, 2, 5, 5).double()
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    change = {name: torch.randn_like(p).requires_grad_(name != "0.bias") for name, p in weights.items()}
+    value, moved = tangent(network, change, x, slope=0.0)
+    own = {name: p.detach() for name, p in change.items()}
+    torch.testing.assert_close((value, moved), jvp(lambda w: functional_call(network, w, (x,)), (weights,), (own,)))
+    moved.square().sum().backward()  # type: ignore[no-untyped-call]
+    assert change["0.bias"].grad is None
+    expected = torch.func.vjp(lambda w: functional_call(network, w, (x,)), weights)[1](2 * moved.detach())[0]
+    for name in set(change) - {"0.bias"}:
+        torch.testing.assert_close(change[name].grad, expected[name])
 
 
 def test_relus_of_the_body_leak_wherever_they_are() -> None:

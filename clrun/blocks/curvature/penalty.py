@@ -76,16 +76,14 @@ class QuadraticPenalty(Carrier):
         params = self._penalised(module)
         if isinstance(self.curvature, Diagonal | Identity) and all(is_dense(p) for p in params.values()):
             value: Tensor = _Elementwise.apply(self._as_stored(self.curvature, params), *params.values())
-            return 0.5 * value
-        return 0.5 * self.curvature.quad(flatten(params) - self.anchor)
+        else:
+            value = self.curvature.quad(flatten(params) - self.anchor)
+        return 0.5 * value
 
     def _as_stored(self, curvature: Diagonal | Identity, params: Params) -> "_Stored":
         """Return anchor and curvature in the order in which the parameters lie in memory."""
-        strides = [p.stride() for p in params.values()]
         found = self._stored
-        if found is None or found.anchor is not self.anchor or found.curvature is not curvature:
-            found = None
-        if found is None or found.strides != strides:
+        if found is None or not found.fits(self.anchor, curvature, params):
             found = self._stored = _Stored(self.anchor, curvature, params)
         return found
 
@@ -204,6 +202,11 @@ class _Stored:
         self.weights: Tensor | float = curvature.strength if isinstance(curvature, Identity) else 0.0
         if isinstance(curvature, Diagonal):
             self.weights = _reordered(curvature.values, params.values())
+
+    def fits(self, anchor: Tensor, curvature: Curvature, params: Params) -> bool:
+        """Return whether these are still the same, and the parameters lie in memory as they did."""
+        same = self.anchor is anchor and self.curvature is curvature
+        return same and self.strides == [p.stride() for p in params.values()]
 
 
 def _reordered(vector: Tensor, params: Collection[Tensor]) -> Tensor:
