@@ -909,11 +909,11 @@ MUTATIONS = (
     ),
     Mutation(
         "rail_fusion",
-        "mask",
+        "order",
         "methods/rail.py",
-        "p + self.fusion * regression * self.learned",
-        "p + self.fusion * regression",
-        "classes that were never learned get regression scores",
+        "fused = (1 - self.fusion) * p + self.fusion * regression",
+        "fused = self.fusion * p + (1 - self.fusion) * regression",
+        "zero-shot and regression exchange their weights",
         ("unit/test_methods_names.py",),
     ),
     Mutation(
