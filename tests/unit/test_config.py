@@ -11,6 +11,7 @@ from torch import Tensor
 from clrun.config.check import check
 from clrun.config.compose import Composer, slug
 from clrun.config.signature import locate, mismatch, parameters
+from clrun.config.sweep_jobs import JobComposer
 from clrun.learning.method import Method
 from clrun.results.identity import OUTSIDE_HASH, config_hash, differing_keys, flatten
 from clrun.running.loggers import Console
@@ -332,9 +333,12 @@ def test_an_option_below_a_swept_choice_is_left_to_the_jobs(group):
         cfg = composer.compose(overrides, sweep=True)
         assert list(cfg.hydra.overrides.task) == overrides
         assert cfg.seed == 1 and "strength" not in cfg.method
-        job = composer.compose_job(cfg, ["method=ewc", "method.strength=3", "+method.new=[1,2]"])
+        jobs = JobComposer(composer.hydra.config_loader)
+        words = ["method=ewc", "method.strength=3", "+method.new=[1,2]"]
+        job = composer.explained(words, lambda: jobs.load_sweep_config(cfg, words))
         assert job.method.strength == 3 and job.method.new == [1, 2]
         with pytest.raises(ConfigError, match="^method.strength: unknown option of method=er$"):
-            composer.compose_job(cfg, ["method=er", "method.strength=3"])
+            others = ["method=er", "method.strength=3"]
+            composer.explained(others, lambda: jobs.load_sweep_config(cfg, others))
         with pytest.raises(ConfigError, match="^method.strength: unknown option of method=er$"):
             composer.compose(["seed=1,2", "method.strength=3"], sweep=True)
