@@ -1,7 +1,7 @@
 """The command `clrun`: runs and sweeps from Hydra overrides, and commands such as list, report, status and merge.
 
 Exit codes: 0 success; 1 failed jobs of a sweep, diverged training or lack of memory (one line), or a bug (traceback);
-2 a mistake of the user (one line per problem); 130 Ctrl-C.
+2 a mistake of the user (one line per problem); 75 stopped by a signal, after a checkpoint; 130 Ctrl-C.
 """
 
 import os
@@ -24,6 +24,7 @@ from clrun.config.environment import masked
 from clrun.config.plugins import use_working_folder
 from clrun.system.errors import ConfigError, DataWarning, did_you_mean, one_line, printable
 from clrun.system.failures import failure_lines
+from clrun.system.signals import EXIT_CODE, Stopped, caught
 from clrun.system.yaml_files import conf_dir, description
 
 
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = _command(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+    except Stopped as stop:
+        print(f"clrun: {stop}; the same command with the folder of the run or sweep continues it", file=sys.stderr)
+        code = EXIT_CODE
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # the reader of the pipe has ended, as in `clrun --help | head`
@@ -106,7 +110,8 @@ def _command(argv: list[str]) -> int:
         showing = args.help or args.hydra_help or args.cfg or args.info or args.resolve
         if not showing:
             overrides = [*args.overrides, "hydra.mode=RUN"] if args.run else args.overrides
-            failed = run(composer, overrides, sweep=args.multirun).failed
+            with caught():
+                failed = run(composer, overrides, sweep=args.multirun).failed
             for line in failed:
                 print(f"clrun: failed: {printable(masked(line))}", file=sys.stderr)
             return 1 if failed else 0

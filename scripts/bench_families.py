@@ -43,8 +43,9 @@ from clrun.data.split import TensorSplit
 from clrun.data.stream import Dataset, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
-from clrun.learning.context import Context, Progress
+from clrun.learning.context import Context
 from clrun.learning.method import Method
+from clrun.learning.progress import Progress
 from clrun.methods.packnet import prunable
 from clrun.running.engine import Engine
 from clrun.running.evaluation import Evaluation

@@ -21,8 +21,9 @@ from clrun.data.split import Plain, Split, TensorSplit
 from clrun.data.stream import Dataset, Setting, Stream, Task
 from clrun.data.transforms import fit_transform
 from clrun.learning.budget import Budget
-from clrun.learning.context import Context, Progress
+from clrun.learning.context import Context
 from clrun.learning.method import Method
+from clrun.learning.progress import Progress
 from clrun.running.checkpoint import RunState
 from clrun.running.engine import Engine
 from clrun.running.evaluation import Evaluation, Row

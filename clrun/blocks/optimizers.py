@@ -67,6 +67,8 @@ class _Preconditioned(Optimizer):
         weight_decay: coefficient of the weights that are added to the gradient.
     """
 
+    not_state = ("names", "method", "context", "layers", "tape")  # `watch` sets them again
+
     def __init__(self, params: Groups, *, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.names: dict[str, nn.Parameter] = {}
@@ -344,6 +346,7 @@ class Foof(_Preconditioned):
         """Record the inputs of the layers of `method` in training mode, within the `with` block."""
         self.tape = Tape(self._begin(method, ctx, self.largest), method, training=True)
         with self.tape.recording():
+            self.tape.on = self.steps % self.statistics_every == 0
             yield
 
     def _collect(self) -> None:

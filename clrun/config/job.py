@@ -16,6 +16,8 @@ class Job:
     Attributes:
         resume: continue from the checkpoint found in the run's folder. Without it the run begins anew, and a method
             whose state no checkpoint can store may run.
+        checkpoint_minutes: minutes between two checkpoints within a task (`clrun.running.task_fits`), for runs that
+            resume; null writes one after each task only.
         keep_checkpoint: keep the checkpoint of a completed run.
         progress: show bars and lines on the terminal.
         picture: draw accuracy_matrix.png.
@@ -48,6 +50,7 @@ class Job:
     """
 
     resume: bool
+    checkpoint_minutes: Positive | None
     keep_checkpoint: bool
     progress: bool
     picture: bool

@@ -124,9 +124,15 @@ class Split(ABC):
         return replace(self, rows=None, positions=0)
 
     def batches(
-        self, size: int, *, view: View = "eval", shuffle: torch.Generator | None = None, shard: tuple[int, int] = (0, 1)
+        self,
+        size: int,
+        *,
+        view: View = "eval",
+        shuffle: torch.Generator | None = None,
+        shard: tuple[int, int] = (0, 1),
+        skip: int = 0,
     ) -> Iterator[Batch]:
-        """Yield batches of `size` rows (the last may be smaller).
+        """Return an iterator over batches of `size` rows (the last may be smaller); the order is drawn at once.
 
         Args:
             size: rows per batch, over all shards together.
@@ -135,19 +141,25 @@ class Split(ABC):
             shuffle: generator of the row order; None keeps the order of the split.
             shard: (k, n) yields every n-th row of each batch, beginning with the k-th, so that n processes share a
                 batch.
+            skip: number of batches at the beginning that are left out; their rows are not read.
         """
         assert view != "train" or shuffle is not None, "the train view draws its augmentation from `shuffle`"
         whole = self._rows(None if shuffle is None else torch.randperm(len(self), generator=shuffle))
-        starts = range(0, len(self), size)
+        starts = range(skip * size, len(self), size)
         parts = [slice(start + shard[0], min(start + size, len(self)), shard[1]) for start in starts]
-        for part, x in zip(parts, self._read(whole.x[part] for part in parts), strict=True):
-            if self.shift is not None:
-                x = self.shift(x)
-            if view == "eval":
-                x = self.transform.eval(x)
-            elif view == "train" and shuffle is not None:
-                x = self.transform.train(x, shuffle)
-            yield Batch(x, whole.y[part], whole.t[part], whole.i[part])
+        images = self._read(whole.x[part] for part in parts)
+
+        def prepared() -> Iterator[Batch]:
+            for part, x in zip(parts, images, strict=True):
+                if self.shift is not None:
+                    x = self.shift(x)
+                if view == "eval":
+                    x = self.transform.eval(x)
+                elif view == "train" and shuffle is not None:
+                    x = self.transform.train(x, shuffle)
+                yield Batch(x, whole.y[part], whole.t[part], whole.i[part])
+
+        return prepared()
 
     def _rows(self, order: Tensor | None) -> Batch:
         """Return labels, positions and rows of the whole split in `order`; x holds the numbers of the stored rows."""

@@ -4,34 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clrun.data.stream import Setting, Stream, Task
 from clrun.learning.budget import Budget
 from clrun.learning.losses import Compete
+from clrun.learning.progress import Keeper, Progress
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import generator
-
-
-@dataclass
-class Progress:
-    """The progress of the running fit; updated by `fit`.
-
-    Attributes:
-        phase: name of the fit.
-        epoch: number of the pass over the split, from 0.
-        step: number of steps done in this fit.
-        total: number of steps of this fit.
-        lr: learning rate of the first parameter group in the current step.
-        trained: the parameters that the fits of this task have trained.
-    """
-
-    phase: str = ""
-    epoch: int = 0
-    step: int = 0
-    total: int = 0
-    lr: float = 0.0
-    trained: set[nn.Parameter] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -48,6 +28,8 @@ class Context:
         on_step: called after each optimizer step.
         max_steps: upper limit of the steps of any fit; None for no limit.
         progress: the progress of the running fit.
+        keeper: keeps the results of fits, so that a task that was stopped in its middle can go on there.
+        generators: those of `generator` so far, by purpose.
     """
 
     stream: Stream
@@ -59,7 +41,8 @@ class Context:
     on_step: Callable[[Progress], None] = lambda progress: None
     max_steps: int | None = None
     progress: Progress = field(default_factory=Progress)
-    _generators: dict[tuple[str | int, ...], torch.Generator] = field(default_factory=dict, repr=False)
+    keeper: Keeper = field(default_factory=Keeper)
+    generators: dict[tuple[str | int, ...], torch.Generator] = field(default_factory=dict, repr=False)
     _masks: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, t: Tensor, compete: Compete = "seen") -> Tensor:
@@ -79,9 +62,9 @@ class Context:
 
     def generator(self, *purpose: str | int) -> torch.Generator:
         """Return this task's generator for `purpose`: the same object, hence a continuing stream, at every call."""
-        if purpose not in self._generators:
-            self._generators[purpose] = generator(self.seed, "task", self.task.id, *purpose)
-        return self._generators[purpose]
+        if purpose not in self.generators:
+            self.generators[purpose] = generator(self.seed, "task", self.task.id, *purpose)
+        return self.generators[purpose]
 
     def augment(self, x: Tensor) -> Tensor:
         """Return stored images as prepared, augmented floats (the train view)."""

@@ -15,6 +15,7 @@ from clrun.data.split import Batch, Split
 from clrun.learning.budget import Budget
 from clrun.learning.context import Context
 from clrun.learning.names import NamesHead
+from clrun.learning.progress import Running
 from clrun.system.errors import ConfigError, NumericalError
 from clrun.system.seeding import seed_all
 
@@ -89,43 +90,51 @@ def fit(
     view = ctx.generator("augment", name, ctx.hardware.rank)
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
     ctx.progress.trained.update(step.parameters)
+    ctx.progress.phase, ctx.progress.epoch, ctx.progress.step, ctx.progress.total = name, 0, 0, total
     seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
     method.train()
-    watch = getattr(optimizer, "watch", None)  # of an optimizer that needs more than gradients
-    with nullcontext() if watch is None else watch(method, ctx):
-        for rows, weight in _epochs(split, ctx, budget.batch_size, total, name):
+    running = Running(method, (step.loss, groups, split), optimizer, schedule, ctx.progress, ctx.generators)
+    if not ctx.keeper.begin(running):
+        _steps(step, running, budget.batch_size)
+        optimizer.zero_grad(set_to_none=True)
+        ctx.hardware.average_buffers(method.buffers())
+        ctx.keeper.end(running)
+
+
+def _steps(step: "_Step", running: Running, size: int) -> None:
+    """Take the steps of a fit that are left, in batches of `size` rows."""
+    ctx, progress, schedule = step.ctx, running.progress, running.schedule
+    watch = getattr(running.optimizer, "watch", None)  # of an optimizer that needs more than gradients
+    with ctx.keeper.stepping(), nullcontext() if watch is None else watch(step.method, ctx):
+        for rows, weight in _epochs(step.split, running, ctx, size):
             value = step(rows, weight)
             if schedule is not None:
                 schedule.step()
-            method.after_step(ctx)
-            ctx.progress.step += 1
-            if ctx.progress.step % CHECK_EVERY == 0 or ctx.progress.step == total:
+            step.method.after_step(ctx)
+            progress.step += 1
+            if progress.step % CHECK_EVERY == 0 or progress.step == progress.total:
                 _check_loss(value, ctx)
-            ctx.on_step(ctx.progress)
-    optimizer.zero_grad(set_to_none=True)
-    ctx.hardware.average_buffers(method.buffers())
+            ctx.on_step(progress)
+            ctx.keeper.after_step(running)
 
 
-def _epochs(split: Split, ctx: Context, size: int, total: int, name: str) -> Iterator[tuple[Batch, float]]:
-    """Yield `total` raw batches of this process, epoch after epoch, each with its weight in the mean over processes.
+def _epochs(split: Split, running: Running, ctx: Context, size: int) -> Iterator[tuple[Batch, float]]:
+    """Yield the raw batches of this process that are left, epoch after epoch, each with its weight in the mean.
 
     The weight is 1 when all processes have equally many rows of the batch. When a last batch has fewer rows than there
     are processes, some of them get no rows and the weight 0.
     """
-    hardware, progress = ctx.hardware, ctx.progress
-    progress.phase, progress.epoch, progress.step, progress.total = name, 0, 0, total
-    order = ctx.generator("shuffle", name)
-    while True:
-        for start, batch in zip(
-            range(0, len(split), size),
-            split.batches(size, view="raw", shuffle=order, shard=(hardware.rank, hardware.world)),
-            strict=True,
-        ):
+    hardware, progress = ctx.hardware, running.progress
+    order, starts = ctx.generator("shuffle", progress.phase), range(0, len(split), size)
+    while progress.step < progress.total:
+        progress.epoch, skip = divmod(progress.step, len(starts))
+        with ctx.keeper.drawing(running, again=skip > 0):
+            batches = split.batches(size, view="raw", shuffle=order, shard=(hardware.rank, hardware.world), skip=skip)
+        for start, batch in zip(starts[skip:], batches, strict=True):
             rows = min(size, len(split) - start)
             yield batch, len(batch) * hardware.world / rows
-            if progress.step == total:
+            if progress.step == progress.total:
                 return
-        progress.epoch += 1
 
 
 @dataclass(frozen=True)

@@ -86,4 +86,4 @@ def _union(ctx: Context) -> Context:
     tasks = ctx.stream.tasks
     train = concatenate([task.train for task in sorted(tasks, key=lambda task: task.id)])
     union = Task(len(tasks) - 1, -1, "all tasks", _classes(ctx.stream, len(tasks)), train, ctx.task.test)
-    return replace(ctx, task=union, _generators={}, _masks={})
+    return replace(ctx, task=union, generators={}, _masks={})

@@ -77,6 +77,7 @@ class Mer(Method):
         self.memory = ReservoirBuffer(capacity)
         self.within: Params = {}  # theta_W; only while a task is learned
         self.across: Params = {}  # theta_A; only while a task is learned
+        self.steps: list[Batch] = []  # batches of all sequences of the rows that are learned at present
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
@@ -164,8 +165,21 @@ class _Sequences:
         return math.ceil(len(self.source) / chunk) * self.method.rounds * self.method.length * chunk
 
     def batches(
-        self, size: int, *, view: Literal["raw"], shuffle: torch.Generator, shard: tuple[int, int]
+        self, size: int, *, view: Literal["raw"], shuffle: torch.Generator, shard: tuple[int, int], skip: int
     ) -> Iterator[Batch]:
-        """Yield one batch per step; a sequence is drawn after the steps of the rows before it."""
-        for incoming in self.source.batches(size, view=view, shuffle=shuffle, shard=shard):
-            yield from self.method.steps_of(incoming, self.ctx)
+        """Return an iterator over one batch per step; a sequence is drawn after the steps of the rows before it.
+
+        Where steps are skipped, the method still has the batches of the rows that the first step left belongs to.
+        """
+        method = self.method
+        rows, within = divmod(skip, method.rounds * method.length)
+        source = self.source.batches(size, view=view, shuffle=shuffle, shard=shard, skip=rows)
+
+        def steps() -> Iterator[Batch]:
+            for number, incoming in enumerate(source):
+                if number or not within:
+                    method.steps = method.steps_of(incoming, self.ctx)
+                yield from method.steps if number else method.steps[within:]
+            method.steps = []
+
+        return steps()

@@ -23,6 +23,7 @@ OUTSIDE_HASH = (
     "dataset.images.cache",
     "hardware.workers",
     "job.resume",
+    "job.checkpoint_minutes",
     "job.start_from",  # run.json says what a run has gone on from, and reports keep it apart where that changes it
     "job.keep_checkpoint",
     "job.progress",

@@ -11,7 +11,7 @@ import io
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ class RunState:
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
     """Return the digest of each parameter and buffer of a network, or of the networks that a method has loaded."""
-    return {name: tensor_digest(tensor) for name, tensor in _tensors(module).items()}
+    return {name: tensor_digest(tensor) for name, tensor in tensors_of(module).items()}
 
 
 def save(
@@ -97,16 +97,13 @@ def save(
             checkpoint is left.
     """
     buffer = io.BytesIO()
-    with _by_reference(method, backbone) as referenced:
-        try:
-            torch.save(method, buffer)
-        except UNPICKLABLE as error:
-            raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
+    with by_reference(method, backbone) as referenced:
+        dump(method, buffer)
     if allowed is not None:
         try:
-            _unpickled(buffer.getvalue(), allowed)
+            unpickled(buffer.getvalue(), allowed)
         except Exception as error:
-            raise ConfigError(f"method: cannot be read back from a checkpoint ({_reason(error)}); {KEEP}") from None
+            raise ConfigError(f"method: cannot be read back from a checkpoint ({reason_of(error)}); {KEEP}") from None
     alone = hardware.world == 1
     methods = [buffer.getbuffer()] if alone else [memoryview(data) for data in hardware.gather(buffer.getvalue())]
     if not hardware.main:
@@ -115,6 +112,18 @@ def save(
     header |= {"rows": state.rows, "costs": state.costs, "referenced": referenced}
     header |= {"data": state.data, "start": state.start, "predictions": state.predictions, "extra": state.extra}
     checkpoint_file.write(path, header, methods, flush=flush)
+
+
+def dump(value: Any, buffer: io.BytesIO) -> None:
+    """Write the pickle of a method, or of a state that contains one, into memory.
+
+    Raises:
+        Unstorable: it cannot be pickled.
+    """
+    try:
+        torch.save(value, buffer)
+    except UNPICKLABLE as error:
+        raise Unstorable(f"method: cannot be stored in a checkpoint ({first_line(error)}); {KEEP}") from None
 
 
 def resume(
@@ -142,26 +151,26 @@ def resume(
                 raise ConfigError("\n".join(filter(None, (damage and f"{path}: {damage}", str(error))))) from None
             damage = error.reason
             continue
-        _refuse_other_configuration(file, header, config_hash)
-        _refuse_other_world(file, header, hardware)
+        refuse_other_configuration(file, header.config_hash, config_hash)
+        refuse_other_world(file, header.world, hardware)
         return *_restored(file, header, data, fresh, hardware), damage
     raise FileNotFoundError(path)
 
 
-def _refuse_other_world(path: Path, header: Header, hardware: Hardware) -> None:
-    """Raise unless the run has as many processes as before.
+def refuse_other_world(path: Path, world: int, hardware: Hardware) -> None:
+    """Raise unless the run has as many processes as before: `world`, as the file says.
 
     Memories, statistics and random numbers are divided among the processes, so that another number cannot go on.
 
     Raises:
         ConfigError: see above.
     """
-    if header.world == hardware.world:
+    if world == hardware.world:
         return
-    before, now = (f"{n} process{'' if n == 1 else 'es'}" for n in (header.world, hardware.world))
+    before, now = (f"{n} process{'' if n == 1 else 'es'}" for n in (world, hardware.world))
     verb = "is" if hardware.world == 1 else "are"
     advice = f"start it with torchrun and {before} in all"
-    if header.world == hardware.processes:
+    if world == hardware.processes:
         advice = "start it without torchrun"
     raise ConfigError(
         f"{path}: the state of the run is divided among {before}, and now there {verb} {now}; "
@@ -169,13 +178,13 @@ def _refuse_other_world(path: Path, header: Header, hardware: Hardware) -> None:
     )
 
 
-def _refuse_other_configuration(path: Path, header: Header, config_hash: str) -> None:
-    """Raise unless the checkpoint belongs to the configuration with this hash.
+def refuse_other_configuration(path: Path, stored: str, config_hash: str) -> None:
+    """Raise unless the checkpoint, whose configuration has the hash `stored`, belongs to the one with this hash.
 
     Raises:
         ConfigError: see above.
     """
-    if header.config_hash != config_hash:
+    if stored != config_hash:
         raise ConfigError(f"{path}: checkpoint of another configuration; use another hydra.run.dir or job.resume=false")
 
 
@@ -194,7 +203,7 @@ def load(path: Path, fresh: Method, *, config_hash: str, hardware: Hardware) -> 
             anything that the current method is not made of; in no case has any code of the file run.
     """
     header, data = checkpoint_file.read(path, rank=hardware.rank)
-    _refuse_other_configuration(path, header, config_hash)
+    refuse_other_configuration(path, header.config_hash, config_hash)
     return _restored(path, header, data, fresh, hardware)
 
 
@@ -209,7 +218,7 @@ def _restored(path: Path, header: Header, data: bytes, fresh: Method, hardware: 
         raise ConfigError(
             f"{path}: holds a {type(method).__name__}, not a {type(fresh).__name__}; {checkpoint_file.remedy(path)}"
         )
-    loaded, built = _tensors(method), _tensors(fresh)
+    loaded, built = tensors_of(method), tensors_of(fresh)
     for name, digest in header.referenced.items():
         if name not in loaded or name not in built or tensor_digest(built[name]) != digest:
             raise ConfigError(
@@ -223,26 +232,26 @@ def _restored(path: Path, header: Header, data: bytes, fresh: Method, hardware: 
 
 
 def _read(path: Path, data: bytes, allowed: list[Any]) -> Any:
-    """Return what `_unpickled` returns.
+    """Return what `unpickled` returns.
 
     Raises:
         ConfigError: it refused the file at `path`.
     """
     try:
-        return _unpickled(data, allowed)
+        return unpickled(data, allowed)
     except Exception as error:
         raise ConfigError(
-            f"{path}: refused, nothing in it was run ({_reason(error)}); {checkpoint_file.remedy(path)}"
+            f"{path}: refused, nothing in it was run ({reason_of(error)}); {checkpoint_file.remedy(path)}"
         ) from None
 
 
-def _unpickled(data: bytes, allowed: list[Any]) -> Any:
+def unpickled(data: bytes, allowed: list[Any]) -> Any:
     """Unpickle `data` with torch's restricted unpickler, extended by exactly the classes and functions `allowed`."""
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the line of torch's message that says what was refused, without its advice on how to allow it."""
     lines = [line.strip() for line in str(error).splitlines()]
     named = next((line for line in lines if "global" in line.lower()), first_line(error))
@@ -289,7 +298,7 @@ def parts(method: Method) -> list[Any]:
     return [part for part in found if getattr(part, "__module__", None) and part not in forbidden]
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers of a network, or of the networks that a method has loaded.
 
     The backbone's have the names that they have in it; those of other networks begin with the network's name.
@@ -303,9 +312,18 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _by_reference(method: Method, backbone: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Empty those tensors of the method that equal the loaded backbone's while the block runs; yield their digests."""
-    equal = {name: t for name, t in _tensors(method).items() if name in backbone and tensor_digest(t) == backbone[name]}
+def by_reference(
+    method: Method, backbone: Mapping[str, str], among: Callable[[Tensor], bool] = lambda tensor: True
+) -> Iterator[dict[str, str]]:
+    """Empty tensors of the method that equal the loaded backbone's while the block runs; yield their digests.
+
+    Args:
+        method: the method.
+        backbone: digests of the networks as loaded.
+        among: which tensors come into question; the others are not even compared.
+    """
+    possible = {name: t for name, t in tensors_of(method).items() if name in backbone and among(t)}
+    equal = {name: t for name, t in possible.items() if tensor_digest(t) == backbone[name]}
     contents = {name: tensor.data for name, tensor in equal.items()}
     try:
         for tensor in equal.values():

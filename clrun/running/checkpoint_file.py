@@ -123,17 +123,32 @@ def write(path: Path, header: dict[str, Any], methods: Sequence[bytes | memoryvi
     Raises:
         ConfigError: the disk is full or the folder unwritable; one generation at least is left as it was.
     """
-    rows = [[row[name] for name in COLUMNS] for row in header["rows"]]
     sizes = [[len(data), zlib.crc32(data)] for data in methods]
-    content = {"schema": SCHEMA, **header, "rows": rows, "world": len(methods), "methods": sizes}
+    content = {**header, "rows": cells_of(header["rows"]), "world": len(methods), "methods": sizes}
+    write_parts(path, {"schema": SCHEMA, **content}, methods, flush=flush)
+
+
+def cells_of(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """Return lines of accuracy.csv as lists in the order of `COLUMNS`."""
+    return [[row[name] for name in COLUMNS] for row in rows]
+
+
+def write_parts(
+    path: Path, content: dict[str, Any], parts: Sequence[bytes | memoryview], *, flush: bool, magic: bytes = MAGIC
+) -> None:
+    """Write a file with a header in JSON, followed by `parts`; the one at `path` becomes the generation before it.
+
+    Raises:
+        ConfigError: the disk is full or the folder unwritable; one generation at least is left as it was.
+    """
     text = json.dumps(content, separators=(",", ":"), default=json_value).encode()
     with writing(path):
         if path.exists():
             previous(path).unlink(missing_ok=True)
         with replacing(path, flush=flush) as file:
-            file.write(PREFIX.pack(MAGIC, zlib.crc32(text), len(text)))
+            file.write(PREFIX.pack(magic, zlib.crc32(text), len(text)))
             file.write(text)
-            for data in methods:
+            for data in parts:
                 file.write(data)
             file.flush()
             if path.exists():  # from here to the rename the generation before is the only one
@@ -168,7 +183,7 @@ def read(path: Path, *, rank: int = 0, tasks: int | None = None) -> tuple[Header
     return header, method
 
 
-class _Wrong(ValueError):
+class Wrong(ValueError):
     """A field has another type or value than it must have."""
 
     def __init__(self, where: str, value: Any, must: str) -> None:
@@ -184,8 +199,30 @@ def _header(path: Path, file: BinaryIO, tasks: int | None) -> Header:
         Damaged: see `read`.
         ConfigError: see `read`.
     """
+    size = os.fstat(file.fileno()).st_size
+    text = read_header(path, file)
+    try:
+        header = _checked(json.loads(text), tasks)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {wrong_header(error)}; {remedy(path)}") from None
+    if size != PREFIX.size + len(text) + sum(part for part, _ in header.methods):
+        raise Damaged(path, "it has another length than its header says")
+    return header
+
+
+def wrong_header(error: Exception) -> str:
+    """Return what is wrong with a header whose JSON text could not be read, or has a wrong field."""
+    return str(error) if isinstance(error, Wrong) else f"its header is not JSON ({first_line(error)})"
+
+
+def read_header(path: Path, file: BinaryIO, magic: bytes = MAGIC) -> bytes:
+    """Return the verified text of the header of an open file, which is then positioned after it.
+
+    Raises:
+        Damaged: its checksum is wrong, it is cut off, or the file is something else.
+    """
     size, prefix = os.fstat(file.fileno()).st_size, file.read(PREFIX.size)
-    if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
+    if len(prefix) < PREFIX.size or not prefix.startswith(magic):
         raise Damaged(path, "it is not a checkpoint of this version of clrun")
     _, crc, length = PREFIX.unpack(prefix)
     if length > size - PREFIX.size:
@@ -193,123 +230,137 @@ def _header(path: Path, file: BinaryIO, tasks: int | None) -> Header:
     text = file.read(length)
     if zlib.crc32(text) != crc:
         raise Damaged(path, "its checksum does not match its content")
-    try:
-        header = _checked(json.loads(text), tasks)
-    except (ValueError, RecursionError) as error:
-        what = error if isinstance(error, _Wrong) else f"its header is not JSON ({first_line(error)})"
-        raise ConfigError(f"{path}: {what}; {remedy(path)}") from None
-    if size != PREFIX.size + length + sum(part for part, _ in header.methods):
-        raise Damaged(path, "it has another length than its header says")
-    return header
+    return text
 
 
 def _checked(content: Any, tasks: int | None) -> Header:
     """Return the header after comparing every field with its type and range.
 
     Raises:
-        _Wrong: one is missing, unknown or wrong.
+        Wrong: one is missing, unknown or wrong.
     """
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise _Wrong("schema", content.get("schema") if isinstance(content, dict) else content, str(SCHEMA))
+        raise Wrong("schema", content.get("schema") if isinstance(content, dict) else content, str(SCHEMA))
     content = dict.fromkeys(LATER) | {"extra": []} | content
     names = {"schema", *(found.name for found in fields(Header))}
     for name in sorted(names ^ content.keys()):
-        raise _Wrong(name, content[name], "absent") if name in content else _Wrong(name, None, "present")
-    _count("learned", content["learned"], 0, math.inf if tasks is None else tasks)
+        raise Wrong(name, content[name], "absent") if name in content else Wrong(name, None, "present")
+    check_count("learned", content["learned"], 0, math.inf if tasks is None else tasks)
     for name, low in (("steps", 0), ("world", 1)):
-        _count(name, content[name], low)
-    _text("config_hash", content["config_hash"], HASH, "a hash")
+        check_count(name, content[name], low)
+    check_text("config_hash", content["config_hash"], HASH, "a hash")
     _check_costs(content["costs"], content["learned"], content["steps"])
-    _kind("referenced", content["referenced"], dict, "a mapping of names to digests")
+    check_kind("referenced", content["referenced"], dict, "a mapping of names to digests")
     for name, digest in content["referenced"].items():
-        _text(f"referenced[{ascii(name)}]", digest, DIGEST, "a digest of 64 hexadecimal digits")
+        check_text(f"referenced[{ascii(name)}]", digest, DIGEST, "a digest of 64 hexadecimal digits")
     _check_methods(content["methods"], content["world"])
     for name in ("data", "start"):
-        _kind(name, content[name], (dict, type(None)), "a mapping or null")
+        check_kind(name, content[name], (dict, type(None)), "a mapping or null")
     if content["predictions"] is not None:
-        _check_pair("predictions", content["predictions"])
+        check_pair("predictions", content["predictions"])
     if content["start"] is not None and (problem := START(content["start"], "start")):
-        raise _Wrong("start", content["start"], f"the record of a run ({problem})")
+        raise Wrong("start", content["start"], f"the record of a run ({problem})")
     if content["extra"] and (problem := EXTRA(content["extra"], "extra")):
-        raise _Wrong("extra", content["extra"], f"counts on data sets ({problem})")
-    rows = _check_rows(content["rows"], content["learned"], content["steps"], tasks)
+        raise Wrong("extra", content["extra"], f"counts on data sets ({problem})")
+    rows = checked_rows(content["rows"], content["learned"], content["steps"], tasks)
+    _check_complete(rows, content["learned"])
     return Header(**{name: content[name] for name in names - {"schema", "rows"}}, rows=rows)
 
 
-def _count(where: str, value: Any, low: float = 0, high: float = math.inf) -> None:
+def check_count(where: str, value: Any, low: float = 0, high: float = math.inf) -> None:
+    """Check that the field `where` is a whole number within bounds.
+
+    Raises:
+        Wrong: it is not.
+    """
     if type(value) is not int or not low <= value <= high:
-        raise _Wrong(where, value, f"a whole number {_range(low, high)}")
+        raise Wrong(where, value, f"a whole number {_range(low, high)}")
 
 
 def _range(low: float, high: float) -> str:
     return f"from {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
 
 
-def _kind(where: str, value: Any, kind: type | tuple[type, ...], must: str) -> None:
+def check_kind(where: str, value: Any, kind: type | tuple[type, ...], must: str) -> None:
+    """Check that the field `where` is of a `kind`, in words `must`.
+
+    Raises:
+        Wrong: it is not.
+    """
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise _Wrong(where, value, must)
+        raise Wrong(where, value, must)
 
 
-def _text(where: str, value: Any, pattern: re.Pattern[str], must: str) -> None:
+def check_text(where: str, value: Any, pattern: re.Pattern[str], must: str) -> None:
+    """Check that the field `where` is a text of a pattern, in words `must`.
+
+    Raises:
+        Wrong: it is not.
+    """
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise _Wrong(where, value, must)
+        raise Wrong(where, value, must)
 
 
 def _check_methods(methods: Any, world: int) -> None:
     """Compare the lengths and checksums of the methods with their types.
 
     Raises:
-        _Wrong: one of them is wrong, or there is another number of them than of processes.
+        Wrong: one of them is wrong, or there is another number of them than of processes.
     """
     if not isinstance(methods, list) or len(methods) != world:
-        raise _Wrong("methods", methods, f"a list with one entry per process, of {world}")
+        raise Wrong("methods", methods, f"a list with one entry per process, of {world}")
     for number, entry in enumerate(methods):
-        _check_pair(f"methods[{number}]", entry)
+        check_pair(f"methods[{number}]", entry)
 
 
-def _check_pair(where: str, entry: Any) -> None:
+def check_pair(where: str, entry: Any) -> None:
+    """Check that the field `where` is a list of a length and a checksum.
+
+    Raises:
+        Wrong: it is not.
+    """
     if not isinstance(entry, list) or len(entry) != 2:
-        raise _Wrong(where, entry, "a list of a length and a CRC-32")
+        raise Wrong(where, entry, "a list of a length and a CRC-32")
     for value in entry:
-        _count(where, value)
+        check_count(where, value)
 
 
 def _check_costs(costs: Any, learned: int, steps: int) -> None:
     """Compare the costs of the finished tasks with their types.
 
     Raises:
-        _Wrong: one is wrong, or there is another number of them than of finished tasks.
+        Wrong: one is wrong, or there is another number of them than of finished tasks.
     """
     if not isinstance(costs, list) or len(costs) != learned:
-        raise _Wrong("costs", costs, f"a list with one entry per finished task, of {learned}")
+        raise Wrong("costs", costs, f"a list with one entry per finished task, of {learned}")
     before = 0
     for number, cost in enumerate(costs):
         where = f"costs[{number}]"
-        _kind(where, cost, dict, "a mapping")
-        _count(f"{where}.task", cost.get("task"))
-        _count(f"{where}.position", cost.get("position"), number, number)
-        _count(f"{where}.steps", cost.get("steps"), before, steps)
+        check_kind(where, cost, dict, "a mapping")
+        check_count(f"{where}.task", cost.get("task"))
+        check_count(f"{where}.position", cost.get("position"), number, number)
+        check_count(f"{where}.steps", cost.get("steps"), before, steps)
         before = cost["steps"]
         for name in ("train_seconds", "eval_seconds"):
-            _kind(f"{where}.{name}", cost.get(name), (int, float), "a number")
+            check_kind(f"{where}.{name}", cost.get(name), (int, float), "a number")
         for name in ("images", "peak_memory_bytes"):
-            _count(f"{where}.{name}", cost.get(name))
+            check_count(f"{where}.{name}", cost.get(name))
         for name in ("parameters", "state_bytes"):
-            _kind(f"{where}.{name}", cost.get(name), dict, "a mapping")
+            check_kind(f"{where}.{name}", cost.get(name), dict, "a mapping")
     if learned and before != steps:
-        raise _Wrong("steps", steps, f"{before}, as the last of the costs says")
+        raise Wrong("steps", steps, f"{before}, as the last of the costs says")
 
 
-def _check_rows(cells: Any, learned: int, steps: int, tasks: int | None) -> list[dict[str, Any]]:
+def checked_rows(cells: Any, learned: int, steps: float, tasks: int | None) -> list[dict[str, Any]]:
     """Return the rows of accuracy.csv after comparing every cell with its type and range.
 
     Raises:
-        _Wrong: a cell is wrong, or the rows are not those of the finished tasks.
+        Wrong: a cell is wrong.
     """
-    _kind("rows", cells, list, "a list")
+    check_kind("rows", cells, list, "a list")
     for number, row in enumerate(cells):
         if not isinstance(row, list) or len(row) != len(COLUMNS):
-            raise _Wrong(f"rows[{number}]", row, f"a list of {len(COLUMNS)} values")
+            raise Wrong(f"rows[{number}]", row, f"a list of {len(COLUMNS)} values")
     last = math.inf if tasks is None else tasks - 1
     bounds: dict[str, tuple[float, float]] = {"step": (0, steps), "position": (0, learned), "after": (-1, math.inf)}
     bounds |= {"task_position": (0, last), **{name: (0, math.inf) for name in ("task", "correct", "total")}}
@@ -317,16 +368,15 @@ def _check_rows(cells: Any, learned: int, steps: int, tasks: int | None) -> list
     for name, column in zip(COLUMNS, zip(*cells, strict=True), strict=False):
         for number, value in enumerate(column):
             if name in bounds:
-                _count(f"rows[{number}].{name}", value, *bounds[name])
+                check_count(f"rows[{number}].{name}", value, *bounds[name])
             elif name == "nll":
-                _kind(f"rows[{number}].{name}", value, float, "a number")
+                check_kind(f"rows[{number}].{name}", value, float, "a number")
             elif value not in WORDS[name]:
-                raise _Wrong(f"rows[{number}].{name}", value, " or ".join(WORDS[name]))
+                raise Wrong(f"rows[{number}].{name}", value, " or ".join(WORDS[name]))
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
     for number, row in enumerate(rows):
         if max(row["correct"], row["task_correct"]) > row["total"]:
-            raise _Wrong(f"rows[{number}].correct", row["correct"], f"at most {row['total']}, the number of samples")
-    _check_complete(rows, learned)
+            raise Wrong(f"rows[{number}].correct", row["correct"], f"at most {row['total']}, the number of samples")
     return rows
 
 
@@ -338,6 +388,6 @@ def _check_complete(rows: list[dict[str, Any]], learned: int) -> None:
     for position in range(1, learned + 1):
         for task in range(position):
             if found[position, task] != max(1, settings):
-                raise _Wrong(
+                raise Wrong(
                     "rows", f"{len(rows)} rows", f"those of {learned} finished tasks (see ({position}, {task}))"
                 )

@@ -62,6 +62,16 @@ def check_resumed(built: Built, state: RunState, folder: Path, parts: Parts, *, 
     )
 
 
+def is_unchanged(stored: dict[str, Any] | None, built: Built, folder: Path) -> bool:
+    """Return whether the data are those of a stored identity, as far as that can be compared.
+
+    Raises:
+        ConfigError: the stored identity has another form than it must have.
+    """
+    now = stored_identity(built.data)
+    return stored is not None and not _changes(stored, now, folder) and is_comparable(stored["record"])
+
+
 def _is_repair(changes: Changes, parts: Parts) -> bool:
     """Whether only contents have changed, and files are left out only because they cannot be decoded."""
     if changes.classes or changes.added or changes.order:

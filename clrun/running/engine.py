@@ -12,13 +12,16 @@ from torch import nn
 from clrun.blocks.compress.base import hold
 from clrun.data.stream import Stream, Task
 from clrun.learning.budget import Budget
-from clrun.learning.context import Context, Progress
+from clrun.learning.context import Context
 from clrun.learning.method import Method
+from clrun.learning.progress import Keeper, Progress
 from clrun.running.accounting import PeakMemory, learner_parameters, parameter_counts, state_bytes
 from clrun.running.checkpoint import RunState
 from clrun.running.compression import Stage
 from clrun.running.evaluation import Evaluation, Row
 from clrun.running.recorder import Recorder
+from clrun.running.task_file import StoredFit
+from clrun.running.task_fits import TaskFits
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
@@ -49,6 +52,7 @@ class Engine:
         max_steps: upper limit of the steps of any fit; None for none.
         tuning: chooses hyper-parameters task by task; None learns each task once, as configured.
         compression: makes the learner smaller after its tasks; None does not.
+        fits: keeps the fits of a task, so that it can go on in its middle; None keeps nothing.
         backbone: as loaded; None leaves a backbone that the learner does not hold out of the counts of parameters.
         state: progress of the run; its results are added to it.
     """
@@ -66,9 +70,11 @@ class Engine:
     max_steps: int | None = None
     tuning: Tuning | None = None
     compression: Stage | None = None
+    fits: TaskFits | None = None
     backbone: nn.Module | None = None
     state: RunState = field(default_factory=RunState)
     _evaluating: float = 0.0
+    _earlier: float = 0.0  # seconds of training of this task that were spent before the run was resumed
     _trained: int = 0  # number of parameters that the fits of the last task have trained
 
     def run(self, method: Method) -> Method:
@@ -83,8 +89,12 @@ class Engine:
         memory = PeakMemory(self.hardware)
         if self.state.learned == len(self.stream.tasks):  # the run stopped between its last task and its end
             self.evaluation(method, self.stream, self.state.learned)
+        if self.fits is not None:
+            self.fits.replay, self.fits.clock = self._replay, lambda: time.perf_counter() - self._evaluating
         for task in self.stream.tasks[self.state.learned :]:
             self.recorder.begin_task(task)
+            if self.fits is not None:
+                self.fits.begin_task(self.state.learned, self.state.data)
             memory.reset()
             search: dict[str, Any] = {}
             if self.tuning is None:
@@ -115,6 +125,8 @@ class Engine:
                 }
             )
             self.recorder.end_task(task, method, self.state)
+            if self.fits is not None:
+                self.fits.end_task()
         return method
 
     def _compress(self, method: Method, task: Task, memory: PeakMemory) -> dict[str, Any]:
@@ -148,7 +160,7 @@ class Engine:
         Returns:
             The seconds of learning, without those of evaluations.
         """
-        self._evaluating, task = 0.0, ctx.task
+        self._evaluating, self._earlier, task = 0.0, 0.0, ctx.task
         seed_all(ctx.seed, "task", task.id)
         method.begin_task(task, ctx)
         for part in method.new_parts():
@@ -162,7 +174,7 @@ class Engine:
             method.learn(task, ctx)
             method.end_task(task, ctx)
 
-        seconds = self._timed(work) - self._evaluating
+        seconds = self._timed(work) - self._evaluating + self._earlier
         self._trained = sum(p.numel() for p in ctx.progress.trained)
         return seconds
 
@@ -192,11 +204,33 @@ class Engine:
                 self._evaluating += self._timed(lambda: self._evaluate_during(method, task))
 
         def log(record: Any) -> None:
-            self.recorder.log({"task": task.id, "position": task.index, **record})
+            self._log({"task": task.id, "position": task.index, **record})
 
         return Context(
-            self.stream, task, self.budget, self.hardware, self.seed, log=log, on_step=on_step, max_steps=self.max_steps
+            self.stream,
+            task,
+            self.budget,
+            self.hardware,
+            self.seed,
+            log=log,
+            on_step=on_step,
+            max_steps=self.max_steps,
+            keeper=self.fits or Keeper(),
         )
+
+    def _replay(self, fit: StoredFit) -> None:
+        """Report again what a fit has reported before the run was resumed."""
+        self.state.steps += fit.steps
+        self._earlier += fit.seconds
+        self._report(fit.rows)
+        for record in fit.records:
+            self.recorder.log(record)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        """Report numbers of training."""
+        self.recorder.log(record)
+        if self.fits is not None:
+            self.fits.record(record)
 
     def _evaluate(self, method: Method, learned: int) -> None:
         """Evaluate the learned tasks, and the next one where the run evaluates tasks before they are learned."""
@@ -212,9 +246,15 @@ class Engine:
     def _record(self, rows: list[Row], phase: str) -> list[Row]:
         """Add rows to those of the checkpoint, report and return them."""
         rows = [{"step": self.state.steps, **row, "phase": phase} for row in rows]
+        self._report(rows)
+        return rows
+
+    def _report(self, rows: list[Row]) -> None:
+        """Add lines of accuracy.csv to those of the checkpoint and report them."""
         self.state.rows += rows
         self.recorder.rows(rows)
-        return rows
+        if self.fits is not None:
+            self.fits.rows(rows)
 
     def _timed(self, work: Callable[[], Any]) -> float:
         """Call `work` and return its wall time in seconds, finished work of the device included."""

@@ -41,6 +41,7 @@ from clrun.system.errors import ConfigError, one_line
 from clrun.system.files import missing_folders, refuse_links, remove_empty, replace_text, writing
 from clrun.system.locks import folder_locked
 from clrun.system.processes import torchrun_rank
+from clrun.system.signals import Stopped
 
 LOCK = "sweep.lock"  # in the folder of a sweep while its command runs
 # What Hydra itself writes into the folder of a run on request (hydra.job_logging, hydra.output_subdir).
@@ -236,8 +237,12 @@ def _held_sweep(composer: Composer, cfg: DictConfig, show: Callable[[str], None]
         replace_text(folder / "multirun.yaml", "", flush=False)  # Hydra writes into it, and would follow a link
         with writing(folder):
             sweeper.sweep(arguments=arguments)
-    finally:
+    except Stopped:
+        raise  # at once: the tables of a large sweep take longer than the system may wait
+    except BaseException:
         _refresh(folder, show)
+        raise
+    _refresh(folder, show)
     callbacks.on_multirun_end(config=cfg, config_name=composer.name)
     return Outcome(folder.absolute(), tuple(map(_failure, collector.failed)))
 

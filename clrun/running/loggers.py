@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from tqdm import tqdm
 
 from clrun.data.stream import Stream, Task
-from clrun.learning.context import Progress
+from clrun.learning.progress import Progress
 from clrun.reporting.tables import final_table, matrix_header, matrix_row, points
 from clrun.system.errors import ConfigError, printable
 from clrun.system.files import append_text, make_folder

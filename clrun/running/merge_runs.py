@@ -50,6 +50,7 @@ UNWEIGHTED = ("opcm", "dop", "wise_ft")  # rules in which a network has no coeff
 # What a merged run does not do, or always does, whatever the first run did.
 JOB: dict[str, Any] = {
     "start_from": None,
+    "checkpoint_minutes": None,
     "keep_checkpoint": False,
     "save_model": True,
     "tuning": None,

@@ -13,41 +13,46 @@ from clrun.config.environment import digests, masked
 from clrun.config.job import JobInfo
 from clrun.data.identity import remember_rows
 from clrun.data.stream import Stream, Task
-from clrun.learning.context import Progress
 from clrun.learning.method import Method
-from clrun.learning.names import has_names
+from clrun.learning.progress import Progress
 from clrun.results.identity import config_hash
 from clrun.results.metrics import AccuracyMatrix, summary
 from clrun.results.records import SCHEMA, RunFolder
 from clrun.running import checkpoint, checkpoint_file
 from clrun.running.accounting import (
     changed_circumstances,
-    forward_flops,
     learner_parameters,
-    parameter_counts,
     state_bytes,
-    token_count,
     versions,
 )
-from clrun.running.backbone_reuse import remembered
 from clrun.running.build import Built
 from clrun.running.checkpoint import RunState, Unstorable
-from clrun.running.data_checks import OTHER_RULE, START, UNKNOWN, check_resumed, check_task, stored_identity
+from clrun.running.data_checks import (
+    OTHER_RULE,
+    START,
+    UNKNOWN,
+    check_resumed,
+    check_task,
+    is_unchanged,
+    stored_identity,
+)
 from clrun.running.evaluation import Evaluation, Row
-from clrun.running.feature_records import cache_report, feature_notes, transferability
 from clrun.running.loggers import Logger, Show
-from clrun.running.networks import network_notes, network_record
 from clrun.running.parts import Parts
 from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
+from clrun.running.run_entries import entries_of, flops_per_image
 from clrun.running.start_from import copy_log, start_from
 from clrun.running.start_from import note as note_on_start
+from clrun.running.task_fits import TaskFits, resumed_fits
 from clrun.system.errors import ConfigError, printable, warn
 from clrun.system.files import append_text, json_value, replace_text
+from clrun.system.signals import Stopped
 
 KEPT_NOTES = (
     "resumed ",
+    "stopped by ",
     "data changed ",
     UNKNOWN,
     OTHER_RULE,
@@ -78,6 +83,8 @@ class Recorder:
         self.backbone_digests: dict[str, str] = {}
         self.storable: list[Any] | None = None  # the classes and functions that a checkpoint may name
         self.checkpoint = folder.path / "checkpoint.pt"
+        self.task_checkpoint = folder.path / "checkpoint.task.pt"  # within a task
+        self.fits: TaskFits | None = None  # writes it
         self.damaged = False  # whether the file of this name was refused, and the generation before it used
         self.flushed = time.monotonic()
         self.checked = False  # whether this process compares the data with those of the beginning after every task
@@ -125,6 +132,9 @@ class Recorder:
                 except ConfigError as mistake:
                     self._ended("failed", str(mistake), mistake=True)
                     raise
+                except Stopped as stop:
+                    self._ended("interrupted", self._note_on_stopping(stop), mistake=True)
+                    raise
                 except KeyboardInterrupt:
                     self._ended("interrupted", "interrupted by the user", mistake=True)
                     raise
@@ -134,6 +144,12 @@ class Recorder:
         finally:
             if self.logger is not None:
                 self.logger.close()
+
+    def _note_on_stopping(self, stop: Stopped) -> str:
+        """Keep what the fits of the task have given, and return a note on where a signal has stopped the run."""
+        text = str(stop) + ("" if self.fits is None else self.fits.stop())
+        self.run["notes"].append(text)
+        return text
 
     def _ended(self, status: str, error: str, *, mistake: bool) -> None:
         """Write how the run ended, as far as `recording` says so."""
@@ -167,8 +183,28 @@ class Recorder:
                 checkpoint of the method can be written.
         """
         method, state = self._resumed(built)
+        self._resume_task(built, state)
         state.data = stored_identity(built.data)
         return method, state
+
+    def _resume_task(self, built: Built, state: RunState) -> None:
+        """Go on within the next task where its checkpoint is there, and keep the fits of the tasks from now on."""
+        options, folder = self.options, self.folder.path
+        if options.resume and options.checkpoint_minutes is not None:
+            self.fits, notes = resumed_fits(
+                self.task_checkpoint,
+                self.hardware,
+                state.learned,
+                len(built.stream.tasks),
+                lambda data: is_unchanged(data, built, folder),
+                interval=60 * options.checkpoint_minutes,
+                config_hash=self.hash,
+                backbone=self.backbone_digests,
+                allowed=self.storable or [],
+            )
+            if notes and not checkpoint_file.generations(self.checkpoint):
+                notes = [*self._notes_on_resuming(state.learned, None), *notes]
+            self.run["notes"] += notes
 
     def _resumed(self, built: Built) -> tuple[Method, RunState]:
         """Do what `resumed` says, but leave the identity of the data as it was stored."""
@@ -216,32 +252,9 @@ class Recorder:
     def begin(self, built: Built, state: RunState) -> None:
         """Write the files that a run begins with; rows of an unfinished task are dropped."""
         stream = built.stream
-        frozen = built.method.uses_frozen_features
-        weights: dict[str, Any] | None = getattr(built.backbone, "weights_read", None)
-        self.run |= {
-            "task_order": list(stream.order),
-            "class_order": list(stream.class_order),
-            "task_names": [task.name for task in stream.tasks],
-            "task_classes": [task.classes.tolist() for task in stream.tasks],
-            "setting": stream.setting,
-            "data": built.data.record,
-            "input": built.input,
-            "backbone": {
-                "features": int(built.backbone.num_features),  # type: ignore[arg-type]
-                "tokens": token_count(built.backbone),
-                **parameter_counts(built.backbone, frozen=built.backbone if frozen else None),
-                "weights": weights,
-            },
-        }
-        self.run["notes"] += weights["notes"] if weights else []
-        reads_text = built.method.needs_text or built.method.needs_decoder or has_names(built.backbone)
-        if stream.captions is not None and reads_text:
-            self.run["captions"] = stream.captions.record()
-        self.run |= network_record(built.networks)
-        self.run["notes"] += network_notes(built.networks)
-        if built.extractor is not None:
-            self.run |= _feature_entries(built)
-            self.run["notes"] += feature_notes(built.cache, built.images)
+        entries, notes = entries_of(built)
+        self.run |= entries
+        self.run["notes"] += notes
         if state.start is not None:
             self.run["started_from"] = state.start
             self.run["notes"].append(note_on_start(state.start))
@@ -257,8 +270,7 @@ class Recorder:
         self.checked = built.extractor is None  # features are what was computed from the data once
         if self.checked:
             remember_rows(stream.tasks)
-        if not self.options.resume:
-            checkpoint_file.remove(self.checkpoint)  # an earlier run's would pass for this one's
+        self._remove_stale()
         self.run["notes"] += self.predictions.resume(state.learned, state.predictions)
         self.run["notes"] = [masked(note, self.job.secrets) for note in self.run["notes"]]
         self.folder.write_config(json_value(self.written))
@@ -273,6 +285,13 @@ class Recorder:
             print(f"\nrun {self.job.number + 1}: {printable(words)}", flush=True)
         self.logger.start(self.run, stream, self.folder.path, show=show if self.options.progress else "nothing")
 
+    def _remove_stale(self) -> None:
+        """Remove checkpoints of an earlier run, which would pass for those of this one."""
+        if not self.options.resume:
+            checkpoint_file.remove(self.checkpoint)
+        if self.fits is None:
+            checkpoint_file.remove(self.task_checkpoint)
+
     def finish(self, built: Built, method: Method) -> None:
         """Write the files that a run ends with; run.json says completed last, and the checkpoint goes after it."""
         if self.logger is None:
@@ -280,7 +299,7 @@ class Recorder:
         self.run["cost"] |= {
             "parameters": learner_parameters(method, built.backbone),
             "state_bytes": state_bytes(method),
-            "flops_per_image": _flops(built, method),
+            "flops_per_image": flops_per_image(built, method),
         }
         for setting, value in self.evaluation.at_five.items():
             self.run["metrics"][setting]["accuracy_at_5"] = value
@@ -295,6 +314,7 @@ class Recorder:
         if not self.options.keep_checkpoint:
             checkpoint_file.remove(self.checkpoint)
         checkpoint_file.previous(self.checkpoint).unlink(missing_ok=True)
+        checkpoint_file.remove(self.task_checkpoint)
         self.logger.finish(self.run)
 
     def _draw(self) -> None:
@@ -357,7 +377,11 @@ class Recorder:
                 a file of the data has changed while the task was learned.
         """
         if self.checked:
-            check_task(self.stream, task, self.folder.path)
+            try:
+                check_task(self.stream, task, self.folder.path)
+            except ConfigError:
+                checkpoint_file.remove(self.task_checkpoint)  # its fits have learned from what has changed
+                raise
         self._measure(state)
         if self.logger is not None:
             self.folder.write_run(self.run)
@@ -397,26 +421,6 @@ def average_accuracy(run: dict[str, Any]) -> float:
     """Return the final average accuracy (a fraction) in the stream's setting, from run.json; NaN when not measured."""
     value = run["metrics"].get(run["setting"], {}).get("average_accuracy")
     return math.nan if value is None else float(value)
-
-
-def _feature_entries(built: Built) -> dict[str, Any]:
-    """Return the entries of run.json on features that are computed once."""
-    entries: dict[str, Any] = {"features": cache_report(built.cache)}
-    if built.method.uses_frozen_features:
-        entries["logme"] = transferability(built.stream)
-    return entries
-
-
-def _flops(built: Built, method: Method) -> int | None:
-    """Return the FLOPs of a forward pass of one image through backbone and head; None when they cannot be counted."""
-    task = (0,) if method.needs_task_id else ()
-    total = forward_flops(method, next(built.stream.tasks[0].test.batches(1)).x, *task)
-    extractor = built.extractor
-    if extractor is not None and total is not None:
-        image = next(built.images.tasks[0].test.batches(1)).x
-        extracting = remembered(extractor, f"flops of {tuple(image.shape)}", lambda: forward_flops(extractor, image))
-        return None if extracting is None else total + extracting
-    return total
 
 
 def _now() -> str:

@@ -17,6 +17,8 @@ from clrun.running.parts import Config, Parts, function_of
 from clrun.running.recorder import Recorder, average_accuracy
 from clrun.system.errors import ConfigError, collecting_warnings
 from clrun.system.hardware import launch
+from clrun.system.processes import under_torchrun
+from clrun.system.signals import caught
 
 
 def preflight(config: Config) -> int | None:
@@ -82,7 +84,8 @@ def _run(parts: Parts, out: Path, job: JobInfo) -> float:
                 if changed := changed_since(stored, parts):
                     print(f"note: {changed}")
             return average_accuracy(stored)
-    return launch(_work, (parts, out, job), processes=parts.hardware.processes, device=parts.hardware.device)
+    with caught(several=under_torchrun()):
+        return launch(_work, (parts, out, job), processes=parts.hardware.processes, device=parts.hardware.device)
 
 
 def _refuse_other(stored: dict[str, Any], config: Config, written: Config, out: Path) -> None:
@@ -104,7 +107,7 @@ def _work(parts: Parts, out: Path, job: JobInfo, rank: int, world: int) -> float
     """Do the work of one process of the run."""
     parts.hardware.setup(rank=rank, world=world, job=job.number or 0, parallel=job.parallel)
     recorder = Recorder(parts, RunFolder(out), job)
-    with recorder.recording(), parts.naming_foreign():
+    with caught(several=world > 1), recorder.recording(), parts.naming_foreign():
         with collecting_warnings(recorder.run["notes"]):  # the command line has shown them
             built = build(parts)
         return _learn(parts, built, recorder)
@@ -128,6 +131,7 @@ def _learn(parts: Parts, built: Built, recorder: Recorder) -> float:
         max_steps=parts.job.max_steps,
         tuning=parts.job.tuning,
         compression=None if parts.compress is None else Stage(parts.compress),
+        fits=recorder.fits,
         backbone=built.backbone,
         state=state,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 
+from clrun.system import signals
 from clrun.system.errors import ConfigError, NumericalError, PositiveInt, Range
 from clrun.system.files import replace_text
 from clrun.system.processes import core_count, under_torchrun
@@ -44,6 +45,8 @@ class Hardware:
         compile: compile the backbone with torch.compile.
         rank: number of this process, from 0.
         world: number of processes of the run.
+        asking: what this process asks all of them for; a number, 0 for nothing.
+        asked_for: the sum over the processes of `asking` at the last average of gradients, the same in all of them.
     """
 
     device: str
@@ -56,6 +59,8 @@ class Hardware:
     compile: bool
     rank: int = field(default=0, init=False)
     world: int = field(default=1, init=False)
+    asking: int = field(default=0, init=False)
+    asked_for: int = field(default=0, init=False)
 
     def setup(self, *, rank: int = 0, world: int = 1, job: int = 0, parallel: int = 1) -> None:
         """Select the device and set all process-wide options of torch, so that no option of an earlier job remains.
@@ -130,11 +135,14 @@ class Hardware:
         """
         if self.world == 1 or not parameters:
             return
-        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=self.device)
+        flags = [*(p.grad is not None for p in parameters), self.asking]
+        present = torch.tensor(flags, dtype=torch.float32, device=self.device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.sum(torch.cat([g.reshape(-1).float() for g in grads] + [present]))
-        parts = torch.split(flat, [g.numel() for g in grads] + [len(parameters)])
-        for parameter, part, somewhere in zip(parameters, parts[:-1], parts[-1].tolist(), strict=True):
+        parts = torch.split(flat, [g.numel() for g in grads] + [len(flags)])
+        *somewheres, asked = parts[-1].tolist()
+        self.asked_for = round(asked)
+        for parameter, part, somewhere in zip(parameters, parts[:-1], somewheres, strict=True):
             if somewhere:
                 parameter.grad = (part / self.world).view_as(parameter).to(parameter.dtype)
 
@@ -205,15 +213,32 @@ def launch(work: Callable[..., float], arguments: tuple[Any, ...], *, processes:
             f"hardware.processes={processes}: this machine has {count} GPU(s), one per process; use at most {count}"
         )
     with tempfile.TemporaryDirectory(prefix="clrun-") as folder:
-        meeting = (Path(folder), work, arguments, processes, backend)
-        try:
-            spawn(_worker, meeting, nprocs=processes)  # type: ignore[no-untyped-call]
-        except Exception as error:
-            for kind in (ConfigError, NumericalError):
-                for message in sorted(Path(folder).glob(f"{kind.__name__}-*")):
-                    raise kind(message.read_text()) from None
+        return _spawned(Path(folder), work, arguments, processes, backend)
+
+
+def _spawned(
+    folder: Path, work: Callable[..., float], arguments: tuple[Any, ...], processes: int, backend: str
+) -> float:
+    """Call `work` in new processes, which leave what they have to say in `folder`; see `launch`.
+
+    Raises:
+        Stopped: a signal has asked the processes to stop, and they have.
+    """
+    try:
+        workers = spawn(_worker, (folder, work, arguments, processes, backend), nprocs=processes, join=False)  # type: ignore[no-untyped-call]
+        with signals.forwarded(workers.pids()):
+            while not workers.join():
+                continue
+    except Exception as error:
+        for kind in (ConfigError, NumericalError):
+            for message in sorted(folder.glob(f"{kind.__name__}-*")):
+                raise kind(message.read_text()) from None
+        if signals.requested() is None:
             raise RuntimeError(f"a process of the run failed: {error}") from None
-        return float(json.loads((Path(folder) / "result").read_text()))
+    stopped = [int(file.suffix[1:]) for file in folder.glob("Stopped.*")]
+    if number := signals.requested() or max(stopped, default=0):
+        raise signals.Stopped(number)
+    return float(json.loads((folder / "result").read_text()))
 
 
 def _worker(
@@ -223,11 +248,14 @@ def _worker(
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     try:
         result = _join(f"file://{folder}/rendezvous", work, arguments, rank, world, backend)
+    except signals.Stopped as stop:
+        replace_text(folder / f"Stopped.{stop.number}", "", flush=False)
     except (ConfigError, NumericalError) as error:
         replace_text(folder / f"{type(error).__name__}-{rank}", str(error), flush=False)
         raise
-    if rank == 0:
-        replace_text(folder / "result", json.dumps(result), flush=False)
+    else:
+        if rank == 0:
+            replace_text(folder / "result", json.dumps(result), flush=False)
 
 
 def _join(

@@ -127,7 +127,8 @@ def test_one_failing_process_ends_all_with_its_message(work: Any, error: type[Ex
 def spawned_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `launch` work in this process, as rank 0 of one."""
 
-    def spawn(worker: Any, meeting: tuple[Any, ...], *, nprocs: int) -> None:
+    def spawn(worker: Any, meeting: tuple[Any, ...], *, nprocs: int, join: bool) -> None:
+        assert not join, "signals are sent on while the processes work"
         folder, work, arguments, _, backend = meeting
         worker(0, folder, work, arguments, 1, backend)
 
