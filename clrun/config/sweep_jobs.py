@@ -56,11 +56,13 @@ class _Template:
         cfg: with its `hydra` node.
         plain: the same as plain containers; None where only `cfg` can tell what a job is.
         watched: dotted keys on which expressions depend.
+        expressions: dotted keys of expressions.
     """
 
     cfg: DictConfig
     plain: PlainJob | None = None
     watched: set[str] = field(default_factory=set)
+    expressions: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -147,10 +149,15 @@ class JobComposer:
         if master.hydra.searchpath or any(override.is_sweep_override() for override in parsed):
             return None
         values = [self._sets_value(override) for override in parsed]
+        pairs = list(zip(parsed, values, strict=True))
+        later = [override.key_or_group for override, sets in pairs if sets]
+        early = {o.key_or_group for o, sets in pairs if not sets and o.input_line in self.fixed}
+        if any(_overlap(key, other) for key in early for other in later if not self._is_group(key)):
+            return None  # the last of them counts, so that their order must stay
         return _Words(
             tuple(text for text, sets in zip(overrides, values, strict=True) if not sets),
             [override for override in parsed if not override.is_hydra_override()],
-            [override for override, sets in zip(parsed, values, strict=True) if sets],
+            [override for override, sets in pairs if sets],
         )
 
     def _sets_value(self, override: Override) -> bool:
@@ -210,14 +217,15 @@ def _template(cfg: DictConfig) -> _Template:
         return _Template(cfg)
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     raw.pop("hydra")
-    watched = set(DATASET_LISTS)
+    watched, expressions = set(DATASET_LISTS), set[str]()
     for path, text in _expressions(raw, ""):
+        expressions.add(path)
         parent = path.rpartition(".")[0]
         watched |= {f"{parent}.{name}".lstrip(".") for name in NEIGHBOUR.findall(text)}
         if "${" in NEIGHBOUR.sub("", STEADY.sub("", text)):
             return _Template(cfg)
     try:
-        return _Template(cfg, _plain(copy.deepcopy(cfg)), watched)
+        return _Template(cfg, _plain(copy.deepcopy(cfg)), watched, expressions)
     except ConfigError:  # the values of the jobs are needed
         return _Template(cfg)
 
@@ -234,6 +242,11 @@ def _expressions(value: Any, path: str) -> Iterator[tuple[str, str]]:
         yield path, value
 
 
+def _overlap(key: str, other: str) -> bool:
+    """Return whether one of two dotted keys is the other one, or lies within it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
 def _is_simple(override: Override, template: _Template) -> bool:
     """Return whether an override only replaces a value by another one, on which nothing else depends."""
     assert template.plain is not None
@@ -244,7 +257,9 @@ def _is_simple(override: Override, template: _Template) -> bool:
     plain = all(item is None or isinstance(item, bool | int | float | str) for item in items)
     if not plain or any(isinstance(item, str) and ("$" in item or item == "???") for item in items):
         return False
-    if key in template.watched or any(watched.startswith(f"{key}.") for watched in template.watched):
+    if any(_overlap(key, watched) for watched in template.watched):
+        return False
+    if any(key.startswith(f"{path}.") for path in template.expressions):
         return False
     before: Any = template.plain.config
     for name in key.split("."):

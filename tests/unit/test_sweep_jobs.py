@@ -1,6 +1,8 @@
 """Jobs of a sweep are composed as Hydra composes them: its loader is the reference."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clrun.config import sweep_jobs
 from clrun.config.compose import Composer, folder_of, plain_config, recorded_config, yaml_text
-from clrun.config.sweep_jobs import JobComposer, choices_of
+from clrun.config.sweep_jobs import JobComposer, PlainJob, choices_of
 
 FIXED = ("method.capacity=7", "dataset.root=/data", "name=a-${seed}")
 
@@ -55,6 +57,9 @@ OTHERS = {
     "removed": ["~method.capacity"],
     "forced": ["++method.capacity=5", "+method.another=3"],
     "merged": ["method=er", "method={capacity: 3}"],
+    "the last one counts": ["method.capacity=9", "method.capacity=7", "seed=1"],
+    "the last one within counts": ["method={capacity: 3}", "method.capacity=7"],
+    "set after it was added": ["+dataset.root=/elsewhere", "dataset.root=/data"],
     "data sets": ["method=zero_shot", "backbone=glyph_clip", "job.eval_extra=[digits]"],
 }
 WRONG = {
@@ -88,6 +93,17 @@ def test_common_jobs_are_composed_once(
     jobs.plain(sweep, words, 0)  # the first job with these choices
     monkeypatch.setattr(sweep_jobs, "folder_of", None)  # what takes a copy of the configuration needs its folder
     assert jobs.plain(sweep, [*words, "job.eval_batch_size=17"], 1).config["job"]["eval_batch_size"] == 17
+
+
+def test_values_within_what_an_expression_reads_are_left_to_hydra(jobs: Any) -> None:
+    node = OmegaConf.create({"a": {"b": {"c": 1}, "d": "${.b}"}, "hydra": {"sweep": {"subdir": "${clrun.slug:}"}}})
+    plain = PlainJob({"a": {"b": {"c": 1}, "d": {"c": 1}}}, {}, {}, Path())
+    template = sweep_jobs._Template(node, plain, {"a.b"}, {"a.d"})
+    words = ("a.b.c=2", "a.d.c=2", "a.d=2", "a.b={c: 2}")
+    found = [sweep_jobs._is_simple(sweep_jobs._parsed(word), template) for word in words]
+    assert found == [False, False, False, False]
+    other = replace(template, plain=replace(plain, config={"a": {"e": 1}}))
+    assert sweep_jobs._is_simple(sweep_jobs._parsed("a.e=2"), other)
 
 
 def test_jobs_share_no_values(sweep: DictConfig, jobs: Any) -> None:
