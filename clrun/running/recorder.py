@@ -43,7 +43,7 @@ from clrun.running.predictions import Predictions
 from clrun.running.prompt_selection import selection_counts
 from clrun.running.restoring import WEIGHTS, save_weights
 from clrun.running.run_entries import entries_of, flops_per_image
-from clrun.running.start_from import copy_log, start_from
+from clrun.running.start_from import copy_log, refuse_other_start, start_from
 from clrun.running.start_from import note as note_on_start
 from clrun.running.task_fits import TaskFits, resumed_fits
 from clrun.system.errors import ConfigError, printable, warn
@@ -205,6 +205,9 @@ class Recorder:
             if notes and not checkpoint_file.generations(self.checkpoint):
                 notes = [*self._notes_on_resuming(state.learned, None), *notes]
             self.run["notes"] += notes
+        elif options.resume and checkpoint_file.generations(self.task_checkpoint):
+            because = f"job.checkpoint_minutes is null, so that {self.task_checkpoint.name} was not used"
+            self.run["notes"].append(f"the task at position {state.learned} began anew, because {because}")
 
     def _resumed(self, built: Built) -> tuple[Method, RunState]:
         """Do what `resumed` says, but leave the identity of the data as it was stored."""
@@ -228,6 +231,8 @@ class Recorder:
             return built.method, RunState()
         folder = Path(self.options.start_from).expanduser()
         method, state = start_from(folder, built, self.parts)
+        if self.options.resume and checkpoint_file.generations(self.task_checkpoint):
+            refuse_other_start((self.folder.read_run() or {}).get("started_from"), state.start, self.folder.path)
         state.predictions = None  # those are in the other folder
         self.run["notes"] += check_resumed(built, state, folder, self.parts, advice=START)
         if self.hardware.main:

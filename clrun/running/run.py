@@ -17,7 +17,6 @@ from clrun.running.parts import Config, Parts, function_of
 from clrun.running.recorder import Recorder, average_accuracy
 from clrun.system.errors import ConfigError, collecting_warnings
 from clrun.system.hardware import launch
-from clrun.system.processes import under_torchrun
 from clrun.system.signals import caught
 
 
@@ -84,7 +83,7 @@ def _run(parts: Parts, out: Path, job: JobInfo) -> float:
                 if changed := changed_since(stored, parts):
                     print(f"note: {changed}")
             return average_accuracy(stored)
-    with caught(several=under_torchrun()):
+    with caught():
         return launch(_work, (parts, out, job), processes=parts.hardware.processes, device=parts.hardware.device)
 
 
@@ -107,7 +106,7 @@ def _work(parts: Parts, out: Path, job: JobInfo, rank: int, world: int) -> float
     """Do the work of one process of the run."""
     parts.hardware.setup(rank=rank, world=world, job=job.number or 0, parallel=job.parallel)
     recorder = Recorder(parts, RunFolder(out), job)
-    with caught(several=world > 1), recorder.recording(), parts.naming_foreign():
+    with caught(), recorder.recording(), parts.naming_foreign():
         with collecting_warnings(recorder.run["notes"]):  # the command line has shown them
             built = build(parts)
         return _learn(parts, built, recorder)

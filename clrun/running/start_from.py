@@ -64,6 +64,24 @@ def start_from(folder: Path, built: Built, parts: Parts) -> tuple[Method, RunSta
     return method, state
 
 
+def refuse_other_start(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, folder: Path) -> None:
+    """Raise if the run in `folder`, whose next task was begun, went on from another run than it would now.
+
+    Args:
+        before: `started_from` in its run.json.
+        now: the same as `start_from` gives it.
+        folder: of the run that goes on.
+
+    Raises:
+        ConfigError: see above; the state within the task has learned from the other run.
+    """
+    if before and now and any(before.get(key) != now[key] for key in ("learned", "config_hash")):
+        raise ConfigError(
+            f"job.start_from: the run in {folder} went on from {before.get('folder')}, which was another one, and has "
+            "begun a task; name that folder again, or choose another hydra.run.dir"
+        )
+
+
 def note(start: Mapping[str, Any]) -> str:
     """Return the note of run.json on a run that has gone on from another one."""
     changes = ", ".join(f"{key} was {_shown(old)} and is {_shown(new)}" for key, (old, new) in start["changed"].items())

@@ -33,6 +33,7 @@ from clrun.system.errors import ConfigError, first_line
 SCHEMA = 1
 MAGIC = b"clrun inner fits"
 FIELDS = {"schema", "config_hash", "learned", "world", "data", "fits"}
+AGAIN = "delete checkpoint.task*.pt in its folder to learn the task from its beginning"
 OF_FIT = {"number", "name", "finished", "steps", "seconds", "rows", "records", "parts"}
 
 
@@ -134,8 +135,7 @@ def read(path: Path, *, rank: int, main: bool, tasks: int) -> TaskFile:
             try:
                 found, sizes = _checked(json.loads(text), tasks)
             except (ValueError, RecursionError, TypeError) as error:
-                advice = "delete it to learn the task from its beginning"
-                raise ConfigError(f"{path}: {wrong_header(error)}; {advice}") from None
+                raise ConfigError(f"{path}: {wrong_header(error)}; {AGAIN}") from None
             if size != PREFIX.size + len(text) + sum(length for fit in sizes for length, _ in fit):
                 raise Damaged(path, "it has another length than its header says")
             for fit, lengths in zip(found.fits, sizes, strict=True):

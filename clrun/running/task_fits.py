@@ -20,12 +20,12 @@ from clrun.running.checkpoint import UNPICKLABLE, Unstorable
 from clrun.running.evaluation import Row
 from clrun.running.fit_state import FitState
 from clrun.running.object_graph import Changed
-from clrun.running.task_file import StoredFit, TaskFile
+from clrun.running.task_file import AGAIN, StoredFit, TaskFile
 from clrun.system import signals
 from clrun.system.errors import first_line, warn
+from clrun.system.files import writing
 from clrun.system.hardware import Hardware
 
-AGAIN = "delete it to learn the task from its beginning"
 WRITE, STOP = 1, 1024  # what a process asks the others for; sums over up to 1023 processes stay apart
 
 
@@ -43,6 +43,8 @@ class TaskFits(Keeper):
     Attributes:
         replay: called with what is kept of a fit when it is handed back, to report its steps, rows and records again.
         clock: returns the seconds of training so far.
+        source: the generation of the file that was read or written last.
+        damaged: whether a newer one was refused; it must not take the place of the generation before it.
         where: the position that was written last within the running fit, in words; "" for none.
         broken: why nothing is kept any more; "" as long as something is.
     """
@@ -61,6 +63,7 @@ class TaskFits(Keeper):
         self.config_hash, self.backbone, self.allowed = config_hash, backbone, allowed
         self.replay: Callable[[StoredFit], None] = lambda fit: None
         self.clock: Callable[[], float] = time.perf_counter
+        self.source, self.damaged = path, False
         self.where, self.broken = "", ""
         self.learned = 0
         self.data: dict[str, Any] | None = None
@@ -85,10 +88,12 @@ class TaskFits(Keeper):
         Raises:
             ConfigError: the file belongs to another configuration or number of processes, or its header is wrong.
         """
+        self.learned = learned
         content, damage = task_file.latest(self.path, rank=self.hardware.rank, main=self.hardware.main, tasks=tasks)
         note = f"{self.path.name} was refused ({damage})" if damage else ""
         if content is None:
             return f"the task at position {learned} began anew, because {note}" if note else ""
+        self.source, self.damaged = checkpoint_file.generations(self.path)[-1 if damage else 0], bool(damage)
         checkpoint.refuse_other_configuration(self.path, content.config_hash, self.config_hash)
         checkpoint.refuse_other_world(self.path, content.world, self.hardware)
         if content.learned != learned:
@@ -177,14 +182,14 @@ class TaskFits(Keeper):
             content = checkpoint.unpickled(found.parts[self.hardware.rank], self.allowed + self.own)
         except Exception as error:
             reason = checkpoint.reason_of(error)
-            raise Changed(f"{self.path}: refused, nothing in it was run ({reason}); {AGAIN}") from None
+            raise Changed(f"{self.source}: refused, nothing in it was run ({reason}); {AGAIN}") from None
         try:
             if found.name != self.current.name:
                 raise Changed(f"it is named '{self.current.name}' and was named '{found.name}'")
             self.state.unpack(content)
         except (Changed, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             what = f"does not belong to fit {found.number} ('{found.name}') of task {self.learned}"
-            raise Changed(f"{self.path}: {what} ({first_line(error)}); {AGAIN}") from None
+            raise Changed(f"{self.source}: {what} ({first_line(error)}); {AGAIN}") from None
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -214,17 +219,15 @@ class TaskFits(Keeper):
             Stopped: a signal has asked to stop.
         """
         hardware = self.hardware
-        wish = self.wish()
-        asked = hardware.asked_for if hardware.world > 1 else wish
-        hardware.asking = wish
-        if not asked:
-            return
-        if self._keep(running, finished=False):
-            self.write(self.current)
-            self.where = f"at step {running.progress.step} of {running.progress.total} of its fit '{self._name()}'"
-        self.written = time.monotonic()
+        asked = hardware.asked_for if hardware.world > 1 else self.wish()
+        if asked:
+            if self._keep(running, finished=False):
+                self.write(self.current)
+                self.where = f"at step {running.progress.step} of {running.progress.total} of its fit '{self._name()}'"
+            self.written = time.monotonic()
         if asked >= STOP:
             raise signals.Stopped(signals.requested() or signals.SIGNALS[0])
+        hardware.asking = self.wish()  # after writing, so that nobody asks for the same again
 
     def wish(self) -> int:
         """Return what this process asks for after a step: 0, `WRITE` or `STOP`."""
@@ -298,9 +301,13 @@ class TaskFits(Keeper):
         if position is not None and self.number > max(self.stored, default=-1):  # else later ones are kept already
             fits.append(position)
         if self.hardware.main and fits:
+            if self.damaged:
+                with writing(self.path):
+                    self.path.unlink(missing_ok=True)
+                self.damaged = False
             content = TaskFile(self.config_hash, self.learned, self.data, fits, self.hardware.world)
             task_file.write(self.path, content, flush=True)
-        self.unwritten = False
+        self.source, self.unwritten = self.path, False
         self.written = time.monotonic()
 
 

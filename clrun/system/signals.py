@@ -2,8 +2,9 @@
 
 Schedulers announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2, and a closed terminal by SIGHUP. The first such
 signal is noted; while a step is computed it waits for the step's end (`deferred`), at most `PATIENCE` seconds, and
-anywhere else it raises `Stopped` at once. A second signal ends the process at once. A signal that is ignored or has
-another handler (nohup, a launcher) keeps it. SIGINT is left to Python.
+anywhere else it raises `Stopped` at once. A second signal ends the process at once, unless it follows within `SAME`
+seconds: a closed terminal sends SIGHUP twice, and a process of several gets a signal from outside and from its parent.
+A signal that is ignored or has another handler (nohup, a launcher) keeps it. SIGINT is left to Python.
 """
 
 import _thread
@@ -19,7 +20,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 EXIT_CODE = 75  # "temporary failure; try again" in sysexits.h
 PATIENCE = 20.0  # seconds that the end of a step is waited for
-SAME = 2.0  # seconds within which a process of several may get one signal twice: from outside and from its parent
+SAME = 2.0  # seconds within which further signals belong to the first
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,7 +46,6 @@ class _Request:
         overdue: whether the end of the step was waited for too long.
         timer: ends the wait for the end of the step; None where nothing is waited for.
         forward: sends a signal to the processes that do the work of this one; None without such processes.
-        several: whether this is one of several processes of a run.
         active: whether handlers are set.
     """
 
@@ -55,7 +55,6 @@ class _Request:
     overdue: bool = False
     timer: threading.Timer | None = None
     forward: Callable[[int], None] | None = None
-    several: bool = False
     active: bool = False
 
 
@@ -68,16 +67,12 @@ def requested() -> int | None:
 
 
 @contextmanager
-def caught(*, several: bool = False) -> Iterator[None]:
-    """Raise `Stopped` in the block when a signal asks to stop. Within such a block, and in other threads, do nothing.
-
-    Args:
-        several: whether this process is one of several of a run, so that a signal may reach it twice.
-    """
+def caught() -> Iterator[None]:
+    """Raise `Stopped` in the block when a signal asks to stop; do nothing within such a block and in other threads."""
     if _request.active or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request.active, _request.several, _request.number = True, several, None
+    _request.active, _request.number = True, None
     own = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     for number in own:
         signal.signal(number, _handle)
@@ -146,7 +141,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
     elif _request.overdue:
         _request.overdue = False
         raise Stopped(_request.number)
-    elif not (_request.several and now - _request.since < SAME):
+    elif now - _request.since >= SAME:
         if _request.forward is not None:
             _request.forward(signal.SIGKILL)
         os._exit(128 + number)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from running import flip, quiet, run
 from safetensors.torch import load_file
 
 from clrun.cli import main
+from clrun.learning.progress import Progress
 from clrun.running import checkpoint_file, task_file
 from clrun.running.recorder import Recorder
 from clrun.running.task_fits import TaskFits
@@ -110,6 +112,16 @@ def test_a_damaged_file_gives_way_to_the_one_before_it(stopped: Path, whole: Pat
     assert notes(stopped)[-1] == f"resumed in the task at position 1, in its fit 'fit' of {BEFORE}, {because}"
 
 
+def test_a_damaged_file_does_not_replace_the_one_before_it(stopped: Path) -> None:
+    """It would else be the only one while a new one is written."""
+    intact = (stopped / BEFORE).read_bytes()
+    flip(stopped / FILE, 8 * 5000)
+    run_signalled(stopped, *OPTIONS, at=1)
+    assert (stopped / BEFORE).read_bytes() == intact
+    steps = [task_file.read(stopped / n, rank=0, main=True, tasks=2).fits[-1].steps for n in (BEFORE, FILE)]
+    assert steps == [3, 4]
+
+
 def test_without_an_intact_file_the_task_begins_anew_and_says_so(stopped: Path, whole: Path) -> None:
     for name in (FILE, BEFORE):
         content = (stopped / name).read_bytes()
@@ -145,7 +157,7 @@ def with_steps(content: task_file.TaskFile) -> task_file.TaskFile:
     ("change", "words"),
     [
         (renamed, "does not belong to fit 0 .'another'. of task 1 .it is named 'fit' and was named 'another'.; delete"),
-        (with_code, "refused, nothing in it was run .*; delete it to learn the task from its beginning"),
+        (with_code, "refused, nothing in it was run .*; delete checkpoint.task[*].pt in its folder to learn"),
         (with_steps, "the field fits.0..steps of its header is -1, and must be a whole number from 0; delete"),
     ],
 )
@@ -156,6 +168,39 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(stopped: Path, change: 
     assert not Path("owned").exists()
     checkpoint_file.remove(stopped / FILE)
     run(stopped, *OPTIONS)
+
+
+def test_the_file_that_was_read_is_named_and_the_advice_works(stopped: Path, whole: Path) -> None:
+    (stopped / FILE).unlink()
+    rewrite(stopped / BEFORE, renamed)
+    with pytest.raises(ConfigError, match=rf"{BEFORE}: does not belong .*; delete checkpoint.task[*].pt in its folder"):
+        run(stopped, *OPTIONS)
+    for file in stopped.glob("checkpoint.task*.pt"):
+        file.unlink()
+    run(stopped, *OPTIONS)
+    assert_same_run(stopped, whole)
+
+
+def test_what_null_leaves_unused_is_noted(stopped: Path, whole: Path) -> None:
+    run(stopped, *OPTIONS, "job.checkpoint_minutes=null")
+    assert_same_run(stopped, whole)
+    because = f"because job.checkpoint_minutes is null, so that {FILE} was not used"
+    assert notes(stopped)[-1] == f"the task at position 1 began anew, {because}"
+
+
+def test_several_processes_write_once_per_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they ask for in one step is known to all of them after the next one."""
+    now, steps = [0.0], list[float]()
+    monkeypatch.setattr("clrun.running.task_fits.time.monotonic", lambda: now[0])
+    hardware: Any = SimpleNamespace(world=2, main=True, asking=0, asked_for=0)
+    fits = TaskFits(tmp_path / FILE, hardware, interval=10, config_hash="", backbone={}, allowed=[])
+    monkeypatch.setattr(fits, "_keep", lambda *_, **__: True)
+    monkeypatch.setattr(fits, "write", lambda _: steps.append(now[0]))
+    for _ in range(40):
+        now[0] += 1
+        hardware.asked_for = 2 * hardware.asking  # as the average of the gradients does
+        fits.after_step(SimpleNamespace(progress=Progress(step=1, total=40)))  # type: ignore[arg-type]
+    assert steps == [11, 22, 33]
 
 
 def test_null_writes_after_tasks_only(tmp_path: Path, whole: Path) -> None:
@@ -260,22 +305,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield codes
 
 
-def test_a_second_signal_ends_at_once(quick: list[int]) -> None:
+def test_a_second_signal_ends_at_once_but_not_within_two_seconds(
+    quick: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell whose terminal is closed and the system send SIGHUP within a millisecond of each other."""
     with signals.caught(), signals.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert (quick, signals.requested()) == ([], signal.SIGTERM)
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert (quick, signals.requested()) == ([], signal.SIGHUP)
+        monkeypatch.setattr(signals._request, "since", -signals.SAME)
         os.kill(os.getpid(), signal.SIGUSR1)
     assert quick == [128 + signal.SIGUSR1]
-
-
-def test_one_of_several_processes_may_get_one_signal_twice(quick: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    with signals.caught(several=True), signals.deferred():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert not quick
-        monkeypatch.setattr(signals._request, "since", -signals.SAME)
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert quick == [128 + signal.SIGTERM]
 
 
 def test_a_step_that_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from running import fitting, run, run_interrupted
 
+from clrun.learning.progress import Progress
 from clrun.reporting import refresh
+from clrun.running.recorder import Recorder
 from clrun.system.errors import ConfigError
 from clrun.system.yaml_files import conf_dir
 
@@ -83,6 +85,28 @@ def test_another_budget_is_noted_and_reported_apart(short: Path, tmp_path: Path)
         "2 tasks with budget.epochs=1 job.max_steps=2",
         "None",
     ]
+
+
+def test_a_begun_task_goes_on_from_the_same_run(short: Path) -> None:
+    """Its checkpoint within the task has the weights of that run."""
+    out, options = short.parent / "long", (*ER, "job.max_tasks=3", "job.checkpoint_minutes=1e-9")
+    options += (f"job.start_from={short}",)
+
+    def stopping(_: Recorder, progress: Progress) -> None:
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recorder, "step", stopping)
+        run(out, *options)
+    found = record(out)
+    other = found | {"started_from": found["started_from"] | {"config_hash": "1"}}
+    (out / "run.json").write_text(json.dumps(other))
+    with pytest.raises(ConfigError, match="went on from .*short, which was another one, and has begun a task; name"):
+        run(out, *options)
+    (out / "run.json").write_text(json.dumps(found))
+    run(out, *options)
+    assert "resumed in the task at position 2, in its fit 'fit'" in record(out)["notes"]
 
 
 @pytest.mark.parametrize(
