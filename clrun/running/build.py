@@ -91,7 +91,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     hardware = parts.hardware
     stream, seen_backbone = images, backbone
     if learns:
-        _check_method(parts)
+        _check_options(parts)
     cache: FeatureCache | None = None
     extractor = _extractor(parts, backbone) if features else None
     needs_text = _reads_text(parts, backbone)
@@ -249,15 +249,13 @@ def check_without_building(parts: Parts) -> int | None:
     Raises:
         ConfigError: one was found; nothing was written.
     """
-    _check_method(parts)
+    check_method(parts)
     parts.hardware.setup()
     stream = build_stream(parts, parts.load_dataset(), parts.task_order, Plain())
     _limited(stream, parts.job, None)
     missing = None if parts.job.mode == "preview" else missing_weights(parts)
     if missing is not None and parts.job.mode != "dry_run":
         raise missing
-    if parts.job.mode != "preview":
-        check_networks(parts)
     return len(stream.tasks) if parts.job.max_tasks is None else None
 
 
@@ -328,7 +326,18 @@ def _check_metric(method: Method, stream: Stream) -> None:
         )
 
 
-def _check_method(parts: Parts) -> None:
+def check_method(parts: Parts) -> None:
+    """Find mistakes in the options of the method and of its further networks.
+
+    Raises:
+        ConfigError: one was found.
+    """
+    _check_options(parts)
+    if parts.job.mode != "preview":
+        check_networks(parts)
+
+
+def _check_options(parts: Parts) -> None:
     """Look at the class of the method and its options.
 
     Raises:

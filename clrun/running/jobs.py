@@ -167,10 +167,17 @@ class _Problems:
         if self.elsewhere:
             return []
         stream = json.dumps([job.config[g] for g in ("dataset", "scenario", "backbone", "hardware", "job")])
+        method = json.dumps([job.config["method"], job.config.get("compress"), stream])
         key = f"{stream} {json.dumps(job.config['task_order'])}"
+        return self._once(method, lambda: _look_at_method(job.config)) or self._once(
+            key, lambda: self._look_at_data(job.config, stream)
+        )
+
+    def _once(self, key: str, look: Callable[[], None]) -> list[str]:
+        """Return the problems that `look` finds; it is called once for each key."""
         if key not in self._known:
             try:
-                self._look_at_data(job.config, stream)
+                look()
                 self._known[key] = []
             except ConfigError as error:
                 self._known[key] = masked(str(error)).splitlines()
@@ -187,6 +194,17 @@ class _Problems:
 
         if (tasks := preflight(config)) is not None:
             self._tasks[stream] = tasks
+
+
+def _look_at_method(config: dict[str, Any]) -> None:
+    """Find problems of the method.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    from clrun.running.run import check_method
+
+    check_method(config)
 
 
 def _slurm(cfg: DictConfig) -> bool:

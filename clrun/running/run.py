@@ -10,6 +10,7 @@ from clrun.data.scenarios import task_ids
 from clrun.results.identity import config_hash, differing_keys
 from clrun.results.records import RunFolder
 from clrun.running.build import Built, build, check_without_building
+from clrun.running.build import check_method as check_method_of
 from clrun.running.compression import Stage
 from clrun.running.data_checks import changed_since
 from clrun.running.engine import Engine
@@ -30,6 +31,15 @@ def preflight(config: Config) -> int | None:
         ConfigError: one was found; nothing was written.
     """
     return check_without_building(Parts(config))
+
+
+def check_method(config: Config) -> None:
+    """Check the options of the method of a configuration.
+
+    Raises:
+        ConfigError: they do not suit each other.
+    """
+    check_method_of(Parts(config))
 
 
 def check_order(config: Config, tasks: int) -> None:

@@ -48,6 +48,10 @@ def preflight(config):
     if config["scenario"]["n_tasks"] > 10:
         raise ConfigError("scenario.n_tasks: 11 tasks of 10 classes")
 
+def check_method(config):
+    if config["method"]["strength"] == 13:
+        raise ConfigError("method.strength: 13 is refused")
+
 def run_config(config, out, *, job):
     if config["seed"] == 13:
         raise RuntimeError("unlucky")
@@ -58,7 +62,7 @@ def run_config(config, out, *, job):
     return config["seed"] / 10
 
 module = ModuleType("clrun.running.run")
-module.run_config, module.preflight = run_config, preflight
+module.run_config, module.preflight, module.check_method = run_config, preflight, check_method
 sys.modules["clrun.running.run"] = module
 '''
 YAMLS = {

@@ -177,6 +177,12 @@ def test_mistakes_in_the_data_end_a_sweep_before_it_starts(clrun, stub_run, fold
     assert list(folder.iterdir()) == []
 
 
+def test_mistakes_of_the_method_are_those_of_its_own_jobs(clrun, stub_run, folder):
+    done = clrun(*stub_run, "-m", "method.strength=1,13,2", "seed=range(2)")
+    assert (done.code, done.lines) == (2, ["clrun: method.strength: 13 is refused [2 of 6 runs]"])
+    assert list(folder.iterdir()) == []
+
+
 def test_data_are_looked_at_once_for_runs_that_share_them(clrun, stub_run, folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
