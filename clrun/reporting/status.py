@@ -76,6 +76,11 @@ class Watched:
         except (OSError, ConfigError, UnicodeDecodeError):
             return []
 
+    def _advice(self, path: Path) -> str:
+        """Return how to go on with the run in a folder."""
+        key, folder = ("hydra.sweep.dir", self.folder) if (self.folder / JOBS).exists() else ("hydra.run.dir", path)
+        return f"the same command with {key}={folder} goes on with it"
+
     def _state(self, path: Path) -> State:
         """Return how far the run in a folder is."""
         try:
@@ -90,7 +95,7 @@ class Watched:
             holder = lock_holder(path / "lock")
             if holder is not None:
                 return State("running", f"{_progress(path, run)}, for {duration(seconds)}, {holder}", seconds)
-            return State("interrupted", f"{_progress(path, run)}; the same command goes on with it")
+            return State("interrupted", f"{_progress(path, run)}; {self._advice(path)}")
         state = State(status, str(run.get("error") or ""), seconds)
         self._ended[path] = changed, state
         return state

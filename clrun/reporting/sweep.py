@@ -27,7 +27,7 @@ FEW = 50  # a report draws at most this number of figures of single runs without
 COLUMNS = ("folder", "name", "status", "method", "backbone", "dataset", "setting", "seed", "order")
 UNFINISHED = {
     "failed": "no error was recorded",
-    "interrupted": "its process has ended; start the same command again to resume it",
+    "interrupted": "its process has ended; start the same command again, with its folder, to resume it",
     "running": "its process is running",
 }
 

@@ -7,7 +7,8 @@ others still run. Here each job ends by itself: with its result, or as failed wi
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import open_dict
 
+from clrun.system import signals
 from clrun.system.errors import ConfigError, one_line
 
 PAUSE = 2.0  # seconds between two looks at the files of results
@@ -53,9 +55,24 @@ class Work:
     launcher: Any
 
     def __call__(self, *arguments: Any) -> JobReturn:
-        """Run the job; a cancelled one ends at once, where submitit would go on until it is killed."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        done: JobReturn = self.launcher(*arguments)
+        """Run the job. Asked to stop, it writes a checkpoint; then it is queued again, unless Slurm itself does that.
+
+        submitit alone would leave the run in the middle of a step, and let a cancelled job go on until it is killed.
+
+        Raises:
+            Stopped: Slurm ends the job.
+            UncompletedJobError: the job has reached its time limit too often.
+        """
+        from submitit import JobEnvironment
+
+        queue_again: Any = signal.getsignal(JobEnvironment()._usr_sig())
+        try:
+            with _default_handlers(), signals.caught():
+                done: JobReturn = self.launcher(*arguments)
+        except signals.Stopped as stop:
+            if stop.number != signal.SIGTERM:  # by which Slurm ends a job, and it knows whether the job goes on
+                queue_again(stop.number, None)
+            raise
         return done
 
     def checkpoint(self, *arguments: Any) -> Any:
@@ -63,6 +80,20 @@ class Work:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
+
+
+@contextmanager
+def _default_handlers() -> Iterator[None]:
+    """Take submitit's handlers off the signals that ask to stop, within the block; signals stay ignored that are."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 class SlurmJobs(Launcher):
@@ -159,7 +190,8 @@ def lost(job: Any, state: str) -> SlurmError:
     """Return the error of a job that has ended in this state and left no result."""
     how = ENDS.get(state, f"ended without a result (Slurm says {state})")
     return SlurmError(
-        f"Slurm job {job.job_id} {how}; the same command goes on with it (its output: {job.paths.stderr})"
+        f"Slurm job {job.job_id} {how}; the same command with hydra.sweep.dir=FOLDER goes on with it "
+        f"(its output: {job.paths.stderr})"
     )
 
 

@@ -111,7 +111,7 @@ def test_disturbed_jobs_end_as_undisturbed_ones_or_are_named(tmp_path: Path, nod
     [missing] = [name for name in expected if "seed-1-" in name]
     assert code == 1 and len(errors) == 1
     assert errors[0].startswith("clrun: failed: method=finetune seed=1 ")
-    assert f": SlurmError: Slurm job {cancelled} was cancelled; the same command goes on with it" in errors[0]
+    assert f": SlurmError: Slurm job {cancelled} was cancelled; the same command with hydra.sweep.dir=" in errors[0]
     assert {k: v for k, v in results(folder).items() if k != missing} == {
         k: v for k, v in expected.items() if k != missing
     }

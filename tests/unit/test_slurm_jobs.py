@@ -1,7 +1,8 @@
 """Waiting for Slurm jobs without Slurm: its commands are files here, and results appear as Slurm jobs write them."""
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ from hydra.core.utils import JobReturn
 from clrun.config.compose import Composer
 from clrun.config.slurm import DEFAULTS
 from clrun.running import slurm
-from clrun.running.slurm import GRACE, SlurmError, patient, slurm_states, waited
+from clrun.running.slurm import GRACE, SlurmError, Work, patient, slurm_states, waited
+from clrun.system import signals
 
 submitit = pytest.importorskip("submitit")
+AGAIN = "the same command with hydra.sweep.dir=FOLDER goes on with it"
 
 
 def job(folder: Path, name: str) -> Any:
@@ -62,9 +65,9 @@ def test_every_job_ends_with_its_result_or_with_what_slurm_says(tmp_path: Path, 
     assert [text.split(" (its output")[0] for text in said] == [
         "Slurm job 7_1 failed: ModuleNotFoundError: No module named 'torch'",
         "Slurm job 7_2 reached its time limit and was not started again; raise hydra.launcher.timeout_min or "
-        "max_num_timeout; the same command goes on with it",
-        "Slurm job 7_3 was cancelled; the same command goes on with it",
-        "Slurm job 7_5 is unknown to Slurm, and left no result; the same command goes on with it",
+        f"max_num_timeout; {AGAIN}",
+        f"Slurm job 7_3 was cancelled; {AGAIN}",
+        f"Slurm job 7_5 is unknown to Slurm, and left no result; {AGAIN}",
     ]
 
 
@@ -124,3 +127,73 @@ def test_other_launchers_are_left_as_they_are() -> None:
 
     basic = BasicLauncher()
     assert patient(basic) is basic
+
+
+@pytest.fixture
+def queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What runs a function as submitit does in a Slurm job; the command of Slurm is a file, which notes its use."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/queued\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    job = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}
+    for name, value in (job | {"SUBMITIT_FOLDER": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    before = {number: signal.getsignal(number) for number in (*signals.SIGNALS, signal.SIGCONT)}
+
+    def start(launcher: Any, *, left: int = 3) -> Any:
+        delayed = DelayedSubmission(Work(launcher))
+        delayed.set_timeout(0, left)
+        submitit.JobEnvironment()._handle_signals(JobPaths(tmp_path, job_id="7", task_id=0), delayed)
+        theirs = signal.getsignal(signal.SIGUSR2)
+        try:
+            return delayed.function()
+        finally:
+            assert signal.getsignal(signal.SIGUSR2) == theirs != signal.SIG_DFL
+
+    yield start
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def work(number: int, done: list[str]) -> Any:
+    """Return a job that gets a signal in the middle of a step."""
+
+    def step() -> None:
+        with signals.deferred():
+            os.kill(os.getpid(), number)
+            done.append("step")
+        signals.raise_requested()
+        done.append("end")
+
+    return step
+
+
+def test_a_job_that_is_asked_to_stop_ends_its_step_and_is_queued_again(queued: Any, tmp_path: Path) -> None:
+    from submitit.core.utils import DelayedSubmission
+
+    done: list[str] = []
+    with pytest.raises(SystemExit):
+        queued(work(signal.SIGUSR2, done))
+    assert done == ["step"]
+    assert (tmp_path / "queued").read_text() == "requeue 7\n"
+    again = DelayedSubmission.load(tmp_path / "7_submitted.pkl")
+    assert isinstance(again.function, Work) and again._timeout_countdown == 2
+
+
+def test_a_job_with_too_many_time_limits_stops_with_that_reason(queued: Any, tmp_path: Path) -> None:
+    with pytest.raises(submitit.core.utils.UncompletedJobError, match="timed-out too many times"):
+        queued(work(signal.SIGUSR2, []), left=0)
+    assert not (tmp_path / "queued").exists()
+
+
+def test_a_job_that_slurm_ends_is_not_queued_by_itself(queued: Any, tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(signals.Stopped, match="SIGTERM"):
+        queued(work(signal.SIGTERM, done))
+    assert done == ["step"] and not (tmp_path / "queued").exists()
+
+
+def test_a_job_that_nobody_stops_returns_its_result(queued: Any) -> None:
+    assert queued(lambda: "result") == "result"
