@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clrun.reporting.collect import run_folders
@@ -51,7 +51,9 @@ class Watched:
     _ended: dict[Path, tuple[int, State]] = field(default_factory=dict)
 
     def look(self) -> dict[str, State]:
-        """Return how far each run is by its folder; those that a sweep has not begun are "missing".
+        """Return how far each run is by its folder; jobs that a sweep has not begun are "missing".
+
+        A job that searches for the worst order has no run in its own folder, but one per order below it.
 
         Raises:
             ConfigError: there is no run and no sweep in the folder.
@@ -60,7 +62,8 @@ class Watched:
         planned = self._planned()
         if not found and not planned:
             raise ConfigError(f"status: no run (run.json) and no sweep ({JOBS}) in {self.folder}")
-        return {name: State("missing") for name in planned if name not in found} | found
+        begun = {str(folder) for name in found for folder in (PurePosixPath(name), *PurePosixPath(name).parents)}
+        return {name: State("missing") for name in planned if name not in begun} | found
 
     def is_running(self) -> bool:
         """Return whether a process holds the sweep, or the run, in this folder."""

@@ -51,6 +51,15 @@ def test_every_run_is_in_one_state(sweep: Path) -> None:
     assert head in text and "missing (1):\n  later" in text and "done" not in text.partition("\n")[2]
 
 
+def test_a_search_counts_by_its_runs_and_advice_names_the_folder(sweep: Path) -> None:
+    write_run(sweep / "later" / "orders" / "first")
+    found = Watched(sweep).look()
+    assert "later" not in found and found["later/orders/first"].status == "completed"
+    assert found["lost"].text.endswith(f"; the same command with hydra.sweep.dir={sweep} goes on with it")
+    [alone] = Watched(sweep / "lost").look().values()
+    assert alone.text.endswith(f"; the same command with hydra.run.dir={sweep / 'lost'} goes on with it")
+
+
 def test_files_of_ended_runs_are_read_once(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched, read = Watched(sweep), []
     first = watched.look()
