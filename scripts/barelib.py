@@ -235,10 +235,14 @@ def projected(method: Any) -> Bare:
 
     def project() -> None:
         for name, layer, basis, complement in spaces:
-            rows = model.old_rows if name == "head" else slice(None)  # of the head those of old classes
-            gradient = layer.weight.grad.flatten(1)[rows]
+            whole = layer.weight.grad
+            gradient = whole[model.old_rows] if name == "head" else whole.flatten(1)  # of the head rows of old classes
             inside = gradient @ basis @ basis.t()
-            layer.weight.grad.flatten(1)[rows] = inside if complement else gradient - inside
+            outside = inside if complement else gradient - inside
+            if name == "head":
+                whole[model.old_rows] = outside
+            else:
+                layer.weight.grad = outside.view_as(whole)
 
     trained = [p for p in model.backbone.parameters() if p.requires_grad]
     return Bare(model.backbone, model.head, trained, project=project)

@@ -42,6 +42,7 @@ class Method(nn.Module):
     hooks_backbone: bool = False  # it changes passes of the backbone by hooks, which compiled code would not see
     depends_on_batch: bool = False  # predictions depend on the other samples of a test batch: noted in run.json
     depends_on_task_count: bool = False  # what it learns from a task depends on the number of all tasks
+    samples_names: bool = True  # its training passes follow `sample` of a head of names, as `loss` here does
     own_weights: ClassVar[str] = ""  # why the backbone cannot be compressed, such as "keeps a network per task"
     settings: ClassVar[frozenset[Setting]] = ALL_SETTINGS
     knobs: tuple[Knob, ...] = ()  # options that trade plasticity for stability, in the order of their decay
@@ -57,10 +58,14 @@ class Method(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a second place that says whether a method reads features.
 
+        A class with a `loss` of its own samples no names, unless it says so (`samples_names`).
+
         Raises:
             TypeError: the class defines `uses_frozen_features`.
         """
         super().__init_subclass__(**kwargs)
+        if "loss" in vars(cls) and "samples_names" not in vars(cls):
+            cls.samples_names = False
         if "uses_frozen_features" in vars(cls):
             raise TypeError(f"{cls.__name__}.uses_frozen_features follows from reads_features(options); define that")
 

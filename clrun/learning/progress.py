@@ -17,7 +17,7 @@ class Progress:
 
     Attributes:
         phase: name of the fit.
-        epoch: number of the pass over the split, from 0.
+        epoch: number of the pass over the split, from 0 or from the `passed` of the fit.
         step: number of steps done in this fit.
         total: number of steps of this fit.
         lr: learning rate of the first parameter group in the current step.
@@ -41,7 +41,7 @@ class Running:
         further: what the fit uses besides the learner: objective, parameters and split.
         optimizer: new, with the parameters that are trained.
         schedule: of the learning rate; None for a constant one.
-        progress: of the fit; `step` and `epoch` are 0.
+        progress: of the fit; `step` is 0.
         generators: of the context, by purpose.
     """
 

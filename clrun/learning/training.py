@@ -58,6 +58,7 @@ def fit(
     params: Parameters | None = None,
     budget: Budget | None = None,
     name: str = "fit",
+    passed: int = 0,
 ) -> None:
     """Minimise `loss(batch, ctx)` over `split`. The only place that owns an optimizer.
 
@@ -74,6 +75,8 @@ def fit(
             the key "lr_factor" is that of the budget times this factor, and times the budget's factor of the task.
         budget: length and optimizer; default is the budget of the run.
         name: name of the fit. Two fits of a task with different names shuffle and augment differently.
+        passed: passes over the split that count as made before: the first epoch has this number. Rows of epoch 0 are
+            offered to memories.
 
     Raises:
         NumericalError: the loss is NaN or infinite. It is checked every 50 steps and after the last step.
@@ -90,23 +93,23 @@ def fit(
     view = ctx.generator("augment", name, ctx.hardware.rank)
     step = _Step(method, split, ctx, loss or method.loss, optimizer, budget.clip_norm, view)
     ctx.progress.trained.update(step.parameters)
-    ctx.progress.phase, ctx.progress.epoch, ctx.progress.step, ctx.progress.total = name, 0, 0, total
+    ctx.progress.phase, ctx.progress.epoch, ctx.progress.step, ctx.progress.total = name, passed, 0, total
     seed_all(ctx.seed, "task", ctx.task.id, name, ctx.hardware.rank)
     method.train()
     running = Running(method, (step.loss, groups, split), optimizer, schedule, ctx.progress, ctx.generators)
     if not ctx.keeper.begin(running):
-        _steps(step, running, budget.batch_size)
+        _steps(step, running, budget.batch_size, passed)
         optimizer.zero_grad(set_to_none=True)
         ctx.hardware.average_buffers(method.buffers())
         ctx.keeper.end(running)
 
 
-def _steps(step: "_Step", running: Running, size: int) -> None:
-    """Take the steps of a fit that are left, in batches of `size` rows."""
+def _steps(step: "_Step", running: Running, size: int, passed: int) -> None:
+    """Take the steps of a fit that are left, in batches of `size` rows; `passed` is the number of its first epoch."""
     ctx, progress, schedule = step.ctx, running.progress, running.schedule
     watch = getattr(running.optimizer, "watch", None)  # of an optimizer that needs more than gradients
     with ctx.keeper.stepping(), nullcontext() if watch is None else watch(step.method, ctx):
-        for rows, weight in _epochs(step.split, running, ctx, size):
+        for rows, weight in _epochs(step.split, running, ctx, size, passed):
             value = step(rows, weight)
             if schedule is not None:
                 schedule.step()
@@ -118,7 +121,7 @@ def _steps(step: "_Step", running: Running, size: int) -> None:
             ctx.keeper.after_step(running)
 
 
-def _epochs(split: Split, running: Running, ctx: Context, size: int) -> Iterator[tuple[Batch, float]]:
+def _epochs(split: Split, running: Running, ctx: Context, size: int, passed: int) -> Iterator[tuple[Batch, float]]:
     """Yield the raw batches of this process that are left, epoch after epoch, each with its weight in the mean.
 
     The weight is 1 when all processes have equally many rows of the batch. When a last batch has fewer rows than there
@@ -127,7 +130,8 @@ def _epochs(split: Split, running: Running, ctx: Context, size: int) -> Iterator
     hardware, progress = ctx.hardware, running.progress
     order, starts = ctx.generator("shuffle", progress.phase), range(0, len(split), size)
     while progress.step < progress.total:
-        progress.epoch, skip = divmod(progress.step, len(starts))
+        again, skip = divmod(progress.step, len(starts))
+        progress.epoch = passed + again
         with ctx.keeper.drawing(running, again=skip > 0):
             batches = split.batches(size, view="raw", shuffle=order, shard=(hardware.rank, hardware.world), skip=skip)
         for start, batch in zip(starts[skip:], batches, strict=True):

@@ -39,6 +39,7 @@ class Anchored(Method):
     """
 
     knobs: tuple[Knob, ...] = (Knob("strength"),)
+    samples_names = True
 
     def __init__(
         self,

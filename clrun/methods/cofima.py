@@ -61,6 +61,8 @@ class Cofima(Coma):
         compete: classes that compete in the training loss of stage 1, see `clrun.learning.losses`.
     """
 
+    samples_names = False  # `batch_squared` has passes in training mode
+
     def __init__(
         self,
         backbone: nn.Module,

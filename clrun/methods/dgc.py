@@ -70,6 +70,7 @@ class Dgc(Method):
     ) -> None:
         super().__init__(backbone, num_classes)
         self.host = host(backbone, num_classes)
+        self.samples_names = self.host.samples_names
         if not isinstance(getattr(self.host, "memory", None), Buffer):
             raise ConfigError(f"method.host: {type(self.host).__name__} has no memory to calibrate on; use er or der")
         for name, module in (("backbone", backbone), ("head", self.head)):

@@ -55,6 +55,7 @@ class Imm(Merged):
     """
 
     knobs = (Knob("l2_transfer"),)
+    samples_names = True
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class Imm(Merged):
 
     def begin_task(self, task: Task, ctx: Context) -> None:
         super().begin_task(task, ctx)
+        self.transfer = QuadraticPenalty(0.0)
         self.kept = {name: value.to(ctx.hardware.device) for name, value in self.kept.items()}
 
     def end_task(self, task: Task, ctx: Context) -> None:

@@ -57,6 +57,8 @@ class Mer(Method):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
+    samples_names = True
+
     def __init__(
         self,
         backbone: nn.Module,

@@ -72,6 +72,7 @@ class ProgressCompress(Method):
     """
 
     knobs = (Knob("strength"),)
+    samples_names = False
 
     def __init__(
         self,

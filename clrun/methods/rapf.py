@@ -169,16 +169,15 @@ class Rapf(Method):
             t = torch.cat([t, self.latest[labels]])
         if self.pair_sampler is not None:
             rows = torch.cat([rows, self._drawn(self.pair_sampler, self.pair_draw, ctx).flatten(0, 1).to(rows)])
-        units = self.head.mapped(
-            rows
-        )  # of all rows at once: W is small, and each call of it costs as much as the product
+        # W is small, and each call of it costs as much as the product, hence one call for all rows.
+        units = self.head.mapped(rows)
         logits = self.head.match(units[: len(y)], self.head.rows())
         loss = masked_cross_entropy(logits, y, self.competing(t, ctx))
         return loss if self.pair_sampler is None else loss + self._hinge(units[len(y) :])
 
     def _hinge(self, units: Tensor) -> Tensor:
         """Return the mean hinge [] of mapped features, as many drawn from the old class of each near pair."""
-        each = units.view(len(self.pairs), len(units) // len(self.pairs), -1)
+        each = units.view(len(self.pairs), len(units) // len(self.pairs), units.shape[1])  # with few, maybe none here
         return ((each * self.away).sum(dim=2) + self.margin).clamp(min=0).sum() / max(1, len(units))
 
     def _next_places(self, ctx: Context) -> list[int]:

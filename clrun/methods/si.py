@@ -46,6 +46,8 @@ class Si(Anchored):
         compete: classes that compete in the training loss, see `clrun.learning.losses`.
     """
 
+    samples_names = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -108,10 +110,7 @@ class PathIntegral(Carrier):
     def __init__(self) -> None:
         super().__init__()
         self.shapes: Shapes = {}
-        self.omega = torch.zeros(0)
-        self.origin = torch.zeros(0)
-        self.gradient = torch.zeros(0)
-        self.start = torch.zeros(0)
+        self.omega = self.origin = self.gradient = self.start = torch.zeros(0)
 
     def begin(self, params: Mapping[str, Tensor]) -> None:
         """Start the first integral, for these parameters."""

@@ -100,7 +100,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
         stream, seen_backbone = _on_features(images, backbone, extractor, cache, parts, text=needs_text)
     method = new_method(parts, seen_backbone, stream.num_classes, networks)
     _check_head(method, backbone)
-    _check_metric(method, images)
+    _check_metric(parts, method, images)
     if images.captions is not None and needs_text:
         method.read_names(images.captions)
         _warn_of_cut(images.captions, backbone)
@@ -108,7 +108,8 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if not learns:
         return Built(images, stream, backbone, method, budget, text, data, row, cache, extractor=extractor)
     method.check(images)
-    if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
+    hooked = method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")
+    if hardware.compile and (hooked or (parts.compress is not None and parts.compress.hooks)):
         raise ConfigError(COMPILED)
     if parts.job.max_tasks is None:  # else the stream may lack tasks that the budget names
         budget.check_tasks([task.name for task in images.tasks])
@@ -301,7 +302,7 @@ def _warn_of_cut(captions: Captions, backbone: nn.Module) -> None:
 
 
 def _check_head(method: Method, backbone: nn.Module) -> None:
-    """Refuse rows of class names for a learner that has a classifier of its own.
+    """Refuse rows of class names for a learner that has a classifier of its own, or samples no names.
 
     Raises:
         ConfigError: see above.
@@ -311,15 +312,27 @@ def _check_head(method: Method, backbone: nn.Module) -> None:
             f"backbone.head: {type(method).__name__} has a classifier of its own; set it to linear, or choose a method "
             "that trains a head, such as method=finetune"
         )
+    if isinstance(method.head, NamesHead) and method.head.negatives is not None and not method.samples_names:
+        raise ConfigError(
+            f"backbone.head: {type(method).__name__} has a loss of its own, which samples no names "
+            f"(live_{method.head.negatives}); set it to live"
+        )
 
 
-def _check_metric(method: Method, stream: Stream) -> None:
-    """Refuse to count exactly written strings for a learner that writes none.
+def _check_metric(parts: Parts, method: Method, stream: Stream) -> None:
+    """Refuse to count exactly written strings for a learner that writes none, and to differentiate them.
 
     Raises:
         ConfigError: see above.
     """
-    if stream.metric == "exact_match" and not method.needs_decoder:
+    if stream.metric != "exact_match":
+        return
+    if parts.compress is not None and parts.compress.differentiates:
+        raise ConfigError(
+            f"dataset.schema.metric: exact_match has no derivatives, which compress={parts.compress.name} with "
+            f"scope={parts.compress.scope} needs; set it to accuracy, or choose compress=svd"
+        )
+    if not method.needs_decoder:
         raise ConfigError(
             f"dataset.schema.metric: exact_match needs a method that writes texts, such as text_to_text, and "
             f"{type(method).__name__} does not; set it to accuracy"

@@ -7,73 +7,23 @@ back after every optimizer step. A target that leaves everything as it is change
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from clrun.blocks.compress.base import Compressed, Compressor, Evidence, Layer, forms_of, hold, install, network_bytes
-from clrun.data.split import Batch
 from clrun.data.stream import Stream, Task
 from clrun.learning.context import Context
 from clrun.learning.method import Method
-from clrun.learning.training import Parameters, fit
+from clrun.learning.training import fit
 from clrun.running.evaluation import Row
 from clrun.system.errors import ConfigError, first_line
 
 Evaluate = Callable[[str], list[Row]]  # evaluates the learner and reports the rows under this phase
 SINGULAR: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 DENSE, COMPRESSED = "dense", "compressed"
-
-
-class _FineTuned:
-    """A learner that is trained on after its compression: all its hooks, and rows that count as seen before.
-
-    Args:
-        method: the learner.
-    """
-
-    def __init__(self, method: Method) -> None:
-        self.method = method
-
-    def mix(self, batch: Batch, ctx: Context) -> Batch:
-        """Return the batch of the learner in an epoch after the first, so that no row is offered to a memory again."""
-        ctx.progress.epoch += 1
-        try:
-            return self.method.mix(batch, ctx)
-        finally:
-            ctx.progress.epoch -= 1
-
-    def loss(self, batch: Batch, ctx: Context) -> Tensor:
-        """Return the loss of the learner."""
-        return self.method.loss(batch, ctx)
-
-    def adjust_gradients(self, ctx: Context) -> None:
-        """Change gradients as the learner does."""
-        self.method.adjust_gradients(ctx)
-
-    def after_step(self, ctx: Context) -> None:
-        """Act as the learner does."""
-        self.method.after_step(ctx)
-
-    def trainable(self) -> Parameters:
-        """Return the parameters that the learner trains."""
-        return self.method.trainable()
-
-    def train(self, mode: bool = True) -> Any:
-        """Set the mode of the learner."""
-        return self.method.train(mode)
-
-    def buffers(self) -> Iterator[Tensor]:
-        """Return the buffers of the learner."""
-        return self.method.buffers()
-
-    @property
-    def head(self) -> nn.Module:
-        """The head of the learner."""
-        return self.method.head
 
 
 @dataclass(frozen=True)
@@ -111,7 +61,11 @@ class Stage:
         install(method, found)
         seconds = time.perf_counter() - start
         directly = evaluate(COMPRESSED) if self.compressor.epochs else []
-        tuning = self._tune(method, ctx) if self.compressor.epochs else 0.0
+        tuning = 0.0
+        if self.compressor.epochs:
+            start = time.perf_counter()
+            found = {**found, **self._tune(method, ctx)}
+            tuning = time.perf_counter() - start
         facts = {name: dict(compressed.facts) for name, compressed in found.items()}
         return {
             "kind": self.compressor.name,
@@ -148,14 +102,18 @@ class Stage:
                 raise ConfigError(f"compress: the weight of layer {name} is not finite; {_advice(self.compressor)}")
         return found
 
-    def _tune(self, method: Method, ctx: Context) -> float:
-        """Train the compressed learner on its task; return the seconds. Free forms are then put on their grid again."""
-        start = time.perf_counter()
+    def _tune(self, method: Method, ctx: Context) -> dict[str, Compressed]:
+        """Train the compressed learner on its task; put free forms on their grid again and return them.
+
+        The rows of the task count as seen before, so that no row is offered to a memory again.
+        """
         budget = replace(ctx.budget, epochs=self.compressor.epochs, steps=None)
-        fit(_FineTuned(method), ctx.task.train, ctx, budget=budget, name="compress")
-        if self.compressor.frees:
-            install(method, self._found(method, ctx, self.compressor.select(method.backbone)))
-        return time.perf_counter() - start
+        fit(method, ctx.task.train, ctx, budget=budget, name="compress", passed=1)
+        if not self.compressor.frees:
+            return {}
+        found = self._found(method, ctx, self.compressor.select(method.backbone))
+        install(method, found)
+        return found
 
 
 def _advice(compressor: Compressor) -> str:

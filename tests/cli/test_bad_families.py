@@ -29,6 +29,10 @@ ON_TEXTS = {
     "bert train": (["backbone.train=some"], "backbone.train: 'some' is none of all, blocks, last_1, last_2, ..., none"),
     "bert last_9": (["backbone.train=last_9"], "backbone.train: last_9, but the model has 2 blocks"),
     "bert head": (["backbone.head=nmes"], "backbone.head: expected one of linear, fixed, live, init, got 'nmes'"),
+    "bert sampled names": (
+        ["method=lwf", "backbone.head=live_2"],
+        "backbone.head: Lwf has a loss of its own, which samples no names (live_2); set it to live",
+    ),
     "bert vocabulary": (
         ["backbone.vocabulary=nowhere.txt"],
         "backbone: the vocabulary nowhere.txt cannot be read (No such file or directory)",
@@ -63,6 +67,10 @@ ON_TEXTS = {
     "t2t chunk": (
         ["backbone=t5_tiny", "method=text_to_text", "method.chunk=0"],
         "method.chunk: must be at least 1, got 0",
+    ),
+    "t2t compressed": (
+        ["backbone=t5_tiny", "method=text_to_text", "dataset.schema.metric=exact_match", "compress=mfac_prune"],
+        "dataset.schema.metric: exact_match has no derivatives, which compress=mfac_prune with scope=layer needs; ...",
     ),
     "t2t normalise": (
         ["backbone=t5_tiny", "method=text_to_text", "method.normalise=max"],

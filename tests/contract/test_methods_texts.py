@@ -1,13 +1,14 @@
 """Every method on texts: it learns a tiny stream of token ids, or refuses the backbone in one line that says why."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 from helpers import METHODS, cpu, live, sgd, text_stream
 from test_methods import small
 
 from clrun.data.features import frozen_features
-from clrun.learning.names import require_text
+from clrun.learning.names import NamesHead, require_text
 from clrun.system.errors import ConfigError
 
 REASONS = (
@@ -59,3 +60,35 @@ def test_methods_that_compare_with_names_say_what_to_set(name: str) -> None:
     target = small(name).func  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=rf"^backbone.head: {target.__name__} compares texts with names of classes;"):
         require_text(text_stream()[1], target.__name__)
+
+
+# These read features, or have a classifier of their own.
+OWN_HEADS = {
+    "apd",
+    "b_tuning",
+    "batchensemble",
+    "dlcft",
+    "esn",
+    "fecam",
+    "halrp",
+    "lda",
+    "linear_probe",
+    "ncm",
+    "ranpac",
+}
+OWN_HEADS |= {"simplecil", "stl"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(RUNS - OWN_HEADS))
+def test_methods_say_whether_their_passes_sample_names(name: str) -> None:
+    """What `samples_names` says of a method is what happens with `backbone.head=live_1`."""
+    make = small(name)
+    target = make.func  # type: ignore[attr-defined]
+    stream, backbone = text_stream("cil" if "cil" in target.settings else "til", head="live_1")
+    method = make(backbone, stream.num_classes)
+    assert isinstance(method.head, NamesHead)
+    method.read_names(stream.captions)
+    line = "^backbone.head: this method has a loss of its own, which samples no names"
+    with nullcontext() if method.samples_names else pytest.raises(ConfigError, match=line):
+        live(method, stream, budget=sgd(epochs=1), until=2)

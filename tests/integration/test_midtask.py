@@ -376,3 +376,22 @@ def test_several_processes_stop_together_and_go_on(tmp_path: Path) -> None:
     assert found.world == 2 and all(found.fits[-1].parts)
     run(tmp_path / "run", *options)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+TUNED = ("compress=magnitude_prune", "compress.epochs=1", "compress.samples=32", "budget=foof", *OPTIONS)
+
+
+def test_fine_tuning_after_a_compression_is_kept_like_other_fits(tmp_path: Path) -> None:
+    """Also with an optimizer that reads layers of the learner."""
+    run(tmp_path, *TUNED, "job.max_tasks=1", "job.max_steps=1", EVERY_STEP)
+    assert not [note for note in notes(tmp_path) if "checkpoint" in note]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [8, 20])
+def test_a_run_that_stops_in_the_fine_tuning_after_a_compression_goes_on_there(at: int, tmp_path: Path) -> None:
+    run(tmp_path / "whole", *TUNED)
+    run_signalled(tmp_path / "again", *TUNED, EVERY_STEP, at=at)
+    run(tmp_path / "again", *TUNED, EVERY_STEP)
+    assert [note for note in notes(tmp_path / "again") if "in its fit 'compress'" in note]
+    assert_same_run(tmp_path / "again", tmp_path / "whole")

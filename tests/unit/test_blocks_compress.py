@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from clrun.blocks.compress.base import FORMS, Evidence, hold, install, unpack_state
 from clrun.blocks.compress.factors import (
     SOLVERS,
+    enough,
     entry_weighted,
     row_weighted,
     row_weights,
@@ -34,7 +36,8 @@ from clrun.blocks.compress.obs import (
     rounded,
 )
 from clrun.blocks.curvature import BlockInverse
-from clrun.system.errors import ConfigError
+from clrun.running.compression import Stage
+from clrun.system.errors import ConfigError, DataWarning
 
 
 def double(*rows):
@@ -524,3 +527,65 @@ def test_installed_forms_hold_the_weights_of_a_method():
     further = configured("compress", "magnitude_prune", amount=0.8)
     found = further.compress(Evidence(method, ctx, further.check(method), 16))
     assert not (found["linear"].form.kept & ~method.compressed.of("linear").kept).any()  # removed for good
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_no_layer_is_factorised_into_more_bytes_than_it_has(scope, network):
+    """A rank at which A and B have as many numbers as W leaves W as it is: of conv [6, 9] from 4, of linear from 10."""
+    method, ctx = network
+    sides = [layer.weight.flatten(1).shape for layer in configured("compress", "svd").check(method).values()]
+    assert [enough(*side) for side in sides] == [4, 10] and enough(1, 9) == enough(2, 2) == 1
+    assert all(r * (n + m) < n * m <= (r + 1) * (n + m) for n, m in sides for r in [enough(n, m) - 1])
+    compressor = configured("compress", "svd", target="rank", amount=4, scope=scope)
+    found = compressor.compress(Evidence(method, ctx, compressor.check(method), 16))
+    assert list(found) == ["linear"] and all(c.form.stored_bytes < c.form.dense_bytes for c in found.values())
+    for amount in (0.5, 0.7, 0.9, 0.97):
+        compressor = configured("compress", "svd", amount=amount, scope=scope)
+        layers = compressor.check(method)
+        found = compressor.compress(Evidence(method, ctx, layers, 16))
+        assert all(c.form.stored_bytes < c.form.dense_bytes for c in found.values())
+        stored = {n: found[n].form.stored_bytes if n in found else layer.weight.nbytes for n, layer in layers.items()}
+        assert sum(stored.values()) <= amount * sum(layer.weight.nbytes for layer in layers.values())
+
+
+def test_a_layer_that_no_ratio_makes_smaller_is_to_be_excluded(network):
+    with pytest.raises(ConfigError, match=r"layer one \[1, 7\] is as small as factors of rank 1; .*exclude=\[one\]$"):
+        configured("compress", "svd", amount=0.9).check_layer("one", nn.Linear(7, 1))
+
+
+def test_the_fisher_information_of_a_layer_without_any_loses_nothing_when_ranks_are_chosen():
+    compressor = configured("compress", "fwsvd", scope="global")
+    assert not compressor.losses(W, torch.zeros_like(W), "layer", None).any()
+    assert compressor.losses(W, I, "layer", None).all()
+
+
+@pytest.mark.parametrize("name", ["magnitude_prune", "obc_prune", "mfac_prune"])
+def test_a_ratio_that_leaves_no_weight_of_a_layer_is_refused(name, network):
+    options = {"target": "ratio", "amount": 0.04}
+    with pytest.raises(ConfigError, match=r"^compress.amount=0.04: no weight of layer conv would be left; "):
+        configured("compress", name, **options).check(network[0])
+    configured("compress", name, **options, scope="global").check(network[0])
+
+
+@pytest.mark.parametrize(("name", "what"), [("obc_prune", "stay as they are"), ("obc_quant", "are rounded to the")])
+def test_layers_that_no_row_passes_are_named(name, what):
+    method, ctx = trained()
+    method.backbone.unread = nn.Linear(4, 4)
+    compressor = configured("compress", name, **SMALL)
+    with pytest.warns(DataWarning, match=f"^compress: no row of task 0 passes the layers unread, which {what}"):
+        found = compressor.compress(Evidence(method, ctx, compressor.check(method), 16))
+    assert ("unread" in found) == (name == "obc_quant")
+
+
+def test_the_record_of_quantised_layers_is_that_after_the_fine_tuning(monkeypatch):
+    method, ctx = trained()
+    compressor, numbers = configured("compress", "obc_quant", epochs=1, rounding="nearest", **SMALL), itertools.count(1)
+    compress = type(compressor).compress
+
+    def counted(self, evidence):
+        number = next(numbers)
+        return {n: replace(c, facts={"number": number}) for n, c in compress(self, evidence).items()}
+
+    monkeypatch.setattr(type(compressor), "compress", counted)
+    record = Stage(compressor)(method, replace(ctx, max_steps=1), lambda phase: [])
+    assert {layer["number"] for layer in record["layers"].values()} == {2}

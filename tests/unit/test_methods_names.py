@@ -296,6 +296,7 @@ class TestRapf:
         ).mean()
         mapped = method.head.mapped(method._drawn(still, method.pair_draw, ctx).flatten(0, 1))
         torch.testing.assert_close(method._hinge(mapped), expected)
+        assert float(method._hinge(mapped[:0])) == 0, "a process whose share has no row"
         assert method._drawn(method.pair_sampler, method.pair_draw, ctx).shape == (4, 6, 12)
         for (old, _), mean in zip(method.pairs.tolist(), method.pair_sampler.means, strict=True):
             assert torch.equal(mean, means[old])

@@ -7,7 +7,7 @@ called when a task has ended, with rows of that task alone: error on earlier tas
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -27,7 +27,7 @@ from clrun.data.split import Batch, Split
 from clrun.learning.context import Context
 from clrun.learning.losses import masked_cross_entropy
 from clrun.learning.method import Method
-from clrun.system.errors import ConfigError, Count, PositiveInt, did_you_mean
+from clrun.system.errors import ConfigError, Count, PositiveInt, did_you_mean, warn
 
 When = Literal["each_task", "end"]
 Scope = Literal["layer", "global"]
@@ -102,6 +102,12 @@ class Evidence:
         gram = self.grams.get(name)
         return None if gram is None else 2 / len(self.split) * gram.matrix
 
+    def warn_of_unread(self, names: Iterable[str], what: str) -> None:
+        """Warn of layers that no row passes, so that there are no inputs to fit their weights to; `what` they do."""
+        if unread := [name for name in names if self.hessians(name) is None]:
+            shown = ", ".join(unread[:SHOWN]) + (", ..." if len(unread) > SHOWN else "")
+            warn(f"compress: no row of task {self.ctx.task.id} passes the layers {shown}, which {what}")
+
     @cached_property
     def curvature(self) -> dict[str, float]:
         """The mean over the entries of each weight of its diagonal Fisher information, as HALRP estimates it."""
@@ -156,6 +162,7 @@ class Compressor(ABC):
     samples: PositiveInt
     epochs: Count
 
+    hooks: ClassVar[bool] = False  # it reads inputs of layers by hooks, which compiled code would not see
     frees: ClassVar[bool] = False  # training leaves the weights free, and they are compressed anew after each task
 
     @property
@@ -172,6 +179,11 @@ class Compressor(ABC):
     @abstractmethod
     def neutral(self) -> bool:
         """Whether the target leaves every weight as it is, so that a run is bit for bit that without compression."""
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs derivatives of the logits, as estimates of the loss of different layers do."""
+        return self.scope == "global"
 
     @abstractmethod
     def compress(self, evidence: Evidence) -> dict[str, Compressed]:

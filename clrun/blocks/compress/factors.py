@@ -36,6 +36,11 @@ def truncated(matrix: Tensor, rank: int) -> Pair:
     return u[:, :rank] * s[:rank], v[:rank]
 
 
+def enough(n: int, m: int) -> int:
+    """Return the least rank of which factors of a matrix [n, m] save no byte; it is at most the smaller side."""
+    return -(-n * m // (n + m))
+
+
 def row_weights(fisher: Tensor) -> Tensor:
     """Return d [n] with d_i^2 the sum of I over row i, at least 1e-8 of the largest; 1 where I is 0 everywhere."""
     d: Tensor = fisher.sum(dim=1).clamp_min(0).sqrt()
@@ -177,9 +182,9 @@ class Factorised(Compressor):
 
     Attributes:
         target: what `amount` is: "ratio", the fraction of the bytes that is kept; or "rank".
-        amount: a ratio from 0 to 1, where 1 leaves everything as it is; or a rank of at least 1, where layers whose
-            rank is no larger stay as they are. With scope=global, a rank is the mean over layers of what each would
-            have for the same total of bytes.
+        amount: a ratio from 0 to 1, where 1 leaves everything as it is; or a rank of at least 1. Layers stay as they
+            are where factors of the rank would save no byte (`enough`). With scope=global, a rank is the mean over
+            layers of what each would have for the same total of bytes.
     """
 
     target: Literal["ratio", "rank"]
@@ -203,15 +208,14 @@ class Factorised(Compressor):
         return self.target == "ratio" and self.amount == 1
 
     def rank_of(self, n: int, m: int) -> int:
-        """Return the rank of a layer [n, m] when every layer gets the same target, at most min(n, m).
+        """Return the rank of a layer [n, m] when every layer gets the same target, at most `enough`.
 
-        Raises:
-            ConfigError: not even rank 1 fits into the ratio.
+        It is 0 if not even rank 1 fits into the ratio.
         """
         if self.neutral:
-            return min(n, m)
+            return enough(n, m)
         rank = int(self.amount) if self.target == "rank" else int(self.amount * n * m / (n + m) + 1e-9)
-        return min(rank, n, m)
+        return min(rank, enough(n, m))
 
     def check_layers(self, layers: Mapping[str, Layer]) -> None:
         """Refuse a ratio that has no room for rank 1 in each layer, or for scope=global in all together.
@@ -223,7 +227,7 @@ class Factorised(Compressor):
             super().check_layers(layers)
             return
         sides = [tuple(layer.weight.flatten(1).shape) for layer in layers.values()]
-        least = sum(n + m for n, m in sides) / sum(n * m for n, m in sides)
+        least = sum(min(n + m, n * m) for n, m in sides) / sum(n * m for n, m in sides)
         if self.amount < least:
             raise ConfigError(
                 f"compress.amount={self.amount:g}: rank 1 in every layer takes a ratio of {least:.3g}; use more, or "
@@ -239,13 +243,13 @@ class Factorised(Compressor):
         n, m = layer.weight.flatten(1).shape
         if not self.rank_of(n, m):
             least = (n + m) / (n * m)
-            raise ConfigError(
-                f"compress.amount={self.amount:g}: layer {name} [{n}, {m}] needs a ratio of at least {least:.3g} for "
-                f"rank 1; use more, or add it to compress.exclude"
-            )
+            advice = f"needs a ratio of at least {least:.3g} for rank 1; use more, or add it to compress.exclude"
+            if least >= 1:
+                advice = f"is as small as factors of rank 1; add it, as in compress.exclude=[{name}]"
+            raise ConfigError(f"compress.amount={self.amount:g}: layer {name} [{n}, {m}] {advice}")
 
     def compress(self, evidence: Evidence) -> dict[str, Compressed]:
-        """Return the factorised layers; a layer of full rank stays as it is."""
+        """Return the factorised layers; a layer in which factors would save no byte stays as it is."""
         matrices = {name: evidence.weight(name).flatten(1).double() for name in evidence.layers}
         if self.scope == "layer" and all(self._is_reached(name, x, evidence) for name, x in matrices.items()):
             return {}
@@ -255,7 +259,7 @@ class Factorised(Compressor):
         for name, matrix in matrices.items():
             old = evidence.forms.of(name)
             kept = isinstance(old, LowRank) and old.rank <= ranks[name]
-            if ranks[name] < min(matrix.shape) and not kept:
+            if ranks[name] < enough(*matrix.shape) and not kept:
                 factors, facts = self.factors(matrix, fisher.get(name), ranks[name])
                 left, right = (x.float().contiguous() for x in factors)
                 form = LowRank(tuple(evidence.weight(name).shape), left, right)
@@ -263,28 +267,29 @@ class Factorised(Compressor):
         return found
 
     def _is_reached(self, name: str, matrix: Tensor, evidence: Evidence) -> bool:
-        """Return whether a layer has the rank of a target for each layer, or keeps its full rank under it."""
+        """Return whether a layer has the rank of a target for each layer, or stays as it is under it."""
         rank, old = self.rank_of(*matrix.shape), evidence.forms.of(name)
-        return rank >= min(matrix.shape) or (isinstance(old, LowRank) and old.rank <= rank)
+        return rank >= enough(*matrix.shape) or (isinstance(old, LowRank) and old.rank <= rank)
 
     def ranks(self, matrices: Mapping[str, Tensor], fisher: Mapping[str, Tensor], evidence: Evidence) -> dict[str, int]:
         """Return the rank of each layer.
 
         With scope=global these are the ranks that HALRP's chooser selects: singular values of all layers in descending
-        order of the loss increase per stored number, until the bytes are spent. Every layer keeps at least rank 1.
+        order of the loss increase per stored number, until the bytes are spent. Every layer keeps at least rank 1, and
+        none is given a rank at which its factors save no byte: from there on it stays as it is.
         """
         uniform = {name: self.rank_of(*matrix.shape) for name, matrix in matrices.items()}
-        if self.scope == "layer" or all(uniform[name] >= min(x.shape) for name, x in matrices.items()):
+        if self.scope == "layer" or all(uniform[name] >= enough(*x.shape) for name, x in matrices.items()):
             return uniform
         costs = {name: float(sum(matrix.shape)) for name, matrix in matrices.items()}
         scores = {name: self.losses(matrices[name], fisher.get(name), name, evidence) / costs[name] for name in costs}
         if self.target == "ratio":
             room = self.amount * sum(matrix.numel() for matrix in matrices.values())
         else:
-            room = sum(uniform[name] * costs[name] for name in costs)
-        budget = room - sum(costs.values())
+            room = sum(min(uniform[name] * cost, matrices[name].numel()) for name, cost in costs.items())
+        budget = room - sum(min(cost, matrices[name].numel()) for name, cost in costs.items())
         # The first rank of each layer is not chosen but given, because a layer of rank 0 would pass nothing on.
-        further = {name: score[1:] for name, score in scores.items()}
+        further = {name: score[1 : enough(*matrices[name].shape)] for name, score in scores.items()}
         most = max(len(score) for score in scores.values())
         more = select_ranks(further, alpha=1, lowest=0, highest=most, costs=costs, budget=budget)
         return {name: 1 + more[name] for name in costs}
@@ -321,18 +326,26 @@ class Fwsvd(Factorised):
     side: Side
     labels: Labels
 
+    @property
+    def differentiates(self) -> bool:
+        """Always: for the Fisher information."""
+        return True
+
     def importance(self, evidence: Evidence) -> dict[str, Tensor]:
         """Return I of each layer."""
         return {name: value.flatten(1).double() for name, value in evidence.fisher(self.labels).items()}
 
     def losses(self, matrix: Tensor, fisher: Tensor | None, name: str, evidence: Evidence) -> Tensor:
-        """Return half the squared singular values of the weighted matrix, the mean over the other side."""
+        """Return half the squared singular values of the weighted matrix, the mean over the other side.
+
+        They are 0 where I is 0 everywhere, while the factors then are those of plain SVD.
+        """
         assert fisher is not None
         if self.side == "in":
             matrix, fisher = matrix.T, fisher.T
         d = row_weights(fisher) / math.sqrt(fisher.shape[1])
         losses: Tensor = 0.5 * torch.linalg.svdvals(d[:, None] * matrix).square()
-        return losses
+        return losses * bool(fisher.any())
 
     def factors(self, matrix: Tensor, fisher: Tensor | None, rank: int) -> tuple[Pair, dict[str, float]]:
         """Return the factors of FWSVD."""

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clrun.blocks.low_rank import bits_bytes
+
 FLOAT = 4  # bytes of a stored number
 MOST_PATTERNS = 2**14  # numbers of patterns of one group of columns that are told apart
 
@@ -168,8 +170,8 @@ class Sparse(Form):
         """Return the bytes that say which entries are kept."""
         rows, columns = self.sides
         if self.pattern is None:
-            return bit_bytes(rows * -(-columns // self.block))
-        return bit_bytes(rows * (columns // self.pattern[1]) * pattern_bits(*self.pattern))
+            return bits_bytes(rows * -(-columns // self.block))
+        return bits_bytes(rows * (columns // self.pattern[1]) * pattern_bits(*self.pattern))
 
     def describe(self) -> dict[str, Any]:
         """Return the fraction of the entries that are 0 for good."""
@@ -256,7 +258,7 @@ class Quantised(Form):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the packed integers, of the steps and, if they differ, of the zeros."""
-        return bit_bytes(self.codes.numel() * self.bits) + (FLOAT + (not self.symmetric)) * self.shape[0]
+        return bits_bytes(self.codes.numel() * self.bits) + (FLOAT + (not self.symmetric)) * self.shape[0]
 
     def describe(self) -> dict[str, Any]:
         """Return the number of bits."""
@@ -320,7 +322,7 @@ class Forms(nn.ModuleDict):
     def hold_(self, backbone: nn.Module) -> None:
         """Put the weights of the layers back into their forms."""
         for layer, form in self.by_layer():
-            form.hold_(backbone.get_parameter(f"{layer}.weight").data)
+            form.hold_(backbone.get_parameter(f"{layer}.weight"))
 
 
 # --- columns and bits
@@ -336,11 +338,6 @@ def from_columns(matrix: Tensor, shape: tuple[int, ...], *, channels_last: bool)
     if not (channels_last and len(shape) > 2):
         return matrix.reshape(shape)
     return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
-
-
-def bit_bytes(bits: int) -> int:
-    """Return the number of whole bytes that hold so many bits."""
-    return -(-bits // 8)
 
 
 def pattern_bits(n: int, m: int) -> int:

@@ -78,9 +78,9 @@ class MfacPrune(Pruner):
     update: Update
 
     @property
-    def name(self) -> str:
-        """The name of the choice."""
-        return "mfac_prune"
+    def differentiates(self) -> bool:
+        """Always: its scores are made of gradients."""
+        return True
 
     def prune(self, gone: Mapping[str, Tensor], evidence: Evidence) -> dict[str, Compressed]:
         """Return the pruned layers."""

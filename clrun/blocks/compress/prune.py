@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from clrun.blocks.compress.base import Compressed, Compressor, Evidence, Layer
-from clrun.blocks.compress.forms import FLOAT, MOST_PATTERNS, Sparse, bit_bytes, columns_of, from_columns
+from clrun.blocks.compress.forms import FLOAT, MOST_PATTERNS, Sparse, columns_of, from_columns
 from clrun.blocks.compress.obs import (
     damped,
     error_of,
@@ -19,6 +19,7 @@ from clrun.blocks.compress.obs import (
     removal_of_blocks,
     removal_order,
 )
+from clrun.blocks.low_rank import bits_bytes
 from clrun.system.errors import ConfigError, NonNegative, Positive, PositiveInt
 
 
@@ -59,7 +60,25 @@ class Pruner(Compressor):
         """Return how many of `count` weights are removed."""
         if self.target == "sparsity":
             return int(self.amount * count + 1e-9)
-        return count - max(0, int((self.amount * FLOAT * count - bit_bytes(count)) // FLOAT))
+        return count - max(0, int((self.amount * FLOAT * count - bits_bytes(count)) // FLOAT))
+
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        """Refuse a ratio that leaves no weight of a layer, or for scope=global of all together.
+
+        Raises:
+            ConfigError: see above.
+        """
+        super().check_layers(layers)
+        counts = {name: layer.weight.numel() for name, layer in layers.items()}
+        if self.scope == "global":
+            counts = {"the layers together": sum(counts.values())}
+        for name, count in counts.items():
+            if count <= self.removed(count):
+                what = name if self.scope == "global" else f"layer {name}"
+                raise ConfigError(
+                    f"compress.amount={self.amount:g}: no weight of {what} would be left; use another amount, or "
+                    "add small layers to compress.exclude"
+                )
 
     def compress(self, evidence: Evidence) -> dict[str, Compressed]:
         """Return the pruned layers; weights that are removed stay removed, and a target that is met changes nothing."""
@@ -184,6 +203,11 @@ class Structured(Pruner):
 class MagnitudePrune(Structured):
     """Remove the weights of the smallest magnitude, with scope=global those of all layers together."""
 
+    @property
+    def differentiates(self) -> bool:
+        """Never: magnitudes are compared."""
+        return False
+
     def prune(self, gone: Mapping[str, Tensor], evidence: Evidence) -> dict[str, Compressed]:
         """Return the pruned layers; the weights that are kept stay as they are."""
         scores = {name: evidence.weight(name).abs().masked_fill(mask, -1.0) for name, mask in gone.items()}
@@ -219,6 +243,8 @@ class ObcPrune(Structured):
     block: PositiveInt
     damping: Positive
 
+    hooks: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         """Check combinations."""
         super().__post_init__()
@@ -248,7 +274,7 @@ class ObcPrune(Structured):
         blocks = count // self.block
         if self.target == "sparsity":
             return int(self.amount * blocks + 1e-9) * self.block
-        kept = int((self.amount * FLOAT * count - bit_bytes(blocks)) // (FLOAT * self.block))
+        kept = int((self.amount * FLOAT * count - bits_bytes(blocks)) // (FLOAT * self.block))
         return (blocks - max(0, kept)) * self.block
 
     @property
@@ -259,6 +285,7 @@ class ObcPrune(Structured):
     def prune(self, gone: Mapping[str, Tensor], evidence: Evidence) -> dict[str, Compressed]:
         """Return the pruned layers, with the weights that are kept fitted to the outputs of the dense layer."""
         known = {name: mask for name, mask in gone.items() if evidence.hessians(name) is not None}
+        evidence.warn_of_unread(gone, "stay as they are")
         inverses = {name: self._inverses(name, evidence) for name in known}
         before = {name: columns_of(mask, channels_last=self.last) for name, mask in known.items()}
         if self.places is not None:

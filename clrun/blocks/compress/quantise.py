@@ -46,6 +46,7 @@ class ObcQuant(Compressor):
     damping: Positive
 
     frees: ClassVar[bool] = True
+    hooks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the amount."""
@@ -111,6 +112,8 @@ class ObcQuant(Compressor):
         """Return the quantised layers."""
         layers = {name: evidence.weight(name).flatten(1).double() for name in evidence.layers}
         found = {}
+        if self.rounding == "obq":
+            evidence.warn_of_unread(layers, "are rounded to the nearest values")
         for name, bits in self.bits(layers, evidence).items():
             if evidence.layers[name].weight.numel() and bits < PLAIN:
                 found[name] = self._quantised(name, layers[name], bits, evidence)
