@@ -28,7 +28,7 @@ ON_TEXTS = {
     "bert max tokens": (["backbone.max_tokens=1"], "backbone.max_tokens: must be at least 3, got 1"),
     "bert train": (["backbone.train=some"], "backbone.train: 'some' is none of all, blocks, last_1, last_2, ..., none"),
     "bert last_9": (["backbone.train=last_9"], "backbone.train: last_9, but the model has 2 blocks"),
-    "bert head": (["backbone.head=nmes"], "backbone.head: expected one of linear, fixed, live, init, got 'nmes'"),
+    "bert head": (["backbone.head=nmes"], "backbone.head: 'nmes' is none of linear, fixed, init, live, live_1, ..."),
     "bert sampled names": (
         ["method=lwf", "backbone.head=live_2"],
         "backbone.head: Lwf has a loss of its own, which samples no names (live_2); set it to live",
