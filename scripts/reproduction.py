@@ -43,7 +43,7 @@ with it. Published numbers are quoted, not checked. "Not run" means that clrun h
 weights or a GPU were missing here; the command is the one to run. The measured numbers are explained in
 [results](results.md).
 
-`experiment=NAME` selects a preset. Its file in `conf/experiment` lists every deviation from the published code.
+The option `experiment` selects a preset. Its file in `conf/experiment` lists every deviation from the published code.
 """
 
 

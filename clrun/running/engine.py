@@ -83,14 +83,19 @@ class Engine:
         Returns:
             The learner after the last task: `method`, or with tuning the copy of it whose training was kept.
         """
+        if self.fits is None:
+            return self._learn(method)
+        with self.fits.attached(self._replay, lambda: time.perf_counter() - self._evaluating):
+            return self._learn(method)
+
+    def _learn(self, method: Method) -> Method:
+        """Let `method` learn them; see `run`."""
         self.hardware.place(method)
         if self.hardware.compile:
             method.backbone.compile()
         memory = PeakMemory(self.hardware)
         if self.state.learned == len(self.stream.tasks):  # the run stopped between its last task and its end
             self.evaluation(method, self.stream, self.state.learned)
-        if self.fits is not None:
-            self.fits.replay, self.fits.clock = self._replay, lambda: time.perf_counter() - self._evaluating
         for task in self.stream.tasks[self.state.learned :]:
             self.recorder.begin_task(task)
             if self.fits is not None:

@@ -49,6 +49,9 @@ class TaskFits(Keeper):
         broken: why nothing is kept any more; "" as long as something is.
     """
 
+    replay: Callable[[StoredFit], None]
+    clock: Callable[[], float]
+
     def __init__(
         self,
         path: Path,
@@ -61,8 +64,7 @@ class TaskFits(Keeper):
     ) -> None:
         self.path, self.hardware, self.interval = path, hardware, interval
         self.config_hash, self.backbone, self.allowed = config_hash, backbone, allowed
-        self.replay: Callable[[StoredFit], None] = lambda fit: None
-        self.clock: Callable[[], float] = time.perf_counter
+        self.replay, self.clock = _forget, time.perf_counter
         self.source, self.damaged = path, False
         self.where, self.broken = "", ""
         self.learned = 0
@@ -105,6 +107,18 @@ class TaskFits(Keeper):
         where = f"{'after' if last.finished else 'in'} its fit '{last.name}'"
         older = f" of {checkpoint_file.previous(self.path).name}, because {note}" if note else ""
         return f"resumed in the task at position {learned}, {where}{older}"
+
+    @contextmanager
+    def attached(self, replay: Callable[[StoredFit], None], clock: Callable[[], float]) -> Iterator[None]:
+        """Use `replay` and `clock` inside the context.
+
+        They refer to the engine, which refers to this object: the data of a run would stay in memory after it.
+        """
+        self.replay, self.clock = replay, clock
+        try:
+            yield
+        finally:
+            self.replay, self.clock = _forget, time.perf_counter
 
     def begin_task(self, learned: int, data: dict[str, Any] | None) -> None:
         """Begin the task at position `learned`, with this identity of the data."""
@@ -335,3 +349,7 @@ def resumed_fits(
     fits = TaskFits(path, hardware, **options)
     note = fits.open(learned, tasks, unchanged) if learned < tasks else ""
     return fits, [note] if note else []
+
+
+def _forget(fit: StoredFit) -> None:
+    """Report nothing of a fit that is handed back."""

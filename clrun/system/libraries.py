@@ -32,6 +32,7 @@ OPTIONAL = {
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "hydra-submitit-launcher"),
     "open_clip": ("clip", "open_clip_torch>=3.3,<4"),
     "pandas": ("notebook", "pandas"),
+    "submitit": ("slurm", "hydra-submitit-launcher"),  # which brings it
     "tensorboard": ("tensorboard", "tensorboard"),
     "transformers": ("text", "transformers>=5,<6"),
 }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 import clrun.running.run
@@ -25,8 +26,9 @@ GENERATED = re.compile(r"(<!-- (?:table: \w+|long streams|headline) -->).*?(<!--
 PAGES = {
     path.relative_to(ROOT).as_posix(): GENERATED.sub(r"\1\2", path.read_text())
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-    if path.name != "methods.md"
+    if path.name not in ("methods.md", "reproduction.md")  # generated; below are the commands that were typed
 }
+TYPED = yaml.safe_load((ROOT / "scripts" / "published.yaml").read_text())
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SPAN = re.compile(r"`([^`]+)`")
 TOOLS = {"ruff": "dev", "mypy": "dev", "coverage": "dev", "mkdocs": "docs"}
@@ -331,6 +333,12 @@ def test_option_composes(fragment, starts) -> None:
     words = _shorter(_words(fragment))
     sweep = any("," in word and "[" not in word or "range" in word or "sweep" in word for word in words)
     assert _call([*(["-m"] if sweep else []), *(_owner(fragment) or []), *words]) == 0 and starts
+
+
+@pytest.mark.parametrize("method", TYPED)
+def test_settings_of_published_numbers_compose(method, starts) -> None:
+    for entry in TYPED[method]:
+        assert "command" not in entry or _call(entry["command"].split()) == 0
 
 
 @pytest.mark.parametrize("command", OF_EXTENSION)
