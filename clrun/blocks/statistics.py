@@ -16,7 +16,8 @@ from clrun.data.split import Split
 from clrun.learning.method import Method
 
 Moments = Literal["none", "pooled", "class", "diagonal"]
-BLOCK = 2**20  # entries that an exact addition processes at once
+TILE = 128  # an exact addition processes TILE^2 entries at once, so that its temporary copies stay in a CPU's cache
+LARGE_TILE = 1024  # the same on other devices, where every operation costs its launch
 
 
 def extract(method: Method, split: Split, *, size: int = 256) -> tuple[Tensor, Tensor]:
@@ -120,26 +121,42 @@ class SymmetricSum(Carrier):
         return self.matrix.tril() + self.matrix.tril(-1).t()
 
     def add(self, other: "SymmetricSum", *, sign: int = 1) -> None:
-        """Add another sum, or subtract it for sign=-1."""
-        high, low = self.matrix, self._errors()
-        _add_exactly(high, low, sign * other.matrix.to(high.device))  # the upper triangle is overwritten below
-        if other.error.numel():
-            _add_exactly(high, low, sign * other._errors().to(high.device))
-        self.error = low.diagonal().clone()
-        high.tril_().add_(low.tril_(-1).t())
+        """Add another sum, or subtract it for sign=-1; tile by tile on and below the diagonal."""
+        assert other.matrix.shape == self.matrix.shape, "sums of different widths"
+        diagonal, side = torch.zeros_like(self.matrix.diagonal()), _tile(self.matrix)
+        blocks = [slice(start, start + side) for start in range(0, len(self.matrix), side)]
+        for k, rows in enumerate(blocks):
+            for columns in blocks[: k + 1]:
+                high, low = self._tile(rows, columns)
+                for term in other._tile(rows, columns)[: 2 if other.error.numel() else 1]:
+                    _add_exactly(high, low, sign * term.to(high.device))
+                if rows == columns:
+                    diagonal[rows] = low.diagonal()
+                    high = high.tril_().add_(low.tril_(-1).t())
+                else:
+                    self.matrix[columns, rows] = low.t()
+                self.matrix[rows, columns] = high
+        self.error = diagonal
 
-    def _errors(self) -> Tensor:
-        """Return a copy of the rounding errors [D, D], which are valid on and below the diagonal."""
+    def _tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Return copies of a tile of the sum and of its rounding errors, valid on and below the diagonal."""
+        high = self.matrix[rows, columns].clone(memory_format=torch.contiguous_format)
         if not self.error.numel():
-            return torch.zeros_like(self.matrix)
-        errors = self.matrix.t().contiguous()
-        errors.diagonal().copy_(self.error)
-        return errors
+            return high, torch.zeros_like(high)
+        low = self.matrix[columns, rows].t().clone(memory_format=torch.contiguous_format)
+        if rows == columns:
+            low.diagonal().copy_(self.error[rows])
+        return high, low
+
+
+def _tile(tensor: Tensor) -> int:
+    """Return the side of the tiles in which a tensor is added to."""
+    return TILE if tensor.device.type == "cpu" else LARGE_TILE
 
 
 def _add_exactly(high: Tensor, low: Tensor, term: Tensor) -> None:
     """Add `term` to `high` + `low` in place, block by block, because the arithmetic makes several temporary copies."""
-    for a, b, c in zip(*(torch.split(t.view(-1), BLOCK) for t in (high, low, term)), strict=True):
+    for a, b, c in zip(*(torch.split(t.view(-1), _tile(high) ** 2) for t in (high, low, term)), strict=True):
         total, lost = _two_sum(a, c)
         rounded, rest = _two_sum(total, lost + b)
         a.copy_(rounded)

@@ -7,7 +7,17 @@ import torch
 from helpers import Net, image_stream
 from torch import Tensor
 
-from clrun.blocks.statistics import ClassStats, ExactSum, extract, lda, oas, solve_positive, together
+from clrun.blocks.statistics import (
+    TILE,
+    ClassStats,
+    ExactSum,
+    SymmetricSum,
+    extract,
+    lda,
+    oas,
+    solve_positive,
+    together,
+)
 from clrun.learning.method import Method
 
 TOY = torch.tensor([[1.0, 0], [1, 1], [0, 2], [2, 1]]), torch.tensor([0, 0, 1, 1])
@@ -142,6 +152,28 @@ def test_exact_sum_keeps_what_float64_loses() -> None:
         total.add(term)
     assert total.value().item() == 1.0
     assert (1e16 + 1.0) - 1e16 != 1.0
+
+
+@pytest.mark.parametrize("width", [1, 2, TILE - 1, TILE, 2 * TILE + 1])
+def test_a_symmetric_sum_is_that_of_its_entries_whatever_its_width(width: int) -> None:
+    source, terms = torch.Generator().manual_seed(0), []
+    for scale in (1e-2, 1.0, 1e8, 37.0):
+        term, same = SymmetricSum(width), ExactSum(width, width)
+        term.update(torch.randn(5, width, generator=source, dtype=torch.float64) * scale)
+        same.high = term.value()
+        terms.append((term, same))
+    naive = sum(same.high for _, same in terms) - terms[2][1].high
+    total, entries = SymmetricSum(width), ExactSum(width, width)
+    for (term, same), sign in [*((pair, 1) for pair in terms), (terms[2], -1)]:
+        total.add(term, sign=sign)
+        entries.add(same, sign=sign)
+        assert torch.equal(total.value(), entries.value())
+    assert not torch.equal(total.value(), naive), "the data must be able to show that errors are lost"
+    whole, expected = SymmetricSum(width), ExactSum(width, width)
+    for _ in range(2):  # the terms have rounding errors of their own
+        whole.add(total)
+        expected.add(entries)
+    assert torch.equal(whole.value(), expected.value())
 
 
 def test_solving_repairs_a_matrix_that_rounding_made_indefinite() -> None:
