@@ -563,9 +563,12 @@ class Bare:
         layer.register_forward_hook(lambda module, args, y: y + F.linear(F.linear(args[0], module.down), module.up))
 
     def rows(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return prepared images and labels."""
+        """Return prepared images and labels; convolutions are faster on images in channels-last order, as in `fit`."""
         rows = torch.randint(len(self.labels), (count,), generator=self.generator)
-        return self.images[rows].float().div_(255).sub_(0.4).div_(0.2), self.labels[rows]
+        images = self.images[rows].float().div_(255).sub_(0.4).div_(0.2)
+        if not self.case.vit:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, self.labels[rows]
 
     def __call__(self, steps: int) -> float:
         """Return the CPU seconds of a step."""
@@ -607,6 +610,7 @@ class BareTuned(Bare):
 
     def __init__(self, case: Case, method: Method, split: TensorSplit) -> None:
         assert case.tuned is not None
+        self.case = case
         self.images, self.labels, self.bare = split.images, split.labels, case.tuned(method)
         self.optimizer = torch.optim.SGD(self.bare.parameters(), lr=1e-3)
         self.generator = torch.Generator().manual_seed(0)
