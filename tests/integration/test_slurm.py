@@ -5,6 +5,7 @@ pytest -n 0 -m slurm
 scripts/slurm_local.sh stop
 """
 
+import json
 import os
 import re
 import shutil
@@ -115,6 +116,9 @@ def test_disturbed_jobs_end_as_undisturbed_ones_or_are_named(tmp_path: Path, nod
     assert {k: v for k, v in results(folder).items() if k != missing} == {
         k: v for k, v in expected.items() if k != missing
     }
+    [stopped] = folder.glob("*seed-0-*/run.json")
+    notes = json.loads(stopped.read_text())["notes"]
+    assert any(note.startswith("stopped by SIGUSR2 in the task at position") for note in notes), notes
     code, again, errors = end(start(folder, SLURM))
     assert (code, errors) == (0, [])
     assert results(folder) == expected and table(again) == table(serial)
