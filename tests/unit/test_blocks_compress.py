@@ -548,6 +548,16 @@ def test_no_layer_is_factorised_into_more_bytes_than_it_has(scope, network):
         assert sum(stored.values()) <= amount * sum(layer.weight.nbytes for layer in layers.values())
 
 
+def test_a_layer_of_one_column_is_not_quantised_into_more_bytes_than_it_has():
+    method, ctx = trained()
+    method.backbone.norm = nn.Sequential(
+        method.backbone.norm, nn.Conv2d(6, 6, 1, groups=6)
+    )  # [6, 1]: a step per weight
+    compressor = configured("compress", "obc_quant", amount=2, **SMALL)
+    layers = compressor.check(method)
+    assert list(compressor.compress(Evidence(method, ctx, layers, 16))) == [n for n in layers if n != "norm.1"]
+
+
 def test_a_layer_that_no_ratio_makes_smaller_is_to_be_excluded(network):
     with pytest.raises(ConfigError, match=r"layer one \[1, 7\] is as small as factors of rank 1; .*exclude=\[one\]$"):
         configured("compress", "svd", amount=0.9).check_layer("one", nn.Linear(7, 1))

@@ -109,14 +109,16 @@ class ObcQuant(Compressor):
             )
 
     def compress(self, evidence: Evidence) -> dict[str, Compressed]:
-        """Return the quantised layers."""
+        """Return the quantised layers; a layer that takes no fewer bytes so stays as it is."""
         layers = {name: evidence.weight(name).flatten(1).double() for name in evidence.layers}
         found = {}
         if self.rounding == "obq":
             evidence.warn_of_unread(layers, "are rounded to the nearest values")
         for name, bits in self.bits(layers, evidence).items():
             if evidence.layers[name].weight.numel() and bits < PLAIN:
-                found[name] = self._quantised(name, layers[name], bits, evidence)
+                compressed = self._quantised(name, layers[name], bits, evidence)
+                if compressed.form.stored_bytes < compressed.form.dense_bytes:
+                    found[name] = compressed
         return found
 
     def _quantised(self, name: str, matrix: Tensor, bits: int, evidence: Evidence) -> Compressed:
