@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from clrun.system.errors import ConfigError
 
-COMPILED = "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof, obc); set it to false"
+COMPILED = "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false"
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ Shapes: `I` inputs of a layer, for a convolution those of one patch; `I + 1` wit
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,7 +64,7 @@ def second_moments(
     }
     handles = [layer.register_forward_hook(recorders[name]) for name, layer in layers.items()]
     try:
-        with torch.no_grad(), eval_mode(network):
+        with torch.no_grad(), eval_mode(network), _eager(network):
             for x in batches:
                 real[0] = positions(x) if callable(positions) else None
                 (forward or network)(x)
@@ -71,6 +72,12 @@ def second_moments(
         for handle in handles:
             handle.remove()
     return found
+
+
+def _eager(network: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which compiled parts of a network run as they are written: compiled code ignores hooks."""
+    compiled = any(module._compiled_call_impl is not None for module in network.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _recorder(

@@ -108,8 +108,7 @@ def build(parts: Parts, *, features: bool = True, learns: bool = True, pretraine
     if not learns:
         return Built(images, stream, backbone, method, budget, text, data, row, cache, extractor=extractor)
     method.check(images)
-    hooked = method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")
-    if hardware.compile and (hooked or (parts.compress is not None and parts.compress.hooks)):
+    if hardware.compile and (method.hooks_backbone or hasattr(function_of(budget.optimizer), "watch")):
         raise ConfigError(COMPILED)
     if parts.job.max_tasks is None:  # else the stream may lack tasks that the budget names
         budget.check_tasks([task.name for task in images.tasks])

@@ -76,11 +76,11 @@ FOUND_BY_HYDRA = {
 FOUND_BY_CHECK = {
     "compiled gates": (
         ["hardware.compile=true", "method=hat", "scenario.setting=til"],
-        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof, obc); set it to false",
+        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false",
     ),
     "compiled layers": (
         ["hardware.compile=true", "method=finetune", "budget=kfac"],
-        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof, obc); set it to false",
+        "hardware.compile: compiled code ignores hooks (prompts, adapters, gates, kfac, foof); set it to false",
     ),
     "added option": (
         ["+method.capasity=1"],

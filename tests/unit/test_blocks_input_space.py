@@ -128,3 +128,16 @@ def test_moments_of_patches_multiply_the_weight_of_a_convolution() -> None:
     patches = nn.functional.unfold(x, 3, stride=2).transpose(1, 2).flatten(0, 1).double()
     torch.testing.assert_close(found.matrix, patches.t() @ patches)
     assert second_moments(net, {"conv": net.conv}, [x], bias=True)["conv"].matrix.shape == (10, 10)
+
+
+@pytest.mark.slow  # torch's compiler takes seconds to load
+def test_second_moments_are_those_of_a_network_that_is_compiled() -> None:
+    """Compiled code that has run before would ignore the hooks."""
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), torch.randn(8, 4)
+    layers = {"0": net[0], "2": net[2]}
+    plain = second_moments(net, layers, [x], bias=False)  # type: ignore[arg-type]
+    net.compile(backend="eager")
+    with torch.no_grad():
+        net(x)
+    found = second_moments(net, layers, [x], bias=False)  # type: ignore[arg-type]
+    assert all(torch.equal(found[name].matrix, plain[name].matrix) for name in layers)

@@ -162,7 +162,6 @@ class Compressor(ABC):
     samples: PositiveInt
     epochs: Count
 
-    hooks: ClassVar[bool] = False  # it reads inputs of layers by hooks, which compiled code would not see
     frees: ClassVar[bool] = False  # training leaves the weights free, and they are compressed anew after each task
 
     @property

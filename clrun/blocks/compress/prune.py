@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -242,8 +242,6 @@ class ObcPrune(Structured):
 
     block: PositiveInt
     damping: Positive
-
-    hooks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check combinations."""

@@ -46,7 +46,6 @@ class ObcQuant(Compressor):
     damping: Positive
 
     frees: ClassVar[bool] = True
-    hooks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the amount."""
