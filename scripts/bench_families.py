@@ -22,7 +22,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -716,7 +716,7 @@ def speed(name: str, hardware: Hardware, rounds: int) -> tuple[str, Figure]:
     train = timed.stream.tasks[2].train
     assert isinstance(train, TensorSplit)
     own = born("finetune", 3, SHAPE, ROWS, {})[0] if timed.case.ridge else timed.method  # whose head is a plain one
-    bare, plain = timed.bare(train), Bare(CASES["finetune"], own, train)
+    bare, plain = timed.bare(train), Bare(replace(CASES["finetune"], frozen=True), own, train)  # plain: all weights
     steps = STEPS * (20 if name == "mer" else 1)
     works = (bare, timed, plain)
     for work in works:
