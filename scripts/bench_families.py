@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
@@ -33,9 +32,7 @@ import barelib
 import torch
 import torch.nn.functional as F
 from bench_overhead import Journal
-from benchlib import Figure, finish
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from benchlib import Figure, configured, finish
 from torch import Tensor, nn
 
 from clrun.backbones import small
@@ -52,7 +49,6 @@ from clrun.running.evaluation import Evaluation
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
-CONF = Path(__file__).parents[1] / "conf"
 SHAPE, BATCH, ROWS, M = (3, 16, 16), 32, 128, 200  # ROWS of a task, M in memory
 STORED = prod(SHAPE) + 8  # bytes of a row in memory
 CLASSES = 2  # of a task
@@ -451,11 +447,6 @@ UPDATES = [
 SPEEDS = dict.fromkeys([*MIXTURE, *UPDATES], NEAR)
 
 
-def configured(group: str, name: str, options: dict[str, Any]) -> Any:
-    """Return what conf/`group`/`name`.yaml names, with some options changed."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{name}.yaml"), options), _convert_="all")
-
-
 def stream_of(tasks: int, shape: tuple[int, int, int], rows: int, setting: Any, backbone: nn.Module) -> Stream:
     """Return tasks of noise around a colour for each class."""
     generator = torch.Generator().manual_seed(0)
@@ -493,7 +484,7 @@ def born(name: str, tasks: int, shape: tuple[int, int, int], rows: int, options:
     seed_all(0, "init")
     backbone = backbone_of(case, shape)
     stream = stream_of(tasks, shape, rows, case.setting, backbone)
-    method = configured("method", case.method or name, {**case.options, **options})(backbone, stream.num_classes)
+    method = configured("method", case.method or name, **{**case.options, **options})(backbone, stream.num_classes)
     return method, stream
 
 
@@ -802,7 +793,7 @@ def main(words: list[str] | None = None) -> list[Figure]:
         "--lives", type=int, default=3, help="whose last third is compared with the first of another one"
     )
     args = parser.parse_args(words)
-    hardware: Hardware = configured("hardware", "cpu", {"threads": 1})
+    hardware: Hardware = configured("hardware", "cpu", threads=1)
     hardware.setup()
     figures: list[Figure] = []
     parts: list[tuple[str, str, Callable[[str], tuple[str, Figure | None]]]] = [

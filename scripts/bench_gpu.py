@@ -23,15 +23,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 import torch.nn.functional as F
-from benchlib import Figure, finish
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from benchlib import Figure, configured, finish
+from method_page import table
 from torch import Tensor, nn
 
 from clrun.blocks.curvature.estimate import estimate
@@ -47,20 +45,11 @@ from clrun.running.evaluation import Evaluation
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
-CONF = Path(__file__).parents[1] / "conf"
 SHARE = 0.95  # of the bare loop, demanded on a GPU
 CLASSES = 10
 QUICK = "--small --rounds 1 --steps 2"
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
 Loss = Callable[[Tensor], Tensor]
-
-
-def configured(group: str, choice: str, **options: Any) -> Any:
-    """Return what conf/`group`/`choice`.yaml names, with some options changed."""
-    node: Any = OmegaConf.load(CONF / group / f"{choice}.yaml")
-    shared = [name.removesuffix("@_here_") for name in node.pop("defaults", ()) if name != "_self_"]
-    parts = [OmegaConf.load(CONF / group / f"{name}.yaml") for name in shared]
-    return instantiate(OmegaConf.merge(*parts, node, options), _convert_="all")
 
 
 @dataclass(frozen=True)
@@ -258,8 +247,11 @@ def passes(bench: Bench, clock: Clock, rows: int) -> list[tuple[list[str], Figur
     images = torch.randn(min(rows, 1000), 3, size, size, device=hardware.device)
     images = images.repeat(-(-rows // len(images)), 1, 1, 1)[:rows]
     split = TensorSplit(images, torch.arange(rows, device=hardware.device) % CLASSES)
-    task = Task(0, 0, "random", torch.arange(CLASSES), split, split.select(torch.arange(0, device=hardware.device)))
-    stream = Stream((task,), CLASSES, "cil", transform=Plain())
+    nothing = split.select(torch.arange(0, device=hardware.device))
+    learned, tested = (
+        Stream((Task(0, 0, "random", torch.arange(CLASSES), *parts),), CLASSES, "cil", transform=Plain())
+        for parts in ((split, nothing), (nothing, split))
+    )
 
     def forward(model: Callable[[Tensor], Tensor], batch: int) -> None:
         with torch.inference_mode():
@@ -267,18 +259,17 @@ def passes(bench: Bench, clock: Clock, rows: int) -> list[tuple[list[str], Figur
                 with hardware.autocast():
                     model(hardware.layout(images[start : start + batch])).float()
 
-    seen = Stream((Task(0, 0, "random", torch.arange(CLASSES), split, split),), CLASSES, "cil", transform=Plain())
     model, batch = nn.Sequential(bench.other.eval(), bench.head()), bench.case.batch
 
     def evaluate() -> None:
-        Evaluation(hardware, "test", batch, None)(bench.method.eval(), seen, 1)
+        Evaluation(hardware, "test", batch, None)(bench.method.eval(), tested, 1)
 
     name = bench.case.options.get("name", bench.case.backbone)
     return [
         clock.pair(
             f"features of {rows} images, {name}",
             partial(forward, bench.other.eval(), FEATURE_BATCH),
-            partial(frozen_features, stream, bench.other, hardware),
+            partial(frozen_features, learned, bench.other, hardware),
         ),
         clock.pair(f"evaluation of {rows} images, {name}", partial(forward, model, batch), evaluate),
     ]
@@ -297,11 +288,6 @@ def closed_forms(bench: Bench, clock: Clock, width: int) -> list[list[str]]:
             "Fisher, Kronecker factors, 128 rows", lambda: fisher("kfac_expand", labels="sampled", samples=128)
         ),
     ]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def main(words: list[str] | None = None) -> list[Figure]:

@@ -15,13 +15,12 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from benchlib import Figure, finish
+from benchlib import Figure, finish, seconds
 from PIL import Image
 
 from clrun.data import contents
@@ -83,13 +82,6 @@ def files_of(root: Path, names: list[str]) -> Dataset:
         images = FileImages(FileList(root, tuple(names[own])), OPTIONS, channels=3, part=title)
         parts.append(ImageSplit(images, torch.tensor(labels[own])))
     return dataset_of(*parts)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return the processor time of a call, which other programs of the machine change little."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def decoding(folder: Path) -> float:

@@ -17,16 +17,12 @@ CPU time is compared: other programs on the machine then matter little. Ratios a
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from benchlib import Figure, finish
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from benchlib import Figure, configured, finish, seconds
 
 from clrun.data.split import Plain, TensorSplit
 from clrun.data.stream import Stream, Task
@@ -36,7 +32,6 @@ from clrun.learning.losses import masked_cross_entropy
 from clrun.running.evaluation import Evaluation
 from clrun.system.hardware import Hardware
 
-CONF = Path(__file__).parent.parent / "conf"
 SHARE, GAIN, EVALUATION = 0.95, 1.4, 1.9  # demanded: of the bare loop; over augmented training; over two passes
 QUICK = "--rounds 1 --epochs 4 --size 64 --methods l2p"
 TOKENS = {"l2p": 25, "dualprompt": 0, "coda_prompt": 0, "dap": 10}  # that the method adds
@@ -46,18 +41,6 @@ class Augmenting(Plain):
     """A transform that claims to augment and takes no time."""
 
     augments = True
-
-
-def configured(group: str, choice: str, **options: Any) -> Any:
-    """Return what conf/`group`/`choice`.yaml names, with some options changed."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{choice}.yaml"), options), _convert_="all")
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Return the CPU seconds of a call."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 class Bench:

@@ -10,18 +10,13 @@ number of epochs, orders and seeds.
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 import torch.nn.functional as F
-from benchlib import Figure, finish
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from benchlib import Figure, configured, finish, seconds
 from torch import nn
 
 from clrun.backbones.text import bert_tiny
@@ -35,7 +30,6 @@ from clrun.learning.training import fit
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
-CONF = Path(__file__).parents[1] / "conf"
 SHARE, TOKENISING = 0.95, 0.25  # demanded: of the bare loop; epochs of training that tokenising may cost
 BATCH = 32
 QUICK = "--rounds 1 --epochs 1 --width 16"
@@ -44,11 +38,6 @@ TEXTS |= {"similarity": 0.0, "period": 2, "domains": 1, "val_fraction": 0.0, "se
 BERT: dict[str, Any] = {"depth": 2, "heads": 2, "vocabulary": None, "train": "all", "max_tokens": 64, "kappa": 20.0}
 BERT |= {"head": "linear", "weights": None, "weights_key": None}
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-
-
-def configured(group: str, choice: str, **options: Any) -> Any:
-    """Return what conf/`group`/`choice`.yaml names, with some options changed."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{choice}.yaml"), options), _convert_="all")
 
 
 class Bench:
@@ -92,13 +81,6 @@ class Bench:
     def tokenise(self) -> None:
         """Turn the stored bytes into ids; a copy of them is no tensor that was tokenised before."""
         tokenised(self.dataset.train.images.clone(), self.backbone.tokenizer, self.backbone.max_tokens)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Return the CPU seconds of a call."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def main(words: list[str] | None = None) -> list[Figure]:

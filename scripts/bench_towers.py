@@ -28,15 +28,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import clrun  # noqa: F401 isort: skip (sets how threads wait, before torch is imported)
 import torch
 import torch.nn.functional as F
-from benchlib import Figure, finish
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from benchlib import Figure, configured, finish, seconds
 from torch import Tensor, nn
 
 from clrun.backbones.glyph import glyph_clip
@@ -51,7 +48,6 @@ from clrun.running.accounting import state_bytes
 from clrun.system.hardware import Hardware
 from clrun.system.seeding import seed_all
 
-CONF = Path(__file__).parents[1] / "conf"
 SHARE, SWEEP, BYTES = 0.95, 2.5, 0.02  # demanded: of the bare loop; runs that 24 orders may cost; error of a formula
 SHARES = {"rapf": 0.80}  # where another share is demanded
 OPTIONS: dict[str, dict[str, Any]] = {"rapf": {"name_distance": 2.0, "max_pairs": 8}}
@@ -60,11 +56,6 @@ FEATURES = ("coop", "proof", "rapf", "rail")  # methods that read features of th
 BATCH = 32
 SGD = partial(torch.optim.SGD, lr=0.001)
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def configured(group: str, choice: str, **options: Any) -> Any:
-    """Return what conf/`group`/`choice`.yaml names, with some options changed."""
-    return instantiate(OmegaConf.merge(OmegaConf.load(CONF / group / f"{choice}.yaml"), options), _convert_="all")
 
 
 class Bench:
@@ -217,13 +208,6 @@ class Bench:
             return rows * (4 * d + 16) + 8 * c * rows + c * (8 * d + 8)
         m = method.projection.num_features
         return 4 * d * m + 8 * m * m + c * (8 * m + 8) + 8 * c * (m + 1)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Return the CPU seconds of a call."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
 
 
 def speed(name: str, rounds: int, steps: int) -> Figure:

@@ -1,12 +1,20 @@
-"""What the benchmarks share: a figure beside what is demanded of it.
+"""What the benchmarks share: a figure beside what is demanded of it, parts made from conf/, and processor time.
 
 Each `bench_*.py` has `main(words)`, which measures, prints and returns its figures, and `QUICK`, the words of a short
 run. Run alone it exits with 1 where a figure misses its demand; `bench.py` collects the figures of all.
 """
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 @dataclass(frozen=True)
@@ -59,3 +67,18 @@ class Figure:
 def finish(figures: Iterable[Figure]) -> None:
     """End the program: with 1 when a demand was missed, else with 0."""
     sys.exit(int(not all(figure.met for figure in figures)))
+
+
+def configured(group: str, choice: str, **options: Any) -> Any:
+    """Return what conf/`group`/`choice`.yaml names, with the options that it includes, and some of them changed."""
+    node: Any = OmegaConf.load(CONF / group / f"{choice}.yaml")
+    shared = [name.removesuffix("@_here_") for name in node.pop("defaults", ()) if name != "_self_"]
+    parts = [OmegaConf.load(CONF / group / f"{name}.yaml") for name in shared]
+    return instantiate(OmegaConf.merge(*parts, node, options), _convert_="all")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the processor time of a call, which other programs of the machine change little."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
