@@ -190,6 +190,8 @@ def test_a_weight_of_two_counts_as_the_same_model_twice(name: str) -> None:
         for weight in second:
             rule.add(model(2), evidence(2), key=2, weight=weight)
     close(heavy.value(model(2)), twice.value(model(2)), 1e-10)
+    once = merged(RULES[name](), (1, 2))
+    assert all((heavy.value(model(2))[part] - once[part]).abs().max() > 1e-3 for part in once)
 
 
 @pytest.mark.parametrize("rule", [rule_of("fisher"), rule_of("fisher", normalise=False), ImmMode()])
